@@ -1,0 +1,399 @@
+"""Command line: verbs on checkpoints and bundles. Heavy imports are inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError, nearest
+
+CAPACITY = (
+    click.Option(["--num-images"], default=1, show_default=True, help="Images in a prompt."),
+    click.Option(
+        ["--max-text-tokens"],
+        default=256,
+        show_default=True,
+        help="Text tokens of a prompt before and after the images, begin-of-sequence included.",
+    ),
+    click.Option(["--max-new-tokens"], default=128, show_default=True, help="Tokens of an answer."),
+    click.Option(["--dtype"], help="float32 or float16; by default the device's.  [default: float32]"),
+    click.Option(["--device"], default="cpu", show_default=True, help="Profile that chooses the dtype."),
+)
+
+
+class Errors(click.Group):
+    """A group that prints our own errors on one line and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LvlmEdgeError as error:
+            click.echo(f"lvlm-edge: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("lvlm-edge: stopped; nothing was left half-written", err=True)
+            ctx.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+class MethodCommand(click.Command):
+    """A command whose options include the settings of every method, read from their `Config` classes."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        return [*params[:-1], *CAPACITY, *_method_options(), params[-1]]
+
+
+def _method_options() -> list[click.Option]:
+    from lvlm_edge.exporter import planning
+
+    options: dict[str, click.Option] = {}
+    for name in planning.method_names():
+        config = planning.method(name).Config
+        hints = typing.get_type_hints(config)
+        for setting in dataclasses.fields(config):
+            flag = "--" + setting.name.replace("_", "-")
+            default = "" if setting.default is None else f"  [default: {setting.default}]"
+            text = f"{name}: {setting.metadata.get('help', setting.name.replace('_', ' '))}{default}"
+            options.setdefault(flag, click.Option([flag], type=_plain(hints[setting.name]), help=text))
+    return list(options.values())
+
+
+def _plain(hint: Any) -> Any:
+    """`int | None` and the like as the type to parse."""
+    if isinstance(hint, types.UnionType):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+@click.group(cls=Errors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lvlm-edge")
+def main() -> None:
+    """Vision-language models with fewer visual tokens, as static graphs that run without PyTorch."""
+
+
+@main.command(cls=MethodCommand)
+@click.argument("checkpoint")
+@click.option("--method", default="none", show_default=True, help="Token-reduction method.")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def plan(checkpoint: str, method: str, revision: str | None, as_json: bool, **options: Any) -> None:
+    """Print stages, token counts, FLOPs, cache and weight bytes; reads config.json only."""
+    from lvlm_edge.exporter import plan as planned
+
+    report = planned(checkpoint, method=method, revision=revision, **_settings(options))
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_plan(report)
+
+
+@main.command(cls=MethodCommand)
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("--method", default="none", show_default=True, help="Token-reduction method.")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def export(
+    checkpoint: str,
+    output: Path,
+    method: str,
+    revision: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Checkpoint to bundle: static-shape graphs, weights, tokenizer, manifest."""
+    from lvlm_edge.exporter import export as exported
+
+    with _progress(quiet) as progress:
+        exported(
+            checkpoint,
+            output,
+            method=method,
+            revision=revision,
+            force=force,
+            progress=progress,
+            **_settings(options),
+        )
+    if as_json:
+        click.echo((output / "manifest.json").read_text("utf-8"))
+    elif not quiet:
+        size = sum(path.stat().st_size for path in output.iterdir())
+        click.echo(f"{output}: {size / 1e6:,.1f} MB; next: lvlm-edge check {output} --against {checkpoint}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The checkpoint that was exported.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Compare on this picture too.")
+@click.option("--prompt", help="Compare on this question about the pictures.")
+@click.option("--steps", default=16, show_default=True, help="Greedy tokens to compare.")
+@click.option("--backend", default="ort", show_default=True, help="What runs the bundle.")
+@click.option("--seed", default=0, show_default=True, help="Of the made-up prompts and pictures.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def check(
+    bundle: Path,
+    against: str,
+    images: tuple[Path, ...],
+    prompt: str | None,
+    steps: int,
+    backend: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Compare a bundle with PyTorch, graph by graph and token by token; exit 1 if it differs."""
+    from lvlm_edge.exporter import parity
+
+    verdict = parity.check(bundle, against, steps=steps, backend=backend, seed=seed, question=_question(images, prompt))
+    if as_json:
+        rows = [dataclasses.asdict(row) for row in verdict.rows]
+        click.echo(json.dumps({"passed": verdict.passed, "rows": rows}, indent=1))
+    else:
+        _print_verdict(verdict)
+    if not verdict.passed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image", "images", multiple=True, help="Picture file; as often as the bundle takes images.")
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--system", help="System message, where the chat template takes one.")
+@click.option("--max-new-tokens", type=int, help="At most the bundle's capacity, the default.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among the k best; 0 is off.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample among the best with this much probability.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="1 is off.")
+@click.option("--seed", type=int, help="Of sampling.")
+@click.option("--stop", multiple=True, help="Text that ends the answer.")
+@click.option("--overlay", type=click.Path(path_type=Path), help="Write the picture with the kept patches shown.")
+@click.option("--backend", default="ort", show_default=True, help="What runs the graphs.")
+@click.option("--threads", type=int, help="Threads of the backend.")
+@click.option("--no-verify", is_flag=True, help="Do not hash the bundle's files first.")
+@click.option("--stats", is_flag=True, help="Print times and kept tokens to stderr.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
+    """Answer a question about pictures, streaming to stdout."""
+    from lvlm_edge.runtime import Pipeline, Sampling
+
+    if o["threads"] is not None and o["threads"] < 1:
+        raise UsageError(f"run: --threads is {o['threads']}, expected at least 1")
+    sampling = Sampling(
+        temperature=o["temperature"],
+        top_k=o["top_k"],
+        top_p=o["top_p"],
+        repetition_penalty=o["repetition_penalty"],
+        seed=o["seed"],
+    )
+    pipe = Pipeline.load(bundle, o["backend"], verify=not o["no_verify"], threads=o["threads"])
+    for piece in pipe.stream(
+        prompt,
+        images,
+        max_new_tokens=o["max_new_tokens"],
+        sampling=sampling,
+        stop=o["stop"],
+        system=o["system"],
+    ):
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if not as_json:
+        click.echo()
+    if overlay is not None:
+        _write_overlay(pipe, images, overlay)
+    if as_json:
+        click.echo(json.dumps(_answer(pipe), indent=1))
+    elif o["stats"]:
+        _print_stats(pipe)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """What is in a bundle: counts, graphs with every tensor, caches, files, certificate."""
+    from lvlm_edge.runtime.bundle import CERTIFICATE, MANIFEST, open_bundle, sha256
+
+    manifest = open_bundle(bundle, verify=verify).manifest
+    certificate = None
+    if (bundle / CERTIFICATE).is_file():
+        stored = json.loads((bundle / CERTIFICATE).read_text("utf-8"))
+        current = stored["manifest_sha256"] == sha256(bundle / MANIFEST)
+        certificate = {"passed": stored["passed"], "of_this_bundle": current}
+    if as_json:
+        content = dataclasses.asdict(manifest) | {"certificate": certificate, "verified": verify}
+        click.echo(json.dumps(content, indent=1))
+    else:
+        _print_bundle(manifest, certificate, verify)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given; the dtype from the device's profile where it was not."""
+    from lvlm_edge.exporter import profiles
+
+    profile = profiles.load(options.pop("device"))
+    dtype = options["dtype"] or profile.default_dtype
+    if dtype not in profile.dtypes:
+        raise UnsupportedError(f"dtype: {dtype!r} is not one of {profile.name}'s; {nearest(dtype, profile.dtypes)}")
+    return {k: v for k, v in (options | {"dtype": dtype}).items() if v is not None}
+
+
+def _question(images: tuple[Path, ...], prompt: str | None) -> tuple[str, tuple[Path, ...]] | None:
+    if not images and prompt is None:
+        return None
+    if not images or prompt is None:
+        raise UsageError("check: --image and --prompt go together; give both or neither")
+    return prompt, images
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
+    """The picture (side by side where there are several) with the kept patches clear and the others dark."""
+    from lvlm_edge.runtime import overlay
+
+    if pipe.last.kept_visual is None:
+        raise UsageError(f"run: --overlay shows kept tokens, but method {pipe.manifest.method} keeps all; leave it out")
+    try:
+        overlay.draw(pipe.manifest, images, pipe.last.kept_visual).save(target)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{target}: cannot be written ({error}); give a writable path ending in .png") from error
+
+
+def _answer(pipe: Any) -> dict[str, Any]:
+    result = pipe.last
+    kept = None if result.kept_visual is None else result.kept_visual.tolist()
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish": result.finish,
+        "prompt_tokens": result.prompt_tokens,
+        "visual_tokens": pipe.manifest.counts.visual_tokens,
+        "kept_visual": kept,
+        "seconds": result.seconds,
+    }
+
+
+def _print_stats(pipe: Any) -> None:
+    result, counts = pipe.last, pipe.manifest.counts
+    if result.kept_visual is not None:
+        share = counts.kept_tokens / counts.visual_tokens
+        click.echo(
+            f"kept {counts.kept_tokens} of {counts.visual_tokens} visual tokens "
+            f"({share:.0%} kept, {1 - share:.0%} removed)",
+            err=True,
+        )
+    steps = "  ".join(f"{k} {v * 1e3:.1f}" for k, v in result.seconds.items() if k not in ("first_token", "decode"))
+    click.echo(f"time to first token {result.seconds['first_token'] * 1e3:.1f} ms ({steps})", err=True)
+    if len(result.token_ids) > 1:
+        each = result.seconds["decode"] / (len(result.token_ids) - 1)
+        click.echo(f"{len(result.token_ids)} tokens, {each * 1e3:.2f} ms per token", err=True)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _show(*things: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    for thing in things:
+        console.print(thing)
+
+
+def _print_plan(report: dict[str, Any]) -> None:
+    table = _table("layers", "queries", "keys", "cached")
+    for stage in report["stages"]:
+        first, last = stage["layers"]
+        table.add_row(f"{first}..{last}", *(f"{stage[k]:,}" for k in ("queries", "keys", "cached")))
+    flops, paper = report["flops"], report["paper"]
+    share = report["kept_visual_tokens"] / report["visual_tokens"]
+    _show(
+        f"{report['method']} on {report['model']['family']}: {report['visual_tokens']} visual tokens, "
+        f"{report['kept_visual_tokens']} kept ({share:.1%} kept, {1 - share:.1%} removed), "
+        f"{report['text_tokens']} text, {report['new_tokens']} new",
+        table,
+        f"weights   {report['weights_bytes'] / 1e6:,.1f} MB ({report['dtype']})",
+        f"KV cache  {report['kv_cache_bytes'] / 1e6:,.1f} MB (dense {report['kv_cache_bytes_dense'] / 1e6:,.1f} MB)",
+        f"FLOPs     vision {flops['vision'] / 1e9:,.2f} G, projector {flops['projector'] / 1e9:,.2f} G, prefill "
+        f"{flops['prefill'] / 1e9:,.2f} G ({flops['prefill'] / flops['prefill_dense']:.1%} of dense), decode "
+        f"{flops['decode_per_token'] / 1e9:,.3f} G per token",
+    )
+    if paper:
+        _show(f"paper     {paper['name']}: {paper['value']:,.2f} {paper['unit']}, {paper['ratio']:.1%} of dense")
+
+
+def _print_verdict(verdict: Any) -> None:
+    table = _table("prompt", "stage", "error", "bound", "", "")
+    for row in verdict.rows:
+        mark = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+        table.add_row(row.case, row.stage, f"{row.figure:.2e}", f"{row.bound:.1e}", mark, row.note)
+    _show(table)
+    if verdict.passed:
+        _show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")
+    else:
+        row = verdict.first_failure
+        _show(f"[red]FAILED[/]: first at {row.stage} (prompt {row.case}); certificate.json written")
+
+
+def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: bool) -> None:
+    counts = manifest.counts
+    tensors = _table("graph", "", "tensor", "dtype", "shape")
+    for graph in manifest.graphs:
+        for kind, infos in (("in", graph.inputs), ("out", graph.outputs)):
+            for info in infos:
+                tensors.add_row(graph.name, kind, info.name, info.dtype, "x".join(map(str, info.shape)))
+    files = _table("file", "bytes", "sha256")
+    for name, info in manifest.files.items():
+        files.add_row(name, f"{info.size:,}", info.sha256[:16])
+    caches = sorted({(c.capacity, c.dropped) for c in manifest.cache}, reverse=True)
+    _show(
+        f"{manifest.method} {manifest.method_config or ''} on {manifest.model['family']}, {manifest.dtype}, opset "
+        f"{manifest.opset}, from {manifest.provenance.source}",
+        f"{counts.num_images} image(s), {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
+        f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
+        "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
+        tensors,
+        files,
+        f"files {'verified by hash' if verified else 'present, sizes as listed; --verify hashes them'}",
+    )
+    if certificate is None:
+        _show("no certificate; lvlm-edge check makes one")
+    else:
+        state = "passed" if certificate["passed"] else "FAILED"
+        _show(f"certificate: {state}" + ("" if certificate["of_this_bundle"] else ", but of another export"))
+
+
+if __name__ == "__main__":
+    main()

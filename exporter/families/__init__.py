@@ -1,0 +1,1 @@
+"""One file per model family: checkpoint names and config.json to `ModelSpec`."""

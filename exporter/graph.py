@@ -1,0 +1,135 @@
+"""Checks and small rewrites of ONNX graphs, and the FLOPs they contain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lvlm_edge.exporter.blocks import OPSET, GraphSpec
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.errors import LvlmEdgeError
+
+# Operators that no target takes, or that make shapes depend on data (`tensorrt` cannot parse or build them).
+TRAPS = frozenset({"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "BitShift", "DynamicQuantizeLinear"})
+IR_VERSION = 10
+_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64",
+}
+
+
+def finish(model: ir.Model, spec: GraphSpec, location: str, offsets: Mapping[str, int]) -> ir.Model:
+    """The traced model as it is shipped: weights by reference into one file, opset and names checked.
+
+    Args:
+        location: file name of the weights, beside the graph.
+        offsets: byte offset of every weight by name.
+    """
+    model.ir_version = IR_VERSION
+    model.producer_name = "lvlm-edge"
+    model.producer_version = None
+    model.graph.name = spec.name
+    model.metadata_props.clear()
+    _name_outputs(model, spec)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for name, value in model.graph.initializers.items():
+        value.metadata_props.clear()
+        if name in offsets:
+            assert value.dtype is not None and value.shape is not None
+            length = math.prod(value.shape.numpy()) * value.dtype.itemsize
+            value.const_value = ir.ExternalTensor(
+                location, offsets[name], int(length), value.dtype, shape=value.shape, name=name
+            )
+    check(model, spec)
+    return model
+
+
+def _name_outputs(model: ir.Model, spec: GraphSpec) -> None:
+    """An output that is an input or a weight would keep that one's name; copy it under its own."""
+    for i, info in enumerate(spec.outputs):
+        value = model.graph.outputs[i]
+        if value.name != info.name:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].name = info.name
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            model.graph.append(copy)
+            model.graph.outputs[i] = copy.outputs[0]
+
+
+def check(model: ir.Model, spec: GraphSpec) -> None:
+    """Raise unless a bundle may hold the graph: plain ai.onnx of one opset, shapes fixed, names as planned."""
+    problems = []
+    if dict(model.opset_imports) != {"": OPSET}:
+        problems.append(f"opsets {dict(model.opset_imports)}")
+    problems += [f"operator {n.domain}::{n.op_type}" for n in model.graph if n.domain or n.op_type in TRAPS]
+    problems += [f"{n.op_type} with {len(n.outputs)} outputs" for n in model.graph if _extra_outputs(n)]
+    for kind, values, wanted in (
+        ("input", model.graph.inputs, spec.inputs),
+        ("output", model.graph.outputs, spec.outputs),
+    ):
+        found = [describe(value) for value in values]
+        problems += [f"{kind} {f}, planned {w}" for f, w in zip(found, wanted, strict=True) if f != w]
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is None or any(not isinstance(d, int) for d in value.shape):
+                problems.append(f"{node.op_type} output {value.name} of shape {value.shape}")
+    if problems:
+        raise AssertionError(f"{spec.name}: the traced graph has {'; '.join(problems[:5])}")
+
+
+def _extra_outputs(node: ir.Node) -> bool:
+    return node.op_type == "Attention" and len(node.outputs) > 1
+
+
+def describe(value: ir.Value) -> TensorInfo:
+    """Name, dtype and shape of a graph's input or output."""
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    return TensorInfo(value.name, _DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape.numpy()))
+
+
+def weight_names(model: ir.Model, known: Mapping[str, object]) -> list[str]:
+    """Names of the known weights that a traced model reads."""
+    return [name for name, value in model.graph.initializers.items() if name in known and value.uses()]
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a finished model; its weights stay where they are."""
+    ir.save(model, path)
+
+
+def flops(path: Path) -> int:
+    """FLOPs of a graph file, node by node: 2 x multiply-accumulate of matrix products and convolutions.
+
+    Raises:
+        LvlmEdgeError: the file cannot be read.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise LvlmEdgeError(f"{path}: cannot be read as ONNX ({error})") from error
+    return sum(_node_flops(node) for node in model.graph)
+
+
+def _node_flops(node: ir.Node) -> int:
+    def shape(value: ir.Value | None) -> tuple[int, ...]:
+        assert value is not None and value.shape is not None
+        return tuple(int(d) for d in value.shape.numpy())
+
+    if node.op_type == "MatMul":
+        return 2 * math.prod(shape(node.outputs[0])) * shape(node.inputs[0])[-1]
+    if node.op_type == "Gemm":
+        transposed = node.attributes.get_int("transA", 0)
+        return 2 * math.prod(shape(node.outputs[0])) * shape(node.inputs[0])[0 if transposed else -1]
+    if node.op_type == "Conv":
+        return 2 * math.prod(shape(node.outputs[0])) * math.prod(shape(node.inputs[1])[1:])
+    if node.op_type == "Attention":
+        _, heads, rows, size = shape(node.inputs[0])
+        keys = shape(node.inputs[1])[2]
+        return 2 * heads * rows * keys * (size + shape(node.inputs[2])[3])
+    return 0

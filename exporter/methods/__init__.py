@@ -1,0 +1,1 @@
+"""One file per token reduction: settings, stages, graphs."""

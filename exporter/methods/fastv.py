@@ -1,0 +1,173 @@
+"""FastV: drop low-attention visual tokens from the prune layer on (arXiv:2403.06764).
+
+The paper describes the score as attention received from all tokens; the released code, and this file, use the
+attention of the last prompt token alone. Ranked once, in prefill; kept tokens keep their original positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.planning import Plan, PlanError, Stage
+from lvlm_edge.exporter.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lvlm_edge.exporter.parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """FastV's two knobs, the second as a share or as a count."""
+
+    prune_layer: int = 2  # K in the paper: layers 0..K-1 see every visual token
+    keep_ratio: float = 0.5  # 1 - R in the paper
+    keep_tokens: int | None = None  # the count itself; wins over the ratio
+
+
+def kept(config: Config, visual_tokens: int) -> int:
+    """Visual tokens kept: `keep_tokens`, or the ratio rounded half to even as the released code rounds.
+
+    Raises:
+        PlanError: the ratio is not in (0, 1], or the count not in 1..visual_tokens.
+    """
+    if config.keep_tokens is None and not 0 < config.keep_ratio <= 1:
+        raise PlanError(
+            f"fastv: keep_ratio is {config.keep_ratio:g}, expected more than 0 and at most 1 (kept over all)"
+        )
+    count = round(visual_tokens * config.keep_ratio) if config.keep_tokens is None else config.keep_tokens
+    if not 1 <= count <= visual_tokens:
+        raise PlanError(f"fastv: {count} of {visual_tokens} visual tokens would be kept; keep 1..{visual_tokens}")
+    return count
+
+
+def stages(spec: ModelSpec, config: Config, visual_tokens: int, text_tokens: int) -> tuple[Stage, ...]:
+    """Two stages, split at the prune layer.
+
+    Raises:
+        PlanError: the prune layer is not inside the model, or the kept count is out of range.
+    """
+    k, layers = config.prune_layer, spec.decoder.layers
+    if not 0 < k < layers:
+        raise PlanError(f"fastv: prune_layer is {k}, but the model has layers 0..{layers - 1}; choose 1..{layers - 1}")
+    full, reduced = visual_tokens + text_tokens, kept(config, visual_tokens) + text_tokens
+    return (
+        Stage(range(k), full, full, full, scored=full),
+        Stage(range(k, layers), reduced, reduced, reduced),
+    )
+
+
+def paper(plan: Plan) -> dict[str, Any]:
+    """The paper's column: mean FLOPs of one layer, as multiply-accumulates, FFN as two matrices, 36 other tokens."""
+    d, m = plan.spec.decoder.hidden, plan.spec.decoder.ffn
+
+    def cost(n: float) -> float:
+        return 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
+
+    visual, layers, k = plan.visual_tokens, plan.spec.decoder.layers, plan.config.prune_layer
+    dense, reduced = cost(visual + 36), cost(plan.kept_tokens + 36)
+    mean = (k * dense + (layers - k) * reduced) / layers
+    return {"name": "FastV", "unit": "GMAC per layer, mean", "value": mean / 1e9, "ratio": mean / dense}
+
+
+def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers below the prune layer over the whole prompt, and the importance scores."""
+    layers = plan.stages[0].layers
+    x, (query, key), caches = blocks.prefill_layers(parts, plan, layers, inputs, "inputs_embeds")
+    scores = importance(query, key, inputs["last_index"], inputs["visual_index"])
+    return {"hidden": x, "score": scores, **caches}
+
+
+def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tensor:
+    """Importance score of each visual token: attention from the last real prompt token, mean over query heads.
+
+    Args:
+        query: queries of the layer before the prune layer, rotated, [1, H, S, D_h].
+        key: keys of the same layer, rotated, [1, H_kv, S, D_h].
+        last: row of the last real token; padding comes after it, [1], int64.
+        visual: rows of the visual tokens, ascending, [V], int64.
+
+    Returns:
+        [1, V], float32.
+
+    Source: the released code of arXiv:2403.06764; softmax per head over all keys, then the mean.
+    """
+    _, heads, rows, size = query.shape
+    kv_heads = key.shape[1]
+    row = query.index_select(2, last).reshape(1, kv_heads, heads // kv_heads, size).float()
+    logits: Tensor = (row @ key.float().transpose(2, 3)) * size**-0.5  # [1, H_kv, H / H_kv, S]
+    real = blocks.arange(rows) <= last
+    attention = logits.masked_fill(~real, float("-inf")).softmax(-1)
+    return attention.mean((1, 2)).index_select(1, visual)
+
+
+def select(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The kept rows, in sequence order, with their original positions."""
+    top = inputs["score"].topk(plan.kept_tokens).indices[0]
+    # topk orders by score; RoPE and the causal mask need sequence order.
+    kept_visual = top.topk(plan.kept_tokens, largest=False).values
+    slots = blocks.concat([inputs["text_index"], inputs["visual_index"].index_select(0, kept_visual)])
+    keep_index = slots.topk(plan.stages[1].queries, largest=False).values
+    return {
+        "kept_hidden": inputs["hidden"].index_select(1, keep_index),
+        "kept_position_ids": inputs["position_ids"].index_select(1, keep_index),
+        "kept_last_index": inputs["last_index"] - (plan.visual_tokens - plan.kept_tokens),
+        "kept_visual": kept_visual,
+    }
+
+
+def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers from the prune layer on over the kept rows, and the logits of the last one."""
+    renamed = {name.removeprefix("kept_"): tensor for name, tensor in inputs.items()}
+    x, _, caches = blocks.prefill_layers(parts, plan, plan.stages[1].layers, renamed, "hidden")
+    return {"logits": blocks.logits(parts, x, renamed["last_index"]), **caches}
+
+
+def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
+    """vision, prefill_head, select, prefill_tail, decode."""
+    shapes = blocks.Shapes(plan)
+    first, second = plan.stages
+    full, reduced, visual = first.queries, second.queries, plan.visual_tokens
+    hidden, score = shapes.hidden("hidden", full), shapes.score("score", visual)
+    positions, last = shapes.index("position_ids", 1, full), shapes.index("last_index", 1)
+    visual_index, write = shapes.index("visual_index", visual), shapes.index("write_index", 1)
+    kept_rows = (
+        shapes.hidden("kept_hidden", reduced),
+        shapes.index("kept_position_ids", 1, reduced),
+        shapes.index("kept_last_index", 1),
+    )
+    return (
+        blocks.vision_graph(plan),
+        blocks.GraphSpec(
+            name="prefill_head",
+            role="prefill",
+            inputs=(
+                shapes.hidden("inputs_embeds", full),
+                positions,
+                last,
+                visual_index,
+                write,
+                *shapes.caches(first.layers, "past_key_values"),
+            ),
+            outputs=(hidden, score, *shapes.caches(first.layers, "present")),
+            body=head,
+        ),
+        blocks.GraphSpec(
+            name="select",
+            role="prefill",
+            inputs=(hidden, positions, last, score, visual_index, shapes.index("text_index", plan.text_tokens)),
+            outputs=(*kept_rows, shapes.index("kept_visual", plan.kept_tokens)),
+            body=select,
+        ),
+        blocks.GraphSpec(
+            name="prefill_tail",
+            role="prefill",
+            inputs=(*kept_rows, write, *shapes.caches(second.layers, "past_key_values")),
+            outputs=(shapes.logits(), *shapes.caches(second.layers, "present")),
+            body=tail,
+        ),
+        blocks.decode_graph(plan),
+    )

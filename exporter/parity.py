@@ -1,0 +1,252 @@
+"""Bundle against PyTorch: graph by graph, then end to end; the result is the bundle's certificate."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lvlm_edge.exporter import checkpoint, references
+from lvlm_edge.exporter.references import Reference
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime import bundle as manifests
+
+Array = NDArray[Any]
+
+# Largest error of a tensor over its reference's largest magnitude (at least 1; for scores, the largest score).
+# float32: rounding of sums in another order, seen at 1e-6. float16: 11 bits over some dozen layers, seen at 5e-3.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+SCORE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A prompt to compare on: token ids with one image token per image, and pixels [images, 3, H, W] float32."""
+
+    name: str
+    prompt: tuple[int, ...]
+    pixels: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison: what, the figure found, the bound it must keep, and the verdict."""
+
+    case: str
+    stage: str
+    figure: float
+    bound: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """All rows, and whether every one passed."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    @property
+    def first_failure(self) -> Row | None:
+        """The first stage that differs: where to look."""
+        return next((row for row in self.rows if not row.passed), None)
+
+
+def check(
+    bundle: str | Path,
+    against: str | Path,
+    *,
+    cases: Sequence[Case] | None = None,
+    steps: int = 16,
+    backend: str = "ort",
+    seed: int = 0,
+    question: tuple[str, Sequence[Any]] | None = None,
+    store: bool = True,
+) -> Verdict:
+    """Compare a bundle with PyTorch running its checkpoint, and store the result in the bundle.
+
+    Args:
+        against: checkpoint folder or Hugging Face id.
+        cases: prompts; by default `synthetic` ones.
+        steps: greedy tokens per prompt, at most the bundle's capacity.
+        question: a prompt and its pictures to compare on too, through the bundle's own preprocessing.
+        store: write `certificate.json` into the bundle.
+
+    Raises:
+        InputError: the question does not fit the bundle.
+        BundleError: the bundle is damaged or altered.
+        CheckpointError: transformers cannot load the checkpoint.
+    """
+    pipe = Pipeline.load(bundle, backend)
+    folder = checkpoint.resolve(against)
+    model = references.load(folder)
+    cases = synthetic(pipe, seed) if cases is None else list(cases)
+    if question is not None:
+        prompt, pixels = pipe.prepare(*question)
+        cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
+    steps = min(steps, pipe.manifest.counts.new_tokens)
+    rows = [row for case in cases for row in compare(pipe, model, case, steps)]
+    verdict = Verdict(rows=tuple(rows))
+    if store:
+        _certify(pipe, folder, cases, steps, seed, verdict)
+    return verdict
+
+
+def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
+    """Seeded prompts of several lengths, with the images at several places, on noise pictures."""
+    rng, manifest = np.random.default_rng(seed), pipe.manifest
+    room, images = manifest.counts.text_tokens, manifest.counts.num_images
+    wanted = next(g for g in manifest.graphs if g.role == "image").inputs[0].shape
+    found = []
+    for name, text, before in (
+        ("short", min(6, room), 1),
+        ("middle", max(2, room // 2), min(room // 4, 35)),
+        ("full", room, min(5, room - 1)),
+    ):
+        ids = rng.integers(0, manifest.embedding.vocab, text)
+        ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
+        before = min(before, text - 1)
+        prompt = [*ids[:before], *[manifest.image_token_id] * images, *ids[before:]]
+        pixels = rng.standard_normal((images, *wanted[1:])).astype(np.float32)
+        found.append(Case(name=name, prompt=tuple(int(i) for i in prompt), pixels=pixels))
+    return found
+
+
+def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
+    """Every comparison of one case. Each graph is fed what PyTorch had, so that a difference shows where it arises."""
+    manifest = pipe.manifest
+    run = references.module(manifest.method).run
+    pixels = torch.from_numpy(case.pixels)
+    expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
+    rows = _vision(pipe, case, expected)
+    inputs = pipe.prefill_inputs(case.prompt, expected.image_embeds.numpy())
+    answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
+    if expected.kept is not None:
+        selected, kept = _selection(pipe, case, expected, inputs)
+        rows += selected
+        if not np.array_equal(kept, expected.kept.numpy()) and all(row.passed for row in rows):
+            expected = run(model, manifest.method_config, case.prompt, pixels, steps, kept=torch.from_numpy(kept))
+    return rows + _answers(pipe, case, expected, answer.token_ids, answer.logits, answer.kept_visual)
+
+
+def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
+    outputs = [pipe.run_graph("vision", {"pixel_values": picture[None]}) for picture in case.pixels]
+    features = np.concatenate([o["image_features"] for o in outputs])
+    embeds = np.concatenate([o["image_embeds"][0] for o in outputs])
+    return [
+        _close(pipe, case, "vision", features, expected.image_features),
+        _close(pipe, case, "projector", embeds, expected.image_embeds),
+    ]
+
+
+def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str, Array]) -> tuple[list[Row], Array]:
+    """Head, scores and kept indices, from PyTorch's own image embeddings."""
+    assert expected.hidden is not None and expected.score is not None and expected.kept is not None
+    head = pipe.run_graph("prefill_head", _named(pipe, "prefill_head", inputs))
+    real = int(inputs["last_index"][0]) + 1
+    select = pipe.run_graph("select", _named(pipe, "select", inputs))
+    kept, score, reference = select["kept_visual"], head["score"][0], expected.score.numpy()
+    error = float(np.abs(score - reference).max())
+    bound = SCORE_TOLERANCE[pipe.manifest.dtype] * float(reference.max())
+    rows = [
+        _close(pipe, case, "head", head["hidden"][0, :real], expected.hidden),
+        Row(case=case.name, stage="scores", figure=error, bound=bound, passed=error <= bound),
+        _kept(case, kept, reference, expected.kept.numpy(), error),
+        _order(case, select, inputs, kept),
+    ]
+    return rows, kept
+
+
+def _kept(case: Case, kept: Array, score: Array, wanted: Array, error: float) -> Row:
+    """The kept set. Tokens may change places only when their scores are closer than twice the error of the scores."""
+    mine, theirs = set(kept.tolist()), set(wanted.tolist())
+    lost, gained = sorted(theirs - mine), sorted(mine - theirs)
+    order = np.sort(score)[::-1]
+    margin = float(order[len(wanted) - 1] - order[len(wanted)]) if len(wanted) < len(score) else float("inf")
+    widest = float(score[lost].max() - score[gained].min()) if lost and gained else 0.0
+    complete = len(kept) == len(mine) == len(theirs)
+    note = f"margin at the cut {margin:.2e}" + (f", {len(lost)} swapped" if lost else "")
+    passed = complete and widest <= 2 * error
+    return Row(case=case.name, stage="kept set", figure=len(lost), bound=0, passed=passed, note=note)
+
+
+def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], kept: Array) -> Row:
+    """Kept rows must be the hidden rows of text and kept tokens, in sequence order, with their own positions."""
+    slots = np.sort(np.concatenate([inputs["text_index"], inputs["visual_index"][np.sort(kept)]]))
+    wrong = int((select["kept_position_ids"][0] != slots).sum()) + int((np.sort(kept) != kept).sum())
+    return Row(case=case.name, stage="kept order", figure=wrong, bound=0, passed=wrong == 0)
+
+
+def _answers(
+    pipe: Pipeline, case: Case, expected: Reference, tokens: list[int], logits: Array | None, kept: Array | None
+) -> list[Row]:
+    """First logits, then every later step as long as the tokens agree; a flip is allowed only in a near tie."""
+    assert logits is not None
+    reference = expected.logits.numpy()
+    steps = len(expected.tokens)
+    flip = next((t for t in range(steps) if tokens[t] != expected.tokens[t]), None)
+    shown = steps if flip is None else flip + 1
+    first = _close(pipe, case, "prefill logits", logits[:1], expected.logits[:1])
+    later = _close(pipe, case, "decode logits", logits[:shown], expected.logits[:shown])
+    if flip is None:
+        return [
+            first,
+            later,
+            Row(case=case.name, stage="tokens", figure=0, bound=0, passed=True, note=f"{steps} equal"),
+        ]
+    gap = float(reference[flip, expected.tokens[flip]] - reference[flip, tokens[flip]])
+    bound = 2 * TOLERANCE[pipe.manifest.dtype] * max(1.0, float(np.abs(reference[flip]).max()))
+    note = f"token {flip} is {tokens[flip]}, expected {expected.tokens[flip]}; their logits differ by {gap:.2e}"
+    return [first, later, Row(case=case.name, stage="tokens", figure=gap, bound=bound, passed=gap <= bound, note=note)]
+
+
+def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch.Tensor) -> Row:
+    reference = expected.numpy()
+    error = float(np.abs(found.astype(np.float32) - reference).max()) / max(1.0, float(np.abs(reference).max()))
+    bound = TOLERANCE[pipe.manifest.dtype]
+    return Row(case=case.name, stage=stage, figure=error, bound=bound, passed=bool(error <= bound))
+
+
+def _named(pipe: Pipeline, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
+    return {t.name: inputs[t.name] for t in pipe.manifest.graph(graph).inputs if t.name in inputs}
+
+
+def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, seed: int, verdict: Verdict) -> None:
+    """Write the certificate: inputs, figures, versions, and the hash of the manifest it speaks of."""
+    bundle = pipe.bundle.folder
+    names = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
+    content = {
+        "passed": verdict.passed,
+        "manifest_sha256": manifests.sha256(bundle / manifests.MANIFEST),
+        "against": str(folder),
+        "against_config_sha256": manifests.sha256(folder / "config.json"),
+        "backend": pipe.backend.name,
+        "machine": platform.machine(),
+        "steps": steps,
+        "seed": seed,
+        "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
+        "rows": [asdict(row) for row in verdict.rows],
+        "versions": {name: metadata.version(name) for name in names},
+    }
+    partial = bundle / (manifests.CERTIFICATE + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    os.replace(partial, bundle / manifests.CERTIFICATE)
+
+
+def _digest(values: Array) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

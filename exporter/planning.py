@@ -1,0 +1,289 @@
+"""Plan: the one place where token counts, tensor shapes, cache sizes and FLOPs are computed."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import ModuleType
+from typing import Any
+
+from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
+from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+
+BYTES = {"float32": 4, "float16": 2}
+CAPACITIES = ("num_images", "max_text_tokens", "max_new_tokens", "dtype")
+
+
+class PlanError(UsageError):
+    """A method's setting or a capacity is out of range."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers that see the same counts in prefill.
+
+    Attributes:
+        layers: decoder layers, 0-based.
+        queries: rows of the residual stream.
+        keys: rows attended to.
+        cached: cache rows filled by prefill.
+        scored: keys scored once more for one query row by the last of these layers (0: none).
+    """
+
+    layers: range
+    queries: int
+    keys: int
+    cached: int
+    scored: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything an export fixes: counts, stages and precision. Where an image stands is run-time data.
+
+    Attributes:
+        text_tokens: capacity for text tokens of the prompt, begin-of-sequence included.
+        new_tokens: capacity for generated tokens.
+        visual_tokens: of all images together.
+        kept_tokens: visual tokens left after the last reduction.
+    """
+
+    spec: ModelSpec
+    method: str
+    config: Any
+    stages: tuple[Stage, ...]
+    num_images: int
+    text_tokens: int
+    new_tokens: int
+    dtype: str
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.spec.visual_tokens * self.num_images
+
+    @property
+    def kept_tokens(self) -> int:
+        return self.stages[-1].cached - self.text_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Rows of the padded prompt."""
+        return self.visual_tokens + self.text_tokens
+
+    @property
+    def positions(self) -> int:
+        """Rows of the rotary tables: every position a prompt or an answer can reach."""
+        return self.prompt_tokens + self.new_tokens
+
+    def stage_of(self, layer: int) -> Stage:
+        return next(stage for stage in self.stages if layer in stage.layers)
+
+    def capacity(self, layer: int) -> int:
+        """Cache rows of a layer."""
+        return self.stage_of(layer).cached + self.new_tokens
+
+    def dropped(self, layer: int) -> int:
+        """Prompt rows that a layer's cache does not hold: slot = unpruned length - dropped."""
+        return self.prompt_tokens - self.stage_of(layer).cached
+
+    def kv_cache_bytes(self) -> int:
+        decoder = self.spec.decoder
+        row = 2 * decoder.kv_heads * decoder.head_dim * BYTES[self.dtype]
+        return sum(row * self.capacity(layer) for layer in range(decoder.layers))
+
+
+def method_names() -> list[str]:
+    from lvlm_edge.exporter import methods
+
+    return [m.name for m in pkgutil.iter_modules(methods.__path__)]
+
+
+def method(name: str) -> ModuleType:
+    """The module of a method.
+
+    Raises:
+        UnsupportedError: there is no such method.
+    """
+    if name not in method_names():
+        raise UnsupportedError(f"method: {name!r} is not known; {nearest(name, method_names())}")
+    return importlib.import_module(f"lvlm_edge.exporter.methods.{name}")
+
+
+def configure(name: str, options: Mapping[str, Any]) -> Any:
+    """A method's `Config` from options by field name; None means not given.
+
+    Raises:
+        UsageError: an option the method does not have.
+    """
+    config = method(name).Config
+    known = [f.name for f in fields(config)]
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in known:
+            flag = "--" + key.replace("_", "-")
+            others = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
+            raise UsageError(f"{name}: has no option {flag}; its options: {others}; choose another --method")
+    return config(**given)
+
+
+def make(
+    spec: ModelSpec,
+    *,
+    method_name: str = "none",
+    options: Mapping[str, Any] | None = None,
+    num_images: int = 1,
+    max_text_tokens: int = 256,
+    max_new_tokens: int = 128,
+    dtype: str = "float32",
+) -> Plan:
+    """The plan of a model under a method.
+
+    Raises:
+        PlanError: a count is out of range or the positions exceed what the model was trained for.
+        UnsupportedError: unknown method or dtype, or a sliding window shorter than the prompt.
+    """
+    if dtype not in BYTES:
+        raise UnsupportedError(f"dtype: {dtype!r} is not supported; {nearest(dtype, BYTES)}")
+    for name, value in (
+        ("num_images", num_images),
+        ("max_text_tokens", max_text_tokens),
+        ("max_new_tokens", max_new_tokens),
+    ):
+        if value < 1:
+            raise PlanError(f"plan: {name} is {value}, expected at least 1; raise --{name.replace('_', '-')}")
+    config = configure(method_name, options or {})
+    visual = spec.visual_tokens * num_images
+    plan = Plan(
+        spec=spec,
+        method=method_name,
+        config=config,
+        stages=method(method_name).stages(spec, config, visual, max_text_tokens),
+        num_images=num_images,
+        text_tokens=max_text_tokens,
+        new_tokens=max_new_tokens,
+        dtype=dtype,
+    )
+    limit = spec.decoder.max_positions
+    if plan.positions > limit:
+        raise PlanError(
+            f"plan: {visual} visual + {max_text_tokens} text + {max_new_tokens} new tokens make {plan.positions} "
+            f"positions, but the model has {limit}; lower --max-text-tokens or --max-new-tokens"
+        )
+    window = spec.decoder.window
+    if window is not None and plan.positions > window:
+        raise UnsupportedError(
+            f"plan: {plan.positions} positions exceed the model's sliding window of {window}; lower --max-text-tokens "
+            "or --max-new-tokens"
+        )
+    return plan
+
+
+# FLOPs: 2 x multiply-accumulate of matrix products and convolutions; full attention rectangles, also where masked.
+
+
+def vision_flops(spec: ModelSpec) -> int:
+    """FLOPs of the vision encoder for one image, up to the highest feature layer."""
+    v = spec.vision
+    patches = v.grid**2 * v.patch_size**2 * v.channels * v.hidden
+    n = v.positions
+    layer = 4 * n * v.hidden**2 + 2 * n * v.hidden * v.ffn + 2 * n * n * v.hidden
+    return 2 * (patches + max(v.feature_layers) * layer)
+
+
+def projector_flops(spec: ModelSpec) -> int:
+    """FLOPs of the two-layer projector for one image."""
+    wide, d = len(spec.vision.feature_layers) * spec.vision.hidden, spec.decoder.hidden
+    return 2 * spec.visual_tokens * (wide * d + d * d)
+
+
+def layer_flops(d: DecoderSpec, queries: int, keys: int) -> int:
+    """FLOPs of one decoder layer: every row projected and fed forward, each query against each key."""
+    dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    return 2 * queries * (2 * d.hidden * dq + 2 * d.hidden * dkv + 3 * d.hidden * d.ffn) + 4 * queries * keys * dq
+
+
+def prefill_flops(plan: Plan) -> int:
+    """FLOPs of the decoder over the padded prompt, with lm_head on the one emitted row."""
+    d = plan.spec.decoder
+    layers = sum(
+        len(s.layers) * layer_flops(d, s.queries, s.keys) + 2 * s.scored * d.heads * d.head_dim for s in plan.stages
+    )
+    return layers + 2 * d.hidden * d.vocab
+
+
+def decode_flops(plan: Plan) -> int:
+    """FLOPs of one decoded token, attending to full caches."""
+    d = plan.spec.decoder
+    return sum(layer_flops(d, 1, plan.capacity(i)) for i in range(d.layers)) + 2 * d.hidden * d.vocab
+
+
+def weights_bytes(plan: Plan) -> int:
+    """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
+    v, d, p = plan.spec.vision, plan.spec.decoder, plan.spec
+    deepest = max(v.feature_layers)
+    vision = v.patch_size**2 * v.channels * v.hidden + v.positions * v.hidden
+    vision += (3 if v.kind == "clip" else 1) * v.hidden  # class token and pre-norm, or the patch bias
+    vision += deepest * (4 * v.hidden**2 + 2 * v.hidden * v.ffn + 9 * v.hidden + v.ffn)
+    wide = len(v.feature_layers) * v.hidden
+    projector = wide * d.hidden + d.hidden**2 + p.projector_bias * 2 * d.hidden
+    dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    layer = d.hidden * (2 * dq + 2 * dkv + 3 * d.ffn + 2)
+    layer += d.qkv_bias * (dq + 2 * dkv) + d.o_bias * d.hidden + d.mlp_bias * (2 * d.ffn + d.hidden)
+    decoder = d.layers * layer + d.hidden + d.vocab * d.hidden * (1 if d.tied else 2)
+    return (vision + projector + decoder) * BYTES[plan.dtype]
+
+
+def report(plan: Plan) -> dict[str, Any]:
+    """The plan as `plan --json` prints it (`interface`: method, model, stages, bytes, flops, paper)."""
+    d = plan.spec.decoder
+    dense = make(
+        plan.spec,
+        num_images=plan.num_images,
+        max_text_tokens=plan.text_tokens,
+        max_new_tokens=plan.new_tokens,
+        dtype=plan.dtype,
+    )
+    module = method(plan.method)
+    return {
+        "method": plan.method,
+        "config": asdict(plan.config),
+        "model": {
+            "family": plan.spec.family,
+            "layers": d.layers,
+            "hidden": d.hidden,
+            "heads": d.heads,
+            "kv_heads": d.kv_heads,
+            "head_dim": d.head_dim,
+            "ffn": d.ffn,
+            "vocab": d.vocab,
+        },
+        "dtype": plan.dtype,
+        "num_images": plan.num_images,
+        "visual_tokens": plan.visual_tokens,
+        "kept_visual_tokens": plan.kept_tokens,
+        "removed_share": 1 - plan.kept_tokens / plan.visual_tokens,
+        "text_tokens": plan.text_tokens,
+        "new_tokens": plan.new_tokens,
+        "stages": [
+            {
+                "layers": [s.layers.start, s.layers.stop - 1],
+                "queries": s.queries,
+                "keys": s.keys,
+                "cached": s.cached,
+            }
+            for s in plan.stages
+        ],
+        "weights_bytes": weights_bytes(plan),
+        "kv_cache_bytes": plan.kv_cache_bytes(),
+        "kv_cache_bytes_dense": dense.kv_cache_bytes(),
+        "flops": {
+            "vision": vision_flops(plan.spec) * plan.num_images,
+            "projector": projector_flops(plan.spec) * plan.num_images,
+            "prefill": prefill_flops(plan),
+            "prefill_dense": prefill_flops(dense),
+            "decode_per_token": decode_flops(plan),
+        },
+        "paper": module.paper(plan),
+    }

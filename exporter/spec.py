@@ -1,0 +1,150 @@
+"""ModelSpec: dimensions and token ids of a checkpoint, from its `config.json` alone; reads no weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
+
+
+class CheckpointError(LvlmEdgeError):
+    """A checkpoint's files are missing, damaged, or do not fit each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSpec:
+    """The vision encoder.
+
+    Attributes:
+        kind: `clip` (class token, LayerNorm before the layers) or `siglip`.
+        layers: layers of the checkpoint; a graph holds only those below the highest feature layer.
+        feature_layers: hidden states handed to the projector, as numbers of layers run, concatenated.
+        drop_first: the first token of each hidden state is removed (select strategy `default`).
+        mlp_act: activation name as in the config (`quick_gelu`, `gelu`, `gelu_pytorch_tanh`).
+    """
+
+    kind: str
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    image_size: int
+    patch_size: int
+    channels: int
+    eps: float
+    mlp_act: str
+    feature_layers: tuple[int, ...]
+    drop_first: bool
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def positions(self) -> int:
+        """Tokens inside the encoder: the patches, and for CLIP the class token."""
+        return self.grid**2 + (self.kind == "clip")
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens per image."""
+        return self.positions - self.drop_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """A Llama-shaped decoder.
+
+    Attributes:
+        tied: lm_head and embedding are one tensor.
+        window: sliding attention window in tokens, None for full attention.
+        max_positions: positions the checkpoint was trained for.
+        rope: the text config's fields that decide the rotary tables.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    eps: float
+    mlp_act: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tied: bool
+    window: int | None
+    max_positions: int
+    rope: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A vision-language model: encoder, two-layer projector, decoder, and the token ids that matter."""
+
+    family: str
+    vision: VisionSpec
+    projector_act: str
+    projector_bias: bool
+    decoder: DecoderSpec
+    image_token_id: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image."""
+        return self.vision.tokens
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object; restore the file")
+    return content
+
+
+def family(name: str) -> ModuleType:
+    """The module of a model family, by `model_type`.
+
+    Raises:
+        UnsupportedError: there is no such family.
+    """
+    from lvlm_edge.exporter import families
+
+    known = [m.name for m in pkgutil.iter_modules(families.__path__)]
+    if name not in known:
+        raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {nearest(name, known)}")
+    return importlib.import_module(f"lvlm_edge.exporter.families.{name}")
+
+
+def load(folder: Path) -> ModelSpec:
+    """The spec of a checkpoint folder; only `config.json` needs to be there.
+
+    Raises:
+        CheckpointError: no readable `config.json`, or one without `model_type`.
+        UnsupportedError: a family or feature this version does not know.
+    """
+    config = read_json(folder / "config.json")
+    name = config.get("model_type")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder / 'config.json'}: has no model_type; give a Hugging Face checkpoint folder")
+    spec = family(name).read_spec(config)
+    assert isinstance(spec, ModelSpec)
+    return spec

@@ -1,0 +1,82 @@
+"""Tokenizer and chat template of a checkpoint, as files and settings of the bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.exporter.spec import CheckpointError, read_json
+from lvlm_edge.runtime.prompt import TextConfig
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+
+
+def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfig | None:
+    """Copy tokenizer and chat template into a bundle; None for a checkpoint without tokenizer.json.
+
+    A checkpoint without a template gets its family's published one.
+
+    Raises:
+        CheckpointError: the tokenizer does not know the image token's id.
+    """
+    if not (folder / TOKENIZER).is_file():
+        return None
+    config = _optional(folder / "tokenizer_config.json")
+    special = _optional(folder / "special_tokens_map.json") | config
+    image_token = _token(read_json(folder / TOKENIZER), image_token_id)
+    if image_token is None:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: has no added token with the id {image_token_id} that config.json gives to images; "
+            "use the tokenizer that belongs to this checkpoint"
+        )
+    shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
+    (out / TEMPLATE).write_text(_template(folder, config) or family.CHAT_TEMPLATE, "utf-8")
+    return TextConfig(
+        tokenizer=TOKENIZER,
+        chat_template=TEMPLATE,
+        image_token=image_token,
+        image_token_id=image_token_id,
+        bos_token=_content(special.get("bos_token")),
+        eos_token=_content(special.get("eos_token")),
+    )
+
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids from generation_config.json, else from config.json."""
+    config = _optional(folder / "config.json")
+    for source in (_optional(folder / "generation_config.json"), config, config.get("text_config") or {}):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The template, from wherever its vintage of transformers put it."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text("utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        found = _optional(folder / name).get("chat_template")
+        if isinstance(found, str):
+            return found
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((t["template"] for t in found if t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def _token(tokenizer: dict[str, Any], token_id: int) -> str | None:
+    for added in tokenizer.get("added_tokens", []):
+        if added["id"] == token_id:
+            return str(added["content"])
+    return None
+
+
+def _content(token: Any) -> str:
+    """A special token's text: a string, or an object with `content`, or nothing."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,93 @@
+"""Module and shapes to an ONNX model on fake tensors; the only caller of torch.onnx.export."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from lvlm_edge.exporter.blocks import OPSET, GraphSpec
+from lvlm_edge.exporter.parts import Parts
+from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.runtime.bundle import TensorInfo
+
+_TORCH = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+
+
+class _Traced(nn.Module):
+    def __init__(self, graph: GraphSpec, parts: Parts, plan: Plan) -> None:
+        super().__init__()
+        self.graph, self.parts, self.plan = graph, parts, plan
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        names = [info.name for info in self.graph.inputs]
+        outputs = self.graph.body(self.parts, self.plan, dict(zip(names, tensors, strict=True)))
+        return tuple(outputs[info.name] for info in self.graph.outputs)
+
+
+def trace(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
+    """One graph as an ONNX model whose weights are still fake, named as in `Parts`."""
+    with mode:
+        inputs = tuple(_empty(info) for info in graph.inputs)
+    module = _Traced(graph, parts, plan).eval()
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, inputs, strict=False)
+        exported = torch.onnx.export(
+            program,
+            (),
+            None,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[info.name for info in graph.inputs],
+            output_names=[info.name for info in graph.outputs],
+            verbose=False,
+            external_data=False,
+            optimize=False,
+        )
+        assert exported is not None
+        return _optimise(exported.model)
+
+
+def _optimise(model: ir.Model) -> ir.Model:
+    """Fold constants and drop what is not needed, with the weights as inputs so that no pass looks into them."""
+    from onnxscript import optimizer
+
+    graph = model.graph
+    weights = [value for name, value in list(graph.initializers.items()) if name.startswith("parts.")]
+    fake = [value.const_value for value in weights]
+    for value in weights:
+        assert value.name is not None
+        graph.initializers.pop(value.name)
+        value.name, value.const_value = value.name.removeprefix("parts."), None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    for value, content in zip(weights, fake, strict=True):
+        graph.inputs.remove(value)
+        if value.uses():
+            value.const_value = content
+            graph.register_initializer(value)
+    return model
+
+
+def _empty(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=_TORCH[info.dtype])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes about packages it does not find and its own deprecations."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

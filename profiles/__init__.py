@@ -1,0 +1,1 @@
+"""Device profiles, one TOML file each; `lvlm_edge.exporter.profiles` reads them."""

@@ -1,0 +1,305 @@
+"""The bundle's manifest: the only contract between the exporting machine and the device.
+
+A bundle is a folder: `manifest.json`, one ONNX file per graph, one file with every weight, tokenizer files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from lvlm_edge.runtime.errors import BundleError, UnsupportedError
+from lvlm_edge.runtime.image import Preprocessing
+from lvlm_edge.runtime.prompt import TextConfig
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+CERTIFICATE = "certificate.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A graph's input or output: name, dtype (`float32`, `float16`, `int64`) and fixed shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One graph. Roles: `image` runs once per image, `prefill` in order once per prompt, `decode` once per token.
+
+    Tensors of equal name and shape are one buffer, over all graphs: an output feeds the inputs named like it.
+    """
+
+    name: str
+    file: str
+    role: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayer:
+    """Key and value cache of one decoder layer, [1, kv_heads, capacity, head_dim] each.
+
+    `dropped` prompt rows never enter it: the next slot is the unpruned length minus `dropped`.
+    """
+
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    dropped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the export fixed. `prompt_tokens` = `visual_tokens` + `text_tokens` rows, the prompt's capacity."""
+
+    num_images: int
+    visual_tokens: int
+    kept_tokens: int
+    text_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """The token embedding inside a file of the bundle: [vocab, hidden], or transposed when `columns`."""
+
+    file: str
+    offset: int
+    vocab: int
+    hidden: int
+    dtype: str
+    columns: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How a picture becomes `pixel_values`, and how visual tokens lie on it: row-major on `grid` (rows, columns).
+
+    `leading_tokens` visual tokens (a class token) come before the grid's and belong to no patch; `missing_patches`
+    patches at the front of the grid have no token.
+    """
+
+    preprocessing: Preprocessing
+    grid: tuple[int, int]
+    leading_tokens: int
+    missing_patches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the bundle comes from: source path or id, revision, sha256 of config.json, versions of what made it."""
+
+    source: str
+    revision: str | None
+    config_sha256: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything the runtime needs to know; `load` checks it strictly.
+
+    Attributes:
+        method_config: the method's resolved settings.
+        decode_offset: position of the first decoded token = prompt tokens (visual and text) + this.
+        cache: one entry per decoder layer.
+        text: None when the checkpoint had no tokenizer.
+    """
+
+    schema: int
+    model: dict[str, Any]
+    method: str
+    method_config: dict[str, Any]
+    dtype: str
+    opset: int
+    lowering: str
+    counts: Counts
+    decode_offset: int
+    stages: tuple[dict[str, Any], ...]
+    graphs: tuple[Graph, ...]
+    cache: tuple[CacheLayer, ...]
+    embedding: Embedding
+    image: ImageConfig
+    text: TextConfig | None
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    weights: str
+    provenance: Provenance
+    files: dict[str, FileInfo]
+
+    def graph(self, name: str) -> Graph:
+        return next(g for g in self.graphs if g.name == name)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
+    """Read and check a bundle.
+
+    Args:
+        folder: the bundle.
+        verify: hash every file; without it only presence and size are checked.
+
+    Raises:
+        BundleError: not a bundle, another schema, or a file missing, altered or outside the folder.
+    """
+    folder = Path(folder)
+    bundle = Bundle(folder, load_manifest(folder))
+    for name, info in bundle.manifest.files.items():
+        _check_file(folder, name, info, verify)
+    _check_references(bundle)
+    return bundle
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle, its own structure checked but not the files it names.
+
+    Raises:
+        BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder}: has no {MANIFEST}; give a bundle made by `lvlm-edge export`")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path}: is not JSON ({error}); export the bundle again") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise BundleError(f"{path}: schema {schema} is newer than this version reads ({SCHEMA}); upgrade lvlm-edge")
+    if schema != SCHEMA:
+        raise BundleError(f"{path}: schema is {schema!r}, expected {SCHEMA}; export the bundle again")
+    try:
+        manifest: Manifest = _parse(Manifest, content, "manifest")
+        return manifest
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{path}: {error}; export the bundle again") from error
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into a folder."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> None:
+    path = folder / safe_name(name)
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: is a link, expected a file inside the bundle; export or copy the bundle again")
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing; export or copy the bundle again")
+    size = path.stat().st_size
+    if size != info.size:
+        raise BundleError(f"{path}: has {size} bytes, the manifest says {info.size}; export or copy the bundle again")
+    if verify and sha256(path) != info.sha256:
+        raise BundleError(f"{path}: was altered (its sha256 is not the manifest's); export or copy the bundle again")
+
+
+def safe_name(name: str) -> str:
+    """The name, if it stays inside the bundle.
+
+    Raises:
+        BundleError: an absolute path, or one with `..`.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise BundleError(f"manifest: file {name!r} points outside the bundle; do not use this bundle")
+    return name
+
+
+def _check_references(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    named = [g.file for g in manifest.graphs] + [manifest.weights, manifest.embedding.file]
+    if manifest.text is not None:
+        named += [manifest.text.tokenizer, manifest.text.chat_template]
+    for name in named:
+        if name not in manifest.files:
+            raise BundleError(f"manifest: names {name!r}, which is not in its list of files; export the bundle again")
+    table = manifest.embedding
+    width = {"float32": 4, "float16": 2}.get(table.dtype)
+    if width is None:
+        raise UnsupportedError(f"manifest: embedding dtype is {table.dtype!r}, expected float32 or float16")
+    if table.offset + table.vocab * table.hidden * width > manifest.files[table.file].size or table.offset < 0:
+        raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as an annotated type: dataclasses, tuples, dicts, unions with None, and plain types."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _parse(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        return _parse_fields(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{where} is {type(value).__name__}, expected a list")
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        if len(kinds) != len(value):
+            raise TypeError(f"{where} has {len(value)} entries, expected {len(kinds)}")
+        return tuple(_parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))  # noqa: B905
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} is {type(value).__name__}, expected an object")
+        return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{where} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _parse_fields(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where} is {type(value).__name__}, expected an object")
+    hints = typing.get_type_hints(kind)
+    missing = [name for name in hints if name not in value]
+    unknown = [name for name in value if name not in hints]
+    if missing or unknown:
+        raise TypeError(
+            f"{where} lacks {', '.join(missing) or 'nothing'}, has unknown {', '.join(unknown) or 'nothing'}"
+        )
+    return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -1,0 +1,286 @@
+"""Pictures: opening them, turning them into the model's input, and showing which patches were kept."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_edge.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to a picture before the vision encoder, in the order of the fields; `None` skips a step.
+
+    Sizes are (height, width) in pixels. Exactly one of `shortest_edge` and `resize_to` may be set.
+    """
+
+    convert_rgb: bool = True  # transparent pixels are laid on white
+    pad_to_square: tuple[int, int, int] | None = None  # colour of the padding, 0..255
+    shortest_edge: int | None = None  # resize so that the shorter edge has this length, keeping the shape
+    resize_to: tuple[int, int] | None = None  # resize to this size, whatever the shape
+    resample: int = 3  # Pillow's filter number; 3 is bicubic
+    crop: tuple[int, int] | None = None  # centre crop; a smaller picture is padded with zeros
+    rescale: float | None = None  # factor on the pixel values
+    mean: tuple[float, ...] | None = None  # subtracted per channel, after rescaling
+    std: tuple[float, ...] | None = None  # divided by, per channel
+
+
+def open_image(source: str | os.PathLike[str] | bytes | Image) -> Image:
+    """A picture as RGB, turned upright by its EXIF orientation and decoded completely.
+
+    The steps are those of `load_image` in transformers: the first frame is taken, and transparency is dropped.
+
+    Args:
+        source: a path, the content of a file, or a Pillow picture, which is left as it is.
+
+    Raises:
+        InputError: the picture is missing, not a picture, truncated or damaged, or larger than Pillow's limit
+            `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    from PIL import Image
+
+    where = _name(source)
+    if isinstance(source, Image.Image):
+        return _upright(source, where)
+    with _open(source, where) as picture:  # a picture of several frames keeps its file open otherwise
+        return _upright(picture, where)
+
+
+def preprocess(image: Image, how: Preprocessing) -> NDArray[np.float32]:
+    """The model's input, equal to what the Pillow-backed image processors of transformers return.
+
+    Args:
+        image: the picture, usually from `open_image`.
+        how: the steps.
+
+    Returns:
+        `pixel_values`, [1, 3, H, W], float32.
+
+    Raises:
+        InputError: the picture is too long and thin to resize, or not RGB although the model wants it as it is.
+
+    Source: `image_processing_backends.PilBackend` and `LlavaImageProcessorPil` of transformers 5.23.
+    """
+    pixels = _rgb(image) if how.convert_rgb else _as_is(image)
+    if how.pad_to_square is not None:
+        pixels = _padded(pixels, how.pad_to_square)
+    size = _resized_size((pixels.shape[0], pixels.shape[1]), how)
+    if how.shortest_edge is not None or how.resize_to is not None:
+        pixels = _resized(pixels, size, how.resample)
+    if how.crop is not None:
+        pixels = _cropped(pixels, how.crop)
+    return np.ascontiguousarray(_normalized(pixels, how).transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def patch_boxes(size: tuple[int, int], how: Preprocessing, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """Where the patches of the model's input lie on the original picture, undoing crop, resize and padding.
+
+    A patch is a whole number of pixels wide; what is left over at the right and bottom of the input belongs to
+    no patch, as in a convolution.
+
+    Args:
+        size: (width, height) of the original picture in pixels.
+        how: the steps of `preprocess`.
+        grid: (rows, columns) of patches on the model's input.
+
+    Returns:
+        (left, top, right, bottom) of each patch in pixels, row by row, [rows * columns, 4], float64. Boxes reach
+        outside the picture where the input was padded.
+    """
+    width, height = size
+    side = max(width, height)
+    padded = (side, side) if how.pad_to_square is not None else (height, width)
+    resized = _resized_size(padded, how)
+    crop = how.crop or resized
+    edges = []
+    for axis, original in ((0, height), (1, width)):
+        patch = crop[axis] // grid[axis]
+        cropped_off = (resized[axis] - crop[axis]) // 2
+        padding = (padded[axis] - original) // 2
+        marks = np.arange(grid[axis] + 1, dtype=np.float64) * patch + cropped_off
+        edges.append(marks * (padded[axis] / resized[axis]) - padding)
+    y, x = edges
+    top, left = np.meshgrid(y[:-1], x[:-1], indexing="ij")
+    bottom, right = np.meshgrid(y[1:], x[1:], indexing="ij")
+    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
+
+
+def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Image:
+    """The picture with the kept patches clear and outlined, and everything else darkened.
+
+    Args:
+        image: the original picture.
+        boxes: boxes of all patches, from `patch_boxes`, [patches, 4].
+        kept: ascending indices of the kept patches.
+    """
+    from PIL import Image, ImageDraw
+
+    picture = image.convert("RGB")
+    shown = Image.blend(picture, Image.new("RGB", picture.size), 0.7)
+    corners = np.rint(boxes[np.asarray(kept, dtype=np.int64)]).astype(np.int64).reshape(-1, 4)
+    corners[:, 0::2] = corners[:, 0::2].clip(0, picture.width)
+    corners[:, 1::2] = corners[:, 1::2].clip(0, picture.height)
+    inside = [tuple(box) for box in corners.tolist() if box[0] < box[2] and box[1] < box[3]]
+    for box in inside:
+        shown.paste(picture.crop(box), box)
+    pen = ImageDraw.Draw(shown)
+    for left, top, right, bottom in inside:
+        pen.rectangle((left, top, right - 1, bottom - 1), outline=(255, 210, 0))
+    return shown
+
+
+def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
+    """The picture, identified but not decoded."""
+    import io
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # The size is checked right after this with an error, which says more than Pillow's warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: no such file, expected a picture; check the path") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{where}: not a picture that Pillow can read; give a JPEG, PNG or WebP file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{where}: the picture is too large ({_one_line(error)}), expected at most {Image.MAX_IMAGE_PIXELS} "
+            f"pixels; scale it down"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{where}: cannot be read ({error.strerror or _one_line(error)}), expected a picture; "
+            f"check the path and its permissions"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"{where}: cannot be read as a picture ({_one_line(error)}), expected a JPEG, PNG or WebP file; "
+            f"save or copy it again"
+        ) from error
+
+
+def _upright(picture: Image, where: str) -> Image:
+    """The picture as `open_image` returns it; its size is checked before anything is decoded."""
+    from PIL import Image, ImageOps
+
+    width, height = picture.size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise InputError(
+            f"{where}: the picture is {width}x{height}, {width * height} pixels, expected at most {limit}; scale it down"
+        )
+    try:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:
+        raise InputError(
+            f"{where}: the picture is truncated or damaged ({_one_line(error)}), expected a complete picture; "
+            f"save or copy it again"
+        ) from error
+
+
+def _name(source: str | os.PathLike[str] | bytes | Image) -> str:
+    """How an error calls the source."""
+    if isinstance(source, bytes):
+        return f"picture of {len(source)} bytes"
+    if isinstance(source, (str, os.PathLike)):
+        return _one_line(os.fspath(source)) or "''"
+    return _one_line(getattr(source, "filename", "")) or "picture"
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _rgb(image: Image) -> NDArray[np.uint8]:
+    """[H, W, 3], uint8; transparent pixels are laid on white."""
+    from PIL import Image
+
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _as_is(image: Image) -> NDArray[np.uint8]:
+    """[H, W, 3], uint8, without a conversion."""
+    if image.mode != "RGB":
+        raise InputError(
+            f"picture: its mode is {image.mode}, but this model takes pictures unconverted, expected RGB; "
+            f"convert it to RGB first"
+        )
+    return np.array(image)
+
+
+def _padded(pixels: NDArray[np.uint8], colour: Sequence[int]) -> NDArray[np.uint8]:
+    """The pixels in the middle of a square of the padding's colour, [side, side, 3]."""
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    square = np.empty((side, side, 3), dtype=np.uint8)
+    square[:] = colour
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+def _resized_size(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
+    """(height, width) after the resize; `size` itself when there is none."""
+    if how.resize_to is not None:
+        return how.resize_to[0], how.resize_to[1]
+    if how.shortest_edge is None:
+        return size
+    height, width = size
+    longest = int(how.shortest_edge * max(size) / min(size))
+    return (longest, how.shortest_edge) if width <= height else (how.shortest_edge, longest)
+
+
+def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    # Only the middle of a long, thin picture is used, but cropping before resizing changes the last bits.
+    if limit is not None and size[0] * size[1] > 2 * limit:
+        raise InputError(
+            f"picture: {pixels.shape[1]}x{pixels.shape[0]} is too long and thin, it would be resized to "
+            f"{size[1]}x{size[0]}, expected at most {2 * limit} pixels; crop it first"
+        )
+    return np.array(Image.fromarray(pixels).resize((size[1], size[0]), resample=Image.Resampling(resample)))
+
+
+def _cropped(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The middle of the picture, or the picture in the middle of zeros where it is smaller."""
+    out = np.zeros((size[0], size[1], 3), dtype=np.uint8)
+    rows, columns = (_overlap(pixels.shape[axis], size[axis]) for axis in (0, 1))
+    out[rows[1], columns[1]] = pixels[rows[0], columns[0]]
+    return out
+
+
+def _overlap(have: int, want: int) -> tuple[slice, slice]:
+    """The pixels taken from an edge of length `have`, and where they go on one of length `want`."""
+    start = (have - want) // 2  # rounds down, also when negative
+    if start >= 0:
+        return slice(start, start + want), slice(0, want)
+    return slice(0, have), slice(-start, -start + have)
+
+
+def _normalized(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+    """[H, W, 3], float32. Rescaling happens in float64 and normalising in float32, as in transformers."""
+    values: NDArray[Any] = pixels
+    if how.rescale is not None:
+        values = values.astype(np.float64) * how.rescale
+    values = values.astype(np.float32)
+    if how.mean is not None and how.std is not None:
+        values = (values - np.array(how.mean, dtype=np.float32)) / np.array(how.std, dtype=np.float32)
+    return values

@@ -1,0 +1,54 @@
+"""Cache layout and buffers; the only file that knows slots.
+
+A position is an index in the original sequence and feeds RoPE; a slot is a row of a cache buffer. After pruning
+they differ. Graphs get one unpruned length and take the dropped rows off themselves; this file sizes and checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lvlm_edge.runtime.bundle import CacheLayer, Counts, TensorInfo
+
+PAST, PRESENT = "past_key_values", "present"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The caches of a bundle, by layer."""
+
+    layers: tuple[CacheLayer, ...]
+    dtype: str
+
+    def buffers(self) -> tuple[TensorInfo, ...]:
+        """One buffer per layer and part, named as the graphs' inputs: [1, kv_heads, capacity, head_dim]."""
+        return tuple(
+            TensorInfo(f"{PAST}.{i}.{part}", self.dtype, (1, layer.kv_heads, layer.capacity, layer.head_dim))
+            for i, layer in enumerate(self.layers)
+            for part in ("key", "value")
+        )
+
+    def bytes(self) -> int:
+        """Memory of all buffers."""
+        width = {"float32": 4, "float16": 2}[self.dtype]
+        return sum(2 * width * c.kv_heads * c.capacity * c.head_dim for c in self.layers)
+
+    def lengths(self, unpruned: int) -> tuple[int, ...]:
+        """Filled slots per layer when `unpruned` rows (visual, text, decoded) have gone by."""
+        return tuple(unpruned - layer.dropped for layer in self.layers)
+
+    def room(self, prompt: int) -> int:
+        """Rows that decoding can still add after a prompt of that many rows."""
+        return min(c.capacity + c.dropped for c in self.layers) - prompt
+
+
+def shared_name(name: str) -> str:
+    """The buffer that a graph's tensor lives in: `present.3.key` is written into `past_key_values.3.key`."""
+    return PAST + name.removeprefix(PRESENT) if name.startswith(PRESENT + ".") else name
+
+
+def check_layout(layers: Sequence[CacheLayer], counts: Counts) -> None:
+    """Assert what the planner promised: every layer can hold a full prompt's rows and every new token."""
+    for layer in layers:
+        assert layer.capacity + layer.dropped >= counts.prompt_tokens + counts.new_tokens

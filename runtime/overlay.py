@@ -1,0 +1,45 @@
+"""Draws which visual tokens survived over the pictures they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_edge.runtime import image as pictures
+from lvlm_edge.runtime.bundle import ImageConfig, Manifest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def patches(kept: Any, config: ImageConfig, tokens: int, picture: int) -> list[int]:
+    """Grid patches (row-major) of one picture that kept tokens stand for.
+
+    Args:
+        kept: ascending indices among the visual tokens of all pictures, int [k].
+        tokens: visual tokens per picture.
+        picture: number of the picture in the prompt.
+    """
+    mine = kept[(kept >= picture * tokens) & (kept < (picture + 1) * tokens)] - picture * tokens
+    found = mine - config.leading_tokens + config.missing_patches
+    return [int(i) for i in found if i >= 0]
+
+
+def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
+    """The pictures side by side: kept patches clear, the others dark."""
+    from PIL import Image
+
+    config, tokens = manifest.image, manifest.counts.visual_tokens // manifest.counts.num_images
+    drawn = []
+    for i, source in enumerate(images):
+        picture = pictures.open_image(source)
+        boxes = pictures.patch_boxes(picture.size, config.preprocessing, config.grid)
+        drawn.append(pictures.overlay(picture, boxes, patches(np.asarray(kept), config, tokens, i)))
+    sheet = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)))
+    left = 0
+    for picture in drawn:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    return sheet

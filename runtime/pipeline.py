@@ -1,0 +1,382 @@
+"""Runs the graphs a manifest names: vision per image, the prefill graphs in order, then decode token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm_edge.runtime import kv_cache
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, load
+from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
+from lvlm_edge.runtime.errors import BundleError, InputError, UsageError
+from lvlm_edge.runtime.image import open_image, preprocess
+from lvlm_edge.runtime.prompt import Text
+from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
+
+
+@dataclass(kw_only=True)
+class Result:
+    """An answer.
+
+    Attributes:
+        token_ids: generated tokens, the end-of-sequence token included when it was reached.
+        logits: float32 [len(token_ids), vocab]; row t gave token t. None unless asked for.
+        kept_visual: ascending indices among the visual tokens that survived, int64 [k]; None where none are dropped.
+        text: the answer as text; empty when only tokens were asked for.
+        finish: why it ended: `eos`, `stop` (a stop string) or `length`.
+        seconds: time by step: `preprocess`, each graph, `first_token` (all before the first token), `decode`.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logits: Array | None = None
+    kept_visual: Array | None = None
+    text: str = ""
+    finish: str = "length"
+    prompt_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """A bundle, its sessions and its buffers. One prompt at a time; not safe for use from several threads at once."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.manifest = bundle.manifest
+        self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
+        kv_cache.check_layout(self.manifest.cache, self.manifest.counts)
+        self._buffers: dict[TensorInfo, Buffer] = {}
+        self._cache_names = {info.name: info for info in self._layout.buffers()}
+        self._sessions: dict[str, Session] = {g.name: self._open(g) for g in self.manifest.graphs}
+        self._table = _embedding(bundle)
+        self._text: Text | None = None
+        self.last: Result | None = None
+
+    @classmethod
+    def load(cls, bundle: str | Path, backend: str = "ort", *, verify: bool = True, **options: Any) -> Pipeline:
+        """Open a bundle for running.
+
+        Args:
+            bundle: folder made by `lvlm-edge export`.
+            backend: `ort`.
+            verify: hash every file first.
+            options: the backend's own (`ort`: `threads`).
+
+        Raises:
+            BundleError: the bundle is damaged, altered, or not for this version.
+            UnsupportedError: unknown backend, or its packages are missing.
+        """
+        return cls(open_bundle(bundle, verify=verify), load(backend, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[Any] = (),
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        system: str | None = None,
+    ) -> Iterator[str]:
+        """The answer in pieces of whole characters; `self.last` holds the whole result once it has ended.
+
+        Args:
+            prompt: the user's text; an image placeholder typed in it stays text.
+            images: paths, bytes or PIL images, as many as the bundle is planned for.
+            max_new_tokens: at most the bundle's capacity, which is the default.
+            stop: strings that end the answer and are not part of it.
+            system: a system message, for templates that take one.
+
+        Raises:
+            InputError: wrong number of images, unreadable picture, or a prompt too long for the bundle.
+            BundleError: the bundle has no tokenizer.
+        """
+        result = self.last = Result()
+        began = time.perf_counter()
+        ids, pixels = self.prepare(prompt, images, system=system)
+        result.seconds["preprocess"] = time.perf_counter() - began
+        stops, pieces = StopStrings(stop), self._load_text().stream()
+        for token in self._tokens(result, ids, pixels, max_new_tokens, sampling, began=began):
+            if token in self.manifest.eos_token_ids:
+                break
+            piece, stopped = stops.push(pieces.push(token))
+            result.text += piece
+            if piece:
+                yield piece
+            if stopped:
+                result.finish = "stop"
+                return
+        piece, stopped = stops.push(pieces.flush())
+        piece += "" if stopped else stops.flush()
+        result.text += piece
+        if piece:
+            yield piece
+
+    def prepare(self, prompt: str, images: Sequence[Any], *, system: str | None = None) -> tuple[list[int], Array]:
+        """What `generate_tokens` takes: prompt tokens with one image token per image, and pixels [images, 3, H, W]."""
+        pixels = self._pixels(images)
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self._load_text().encode_chat(messages), pixels
+
+    def generate(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Result:
+        """`stream` to its end; options as there."""
+        for _ in self.stream(prompt, images, **options):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def generate_tokens(
+        self,
+        prompt_token_ids: Sequence[int],
+        pixel_values: Array | None,
+        *,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Result:
+        """Tokens and logits from tokens and pixels; needs no tokenizer.
+
+        Args:
+            prompt_token_ids: the image token stands once per image.
+            pixel_values: float32 [images, 3, H, W], preprocessed.
+            max_new_tokens: at most the bundle's capacity, which is the default.
+            ignore_eos: go on after end-of-sequence.
+            image_sizes: for any-resolution checkpoints; others do not look at it.
+
+        Raises:
+            InputError: tokens out of range, too many of them, or images that do not fit the bundle.
+        """
+        result = Result()
+        rows: list[Array] = []
+        for _ in self._tokens(
+            result, prompt_token_ids, pixel_values, max_new_tokens, sampling, ignore_eos=ignore_eos, rows=rows
+        ):
+            pass
+        vocab = self.manifest.embedding.vocab
+        result.logits = np.stack(rows) if rows else np.zeros((0, vocab), np.float32)
+        return result
+
+    def buffer(self, graph: str, name: str) -> Buffer:
+        """The buffer behind a graph's input or output, for checks and debugging."""
+        found = self.manifest.graph(graph)
+        return self._buffers[self._key(next(t for t in (*found.inputs, *found.outputs) if t.name == name))]
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One graph on given inputs; copies of its outputs. Inputs not given keep what their buffers hold."""
+        for name, values in inputs.items():
+            self.buffer(graph, name).write(values)
+        self._sessions[graph].run()
+        return {t.name: self.buffer(graph, t.name).read().copy() for t in self.manifest.graph(graph).outputs}
+
+    def prefill_inputs(self, prompt_token_ids: Sequence[int], image_embeds: Array) -> dict[str, Array]:
+        """What the host hands to the prefill graphs, by name: the padded prompt and where its parts stand.
+
+        Args:
+            image_embeds: projected visual tokens of all images in prompt order, [V, D].
+
+        Raises:
+            InputError: see `generate_tokens`.
+        """
+        ids, image = self._checked(prompt_token_ids), self.manifest.image_token_id
+        counts = self.manifest.counts
+        per_image = counts.visual_tokens // counts.num_images
+        repeats = np.where(ids == image, per_image, 1)
+        is_visual = np.repeat(ids == image, repeats)
+        visual_index = np.flatnonzero(is_visual)
+        embeds = np.zeros((1, counts.prompt_tokens, self.manifest.embedding.hidden), self._table.dtype)
+        embeds[0, np.flatnonzero(~is_visual)] = self._table[ids[ids != image]]
+        embeds[0, visual_index] = image_embeds
+        everywhere = np.arange(counts.prompt_tokens)
+        return {
+            "inputs_embeds": embeds,
+            "position_ids": everywhere[None],
+            "last_index": np.array([len(is_visual) - 1]),
+            "write_index": np.zeros(1, np.int64),
+            "visual_index": visual_index,
+            "text_index": np.setdiff1d(everywhere, visual_index),
+        }
+
+    # How one prompt runs.
+
+    def _tokens(
+        self,
+        result: Result,
+        prompt: Sequence[int],
+        pixels: Array | None,
+        max_new_tokens: int | None,
+        sampling: Sampling | None,
+        *,
+        ignore_eos: bool = False,
+        rows: list[Array] | None = None,
+        began: float | None = None,
+    ) -> Iterator[int]:
+        limit = self._limit(max_new_tokens)
+        sampler, seen = Sampler(sampling or Sampling()), [int(i) for i in prompt]
+        began = time.perf_counter() if began is None else began
+        logits = self._prefill(result, prompt, pixels)
+        length = result.prompt_tokens
+        for step in range(limit):
+            if rows is not None:
+                rows.append(logits.copy())
+            token = sampler.pick(logits, seen)
+            seen.append(token)
+            result.token_ids.append(token)
+            ended = token in self.manifest.eos_token_ids and not ignore_eos
+            if ended:
+                result.finish = "eos"
+            if step == 0:
+                result.seconds["first_token"] = time.perf_counter() - began
+                began = time.perf_counter()
+            yield token
+            if ended or step + 1 == limit:
+                break
+            logits = self._decode(token, length + step)
+        result.seconds["decode"] = time.perf_counter() - began
+
+    def _prefill(self, result: Result, prompt: Sequence[int], pixels: Array | None) -> Array:
+        self._checked(prompt)
+        embeds = self._see(result, pixels)
+        inputs = self.prefill_inputs(prompt, embeds)
+        result.prompt_tokens = int(inputs["last_index"][0]) + 1
+        graphs = [g for g in self.manifest.graphs if g.role == "prefill"]
+        for graph in graphs:
+            began = time.perf_counter()
+            for info in graph.inputs:
+                if info.name in inputs:
+                    self._buffers[self._key(info)].write(inputs[info.name])
+            self._sessions[graph.name].run()
+            result.seconds[graph.name] = time.perf_counter() - began
+        for graph in graphs:
+            if any(info.name == "kept_visual" for info in graph.outputs):
+                result.kept_visual = self.buffer(graph.name, "kept_visual").read().copy()
+        logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
+        return logits
+
+    def _see(self, result: Result, pixels: Array | None) -> Array:
+        """Projected visual tokens of every image, [V, D]."""
+        checked = self._checked_pixels(pixels)
+        found = []
+        began = time.perf_counter()
+        for graph in self.manifest.graphs:
+            if graph.role == "image":
+                for picture in checked:
+                    self.buffer(graph.name, "pixel_values").write(picture[None])
+                    self._sessions[graph.name].run()
+                    found.append(self.buffer(graph.name, "image_embeds").read()[0].copy())
+                result.seconds[graph.name] = time.perf_counter() - began
+        return np.concatenate(found)
+
+    def _decode(self, token: int, length: int) -> Array:
+        """Logits after one more token, `length` rows having gone by."""
+        position = length + self.manifest.decode_offset
+        self.buffer("decode", "inputs_embeds").write(self._table[token].reshape(1, 1, -1))
+        self.buffer("decode", "position_ids").write(np.full((1, 1), position))
+        self.buffer("decode", "cache_length").write(np.full(1, length))
+        self._sessions["decode"].run()
+        logits: Array = self.buffer("decode", "logits").read().reshape(-1)
+        return logits
+
+    # What is asked of the input.
+
+    def _checked(self, prompt: Sequence[int]) -> Array:
+        counts = self.manifest.counts
+        ids = np.asarray(prompt, np.int64).reshape(-1)
+        vocab = self.manifest.embedding.vocab
+        image = self.manifest.image_token_id
+        outside = ids[((ids < 0) | (ids >= vocab)) & (ids != image)]
+        if outside.size:
+            raise InputError(
+                f"prompt: token {outside[0]} is outside the vocabulary of {vocab}; use this model's tokenizer"
+            )
+        images = int((ids == image).sum())
+        if images != counts.num_images:
+            raise InputError(
+                f"prompt: has {images} image(s), the bundle is planned for {counts.num_images}; give "
+                f"{counts.num_images}, or export with --num-images {max(images, 1)}"
+            )
+        text = len(ids) - images
+        if not text:
+            raise InputError("prompt: has no text; ask something")
+        if text > counts.text_tokens:
+            raise InputError(
+                f"prompt: has {text} text tokens, the bundle holds {counts.text_tokens}; shorten it, or export with "
+                f"--max-text-tokens {text} or more"
+            )
+        return ids
+
+    def _checked_pixels(self, pixels: Array | None) -> Array:
+        wanted = next(g for g in self.manifest.graphs if g.role == "image").inputs[0]
+        shape = (self.manifest.counts.num_images, *wanted.shape[1:])
+        found = None if pixels is None else np.asarray(pixels)
+        if found is None or found.shape != shape:
+            given = "nothing" if found is None else list(found.shape)
+            raise InputError(f"pixel_values: is {given}, the bundle is planned for {list(shape)}; see num_images")
+        if not np.isfinite(found).all():
+            raise InputError("pixel_values: holds values that are infinite or not a number; check the preprocessing")
+        return found
+
+    def _pixels(self, images: Sequence[Any]) -> Array:
+        planned = self.manifest.counts.num_images
+        if len(images) != planned:
+            raise InputError(
+                f"images: {len(images)} given, the bundle is planned for {planned}; give {planned}, or export with "
+                f"--num-images {max(len(images), 1)}"
+            )
+        how = self.manifest.image.preprocessing
+        return np.concatenate([preprocess(open_image(image), how) for image in images])
+
+    def _limit(self, max_new_tokens: int | None) -> int:
+        room = self.manifest.counts.new_tokens
+        if max_new_tokens is None:
+            return room
+        if not 1 <= max_new_tokens <= room:
+            raise UsageError(
+                f"max_new_tokens: is {max_new_tokens}, the bundle holds 1..{room}; export with --max-new-tokens "
+                f"{max(max_new_tokens, 1)} for more"
+            )
+        return max_new_tokens
+
+    def _load_text(self) -> Text:
+        if self._text is None:
+            config = self.manifest.text
+            if config is None:
+                raise BundleError(
+                    f"{self.bundle.folder}: has no tokenizer, since its checkpoint had none; put tokenizer.json beside "
+                    "the checkpoint's config.json and export again, or use generate_tokens"
+                )
+            self._text = Text.load(self.bundle.folder, config)
+        return self._text
+
+    # How graphs and buffers come together.
+
+    def _open(self, graph: Graph) -> Session:
+        bound = {}
+        for info in (*graph.inputs, *graph.outputs):
+            key = self._key(info)
+            if key not in self._buffers:
+                self._buffers[key] = self.backend.allocate(key)
+            bound[info.name] = self._buffers[key]
+        return self.backend.open(self.bundle.path(graph.file), bound)
+
+    def _key(self, info: TensorInfo) -> TensorInfo:
+        """The buffer of a tensor: equal name and shape are one buffer, and a cache is written where it is read."""
+        name = kv_cache.shared_name(info.name)
+        cache = self._cache_names.get(name)
+        assert cache is None or cache.shape == info.shape, (info, cache)
+        return TensorInfo(name, info.dtype, info.shape)
+
+
+def _embedding(bundle: Bundle) -> Array:
+    """The token embedding [vocab, hidden], mapped, not read."""
+    e = bundle.manifest.embedding
+    shape = (e.hidden, e.vocab) if e.columns else (e.vocab, e.hidden)
+    table = np.memmap(bundle.path(e.file), np.dtype(e.dtype), "r", e.offset, shape)
+    return table.T if e.columns else table

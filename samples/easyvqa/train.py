@@ -1,0 +1,290 @@
+"""Train the sample checkpoint on easy-VQA: `python samples/easyvqa/train.py --out samples/easyvqa/checkpoint`.
+
+Stage 1 teaches the vision tower shape and colour (mean of patch features -> classes); without it shape stays at
+chance. Stage 2 trains the whole model on answers. Several questions share one picture's visual tokens in a
+sequence (each sees the picture and itself only), which is exact for a causal decoder and several times cheaper.
+Interrupted, the same command goes on from the last saved step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import click
+import data
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+SLOTS, SLOT = 8, 16  # questions per picture in a sequence, tokens per question with answer and end
+PICTURES_1, PICTURES_2 = 96, 32  # pictures per step
+SAVE_EVERY = 100
+
+
+def build(tokens: Tokenizer) -> LlavaForConditionalGeneration:
+    """The untrained model: 144 visual tokens, 8 decoder layers, 2.4 M parameters."""
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+        image_size=data.SIZE, patch_size=8, projection_dim=128,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=tokens.get_vocab_size(), max_position_embeddings=1024, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokens.token_to_id("<image>"),
+        image_seq_length=(data.SIZE // 8) ** 2, vision_feature_layer=-1, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def augment(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Flips, transposition and small rolls, all of which leave shape and colour as they are."""
+    out = np.empty_like(pictures)
+    for i, picture in enumerate(pictures):
+        flips, turn = rng.integers(0, 2, 3), rng.integers(-8, 9, 2)
+        picture = picture[:: 1 - 2 * flips[0], :: 1 - 2 * flips[1]]
+        out[i] = np.roll(picture.transpose(1, 0, 2) if flips[2] else picture, turn, (0, 1))
+    return out
+
+
+def ask(split: data.Split, by_picture: list[list[int]], forms: dict[str, list[str]], picture: int,
+        rng: np.random.Generator) -> tuple[str, str]:  # fmt: skip
+    """One question about a picture: from the data set, or where its labels are known also made from its templates."""
+    shape, color = split.labels[picture]
+    if shape < 0 or color < 0 or rng.random() < 0.3:
+        question, answer, _ = split.questions[int(rng.choice(by_picture[picture]))]
+        return question, answer
+    kind = rng.choice(["shape", "color", "yes/no", "yes/no", "yes/no"])
+    form = str(rng.choice(forms[kind]))
+    true = {"SHAPE": data.SHAPES[shape], "COLOR": data.COLORS[color]}
+    if kind != "yes/no":
+        return form.replace("SHAPE", true["SHAPE"]).replace("COLOR", true["COLOR"]), true[str(kind).upper()]
+    there = bool(rng.random() < 0.5)
+    for key, words in (("SHAPE", data.SHAPES), ("COLOR", data.COLORS)):
+        others = [w for w in words if w != true[key]]
+        form = form.replace(key, true[key] if there else str(rng.choice(others)))
+    return form, "yes" if there == data.asserts(form) else "no"
+
+
+def templates(split: data.Split) -> dict[str, list[str]]:
+    """Every question of the data set with its shape and colour words taken out, by kind of answer."""
+    forms: dict[str, set[str]] = {"shape": set(), "color": set(), "yes/no": set()}
+    for question, answer, _ in split.questions:
+        kind = "yes/no" if answer in ("yes", "no") else "shape" if answer in data.SHAPES else "color"
+        words = [("SHAPE" if w in data.SHAPES else "COLOR" if w in data.COLORS else w) for w in
+                 question.rstrip("?").split()]  # fmt: skip
+        forms[kind].add(" ".join(words) + "?")
+    return {kind: sorted(found) for kind, found in forms.items()}
+
+
+class Packed(nn.Module):
+    """Loss over SLOTS questions per picture, all attending to one copy of its visual tokens."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, prefix: list[int], image_token: int) -> None:
+        super().__init__()
+        self.model, at = model, prefix.index(image_token)
+        visual = model.config.image_seq_length
+        self.register_buffer("before", torch.tensor(prefix[:at]))
+        self.register_buffer("after", torch.tensor(prefix[at + 1 :]))
+        head = len(prefix) - 1 + visual
+        slot = torch.arange(SLOTS * SLOT) // SLOT
+        order = torch.cat([torch.arange(head), head + torch.arange(SLOTS * SLOT) % SLOT])
+        group = torch.cat([torch.full((head,), -1), slot])
+        sees = (order[:, None] >= order[None]) & ((group[:, None] == group[None]) | (group[None] == -1))
+        self.register_buffer("mask", torch.where(sees, 0.0, -1e9)[None, None])
+        self.register_buffer("positions", order[None])
+        self.head = head
+
+    def forward(self, pixels: Tensor, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy of the answer token.
+
+        Args:
+            pixels: [B, 3, H, W] float32.
+            ids: question, answer and end-of-sequence, right-padded, [B, SLOTS, SLOT] int64.
+            labels: next token where it is part of an answer, else -100, [B, SLOTS, SLOT] int64.
+        """
+        core, batch = self.model.model, pixels.shape[0]
+        hidden = core.vision_tower(pixels).last_hidden_state[:, 1:]
+        image = core.multi_modal_projector(hidden)
+        embed = core.get_input_embeddings()
+        fixed = [embed(t).expand(batch, -1, -1) for t in (self.before, self.after)]
+        x = torch.cat([fixed[0], image, fixed[1], embed(ids.flatten(1))], 1)
+        mask = self.mask.to(x.dtype)
+        out = core.language_model(inputs_embeds=x, attention_mask=mask, position_ids=self.positions, use_cache=False)
+        chosen = labels.flatten(1) >= 0
+        target = labels.flatten(1)[chosen]
+        logits = self.model.lm_head(out.last_hidden_state[:, self.head :][chosen]).float()
+        words = target != 2
+        hit = (logits.argmax(-1) == target)[words].float().mean()
+        return F.cross_entropy(logits, target), hit
+
+
+def rate(step: int, steps: int, warm: int = 60) -> float:
+    """Cosine schedule with linear warm-up, relative to the peak rate."""
+    return min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class Run:
+    """Steps with a schedule, a progress bar, and a state that survives a kill."""
+
+    def __init__(self, name: str, folder: Path, module: nn.Module, groups: list[dict], steps: int) -> None:
+        self.name, self.file, self.module, self.steps = name, folder / f"{name}.pt", module, steps
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+        self.peaks = [g["lr"] for g in self.optimizer.param_groups]
+        self.start = 0
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.start = state["step"]
+
+    def save(self, step: int) -> None:
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+        torch.save(state, self.file.with_suffix(".tmp"))
+        os.replace(self.file.with_suffix(".tmp"), self.file)
+
+    def go(self, loss_of) -> None:
+        columns = (TextColumn(self.name), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        with Progress(*columns) as bar:
+            task, seen = bar.add_task("", total=self.steps, completed=self.start, note=""), []
+            for step in range(self.start, self.steps):
+                for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                    group["lr"] = peak * rate(step, self.steps)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss, hit = loss_of(step)
+                self.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+                self.optimizer.step()
+                seen = [*seen[-49:], (float(loss.detach()), float(hit))]
+                note = "loss {:.3f} hit {:.3f}".format(*np.mean(seen, 0))
+                bar.update(task, advance=1, note=note)
+                if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.steps:
+                    self.save(step + 1)
+                    bar.console.print(f"{self.name} step {step + 1} {note}", highlight=False)
+
+
+def train_tower(model: LlavaForConditionalGeneration, split: data.Split, folder: Path, steps: int, seed: int) -> None:
+    """Stage 1: shape and colour from the mean of the tower's patch features."""
+    known = np.flatnonzero((split.labels >= 0).all(1))
+    tower = model.model.vision_tower
+    heads = nn.Linear(tower.config.hidden_size, len(data.SHAPES) + len(data.COLORS))
+    module = nn.ModuleDict({"tower": tower, "heads": heads})
+    run = Run("tower", folder, module, [{"params": module.parameters(), "lr": 1e-3}], steps)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((seed, 1, step))
+        chosen = rng.choice(known, PICTURES_1)
+        pixels = torch.from_numpy(data.normalise(augment(split.pictures[chosen], rng)))
+        out = heads(tower(pixels).last_hidden_state[:, 1:].mean(1)).float().split([3, 8], -1)
+        labels = torch.from_numpy(split.labels[chosen])
+        loss = sum(F.cross_entropy(o, labels[:, i]) for i, o in enumerate(out))
+        hit = torch.stack([o.argmax(-1) == labels[:, i] for i, o in enumerate(out)]).all(0).float().mean()
+        return loss, hit
+
+    run.go(loss_of)
+
+
+def train_answers(model: LlavaForConditionalGeneration, split: data.Split, tokens: Tokenizer, folder: Path,
+                  steps: int, seed: int) -> None:  # fmt: skip
+    """Stage 2: everything, on the answer and the end-of-sequence token."""
+    image_token = tokens.token_to_id("<image>")
+    prefix = tokens.encode(data.prompt("")).ids
+    prefix = prefix[: prefix.index(image_token) + 2]  # begin-of-sequence, "user: ", image, newline
+    module = Packed(model, prefix, image_token)
+    slow = {id(p) for p in model.model.vision_tower.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in slow], "lr": 1.5e-3},
+        {"params": [p for p in model.parameters() if id(p) in slow], "lr": 0.45e-3},
+    ]
+    run = Run("answers", folder, module, groups, steps)
+    forms = templates(split)
+    by_picture: list[list[int]] = [[] for _ in split.pictures]
+    for i, (_, _, picture) in enumerate(split.questions):
+        by_picture[picture].append(i)
+    usable = np.array([i for i, found in enumerate(by_picture) if found])
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((seed, 2, step))
+        chosen = rng.choice(usable, PICTURES_2)
+        ids = np.zeros((PICTURES_2, SLOTS, SLOT), np.int64)
+        labels = np.full_like(ids, -100)
+        for b, picture in enumerate(chosen):
+            for s in range(SLOTS):
+                question, answer = ask(split, by_picture, forms, picture, rng)
+                asked = tokens.encode(data.prompt(question)).ids
+                assert asked[: len(prefix)] == prefix
+                full = tokens.encode(f"{data.prompt(question)} {answer}</s>").ids
+                row, start = full[len(prefix) :], len(asked) - len(prefix)
+                ids[b, s, : len(row)] = row
+                labels[b, s, start - 1 : len(row) - 1] = row[start:]
+        pixels = torch.from_numpy(data.normalise(augment(split.pictures[chosen], rng)))
+        return module(pixels, torch.from_numpy(ids), torch.from_numpy(labels))
+
+    run.go(loss_of)
+
+
+def save(model: LlavaForConditionalGeneration, tokens: Tokenizer, out: Path) -> None:
+    """Write the checkpoint in hub layout, weights in bfloat16, beside `out` and then renamed."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokens.save(str(partial / "tokenizer.json"))
+    size = {"height": data.SIZE, "width": data.SIZE}
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+            "pad_token": "<pad>", "image_token": "<image>", "clean_up_tokenization_spaces": False,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
+            "image_token": "<image>", "num_additional_image_tokens": 1,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+            "size": {"shortest_edge": data.SIZE}, "resample": 3, "do_center_crop": True, "crop_size": size,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": [data.MEAN] * 3, "image_std": [data.STD] * 3,
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    (partial / "chat_template.jinja").write_text(data.TEMPLATE)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the finished checkpoint.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/easyvqa"), show_default=True,
+              help="Folder of the training state.")  # fmt: skip
+@click.option("--tower-steps", default=800, show_default=True)
+@click.option("--answer-steps", default=2400, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(out: Path, work: Path, tower_steps: int, answer_steps: int, seed: int) -> None:
+    """Train the easy-VQA sample from nothing."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    split = data.load("train")
+    tokens = data.tokenizer([f"{data.prompt(q)} {a}" for q, a, _ in split.questions])
+    model = build(tokens)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokens.get_vocab_size()}")
+    train_tower(model, split, work, tower_steps, seed)
+    train_answers(model, split, tokens, work, answer_steps, seed)
+    save(model, tokens, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_utils import load_image
+
+from lvlm_edge.runtime import image
+from lvlm_edge.runtime.errors import InputError
+from lvlm_edge.runtime.image import Preprocessing
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = Preprocessing(shortest_edge=112, crop=(112, 112), rescale=1 / 255, mean=CLIP_MEAN, std=CLIP_STD)
+LLAVA = Preprocessing(
+    pad_to_square=(122, 116, 104),
+    shortest_edge=112,
+    crop=(112, 112),
+    rescale=1 / 255,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+)
+SIGLIP = Preprocessing(resize_to=(112, 112), rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
+PROCESSORS = {
+    "clip": (CLIP, CLIPImageProcessorPil(size={"shortest_edge": 112}, crop_size=112)),
+    "llava": (LLAVA, LlavaImageProcessorPil(size={"shortest_edge": 112}, crop_size=112, do_pad=True)),
+    "siglip": (SIGLIP, SiglipImageProcessorPil(size={"height": 112, "width": 112})),
+}
+PHOTOS = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "retina.jpg",
+    "text.png",
+    "logo.png",
+)
+
+
+def noise(height: int, width: int, channels: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Blurred random pixels, [H, W, channels]; single-pixel noise would vanish in the resize."""
+    random = np.random.default_rng(seed)
+    small = random.integers(0, 256, (height // 4 + 1, width // 4 + 1, channels), dtype=np.uint8)
+    return np.ascontiguousarray(small.repeat(4, 0).repeat(4, 1)[:height, :width])
+
+
+def picture(mode: str, width: int, height: int) -> PIL.Image.Image:
+    if mode == "I;16":
+        return PIL.Image.fromarray(noise(height, width, 1)[..., 0].astype(np.uint16) * 257)
+    if mode in ("RGBA", "LA"):
+        return PIL.Image.fromarray(noise(height, width, len(mode)), mode)
+    base = PIL.Image.fromarray(noise(height, width, 3))
+    return base.convert(mode)
+
+
+def transparent_palette() -> PIL.Image.Image:
+    made = picture("P", 60, 90)
+    made.info["transparency"] = 3
+    return made
+
+
+PICTURES: dict[str, Callable[[], PIL.Image.Image]] = {
+    "1": lambda: picture("1", 90, 60),
+    "L": lambda: picture("L", 200, 130),
+    "LA": lambda: picture("LA", 77, 140),
+    "P": lambda: picture("P", 123, 99),
+    "P with transparency": transparent_palette,
+    "RGB": lambda: picture("RGB", 301, 207),
+    "RGBA": lambda: picture("RGBA", 133, 201),
+    "CMYK": lambda: picture("CMYK", 90, 150),
+    "YCbCr": lambda: picture("YCbCr", 90, 150),
+    "I;16": lambda: picture("I;16", 90, 70),
+    "1x1": lambda: picture("RGB", 1, 1),
+    "1x2": lambda: picture("RGB", 1, 2),
+    "2x1": lambda: picture("RGB", 2, 1),
+    "3x4000": lambda: picture("RGB", 3, 4000),
+    "4000x3": lambda: picture("RGB", 4000, 3),
+    "112x112": lambda: picture("RGB", 112, 112),
+    "113x112": lambda: picture("RGB", 113, 112),
+    "111x110": lambda: picture("RGB", 111, 110),
+}
+
+
+def photo(name: str) -> Path:
+    data = pytest.importorskip("skimage.data")
+    path = Path(data.__file__).parent / name
+    if not path.exists():
+        pytest.skip(f"this scikit-image comes without {name}")
+    return path
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_equal_those_of_transformers(name: str, kind: str) -> None:
+    how, processor = PROCESSORS[kind]
+    made = PICTURES[name]()
+
+    pixels = image.preprocess(made, how)
+
+    assert pixels.dtype == np.float32 and pixels.shape == (1, 3, 112, 112)
+    np.testing.assert_allclose(pixels, processor(images=made, return_tensors="np")["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("name", PHOTOS)
+def test_pixels_of_photos_equal_those_of_transformers(name: str, kind: str) -> None:
+    how, processor = PROCESSORS[kind]
+    path = photo(name)
+
+    pixels = image.preprocess(image.open_image(path), how)
+
+    reference = processor(images=load_image(str(path)), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels, reference, rtol=0, atol=1e-6)
+
+
+def test_a_picture_smaller_than_the_crop_is_padded_with_zeros_as_in_transformers() -> None:
+    how = Preprocessing(shortest_edge=31, crop=(64, 49), rescale=1 / 255, mean=CLIP_MEAN, std=CLIP_STD)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 31}, crop_size={"height": 64, "width": 49})
+    made = picture("RGB", 40, 90)
+
+    reference = processor(images=made, return_tensors="np")["pixel_values"]
+
+    np.testing.assert_allclose(image.preprocess(made, how), reference, rtol=0, atol=1e-6)
+
+
+def test_steps_that_are_left_out_are_not_performed() -> None:
+    made = picture("RGB", 8, 6)
+
+    pixels = image.preprocess(made, Preprocessing())
+
+    np.testing.assert_array_equal(pixels[0].transpose(1, 2, 0), np.array(made, dtype=np.float32))
+
+
+@pytest.mark.parametrize("resample", range(6))
+def test_every_filter_gives_the_pixels_of_transformers(resample: int) -> None:
+    how = Preprocessing(resize_to=(40, 50), resample=resample, rescale=1 / 255)
+    processor = SiglipImageProcessorPil(size={"height": 40, "width": 50}, resample=resample, do_normalize=False)
+    made = picture("RGB", 91, 67)
+
+    reference = processor(images=made, return_tensors="np")["pixel_values"]
+
+    np.testing.assert_allclose(image.preprocess(made, how), reference, rtol=0, atol=1e-6)
+
+
+FILES = {
+    "l.png": "L",
+    "la.png": "LA",
+    "p.png": "P",
+    "p.gif": "P",
+    "rgba.png": "RGBA",
+    "rgba.webp": "RGBA",
+    "rgb.webp": "RGB",
+    "rgb.bmp": "RGB",
+    "rgb.jpg": "RGB",
+    "l.jpg": "L",
+    "cmyk.jpg": "CMYK",
+    "i16.png": "I;16",
+    "i16.tiff": "I;16",
+    "one.png": "1",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_open_as_in_transformers(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    picture(FILES[name], 37, 21).save(path)
+
+    opened = image.open_image(path)
+
+    assert opened.mode == "RGB"
+    np.testing.assert_array_equal(np.array(opened), np.array(load_image(str(path))))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    picture("RGB", 40, 24).save(path, exif=exif)
+
+    opened = image.open_image(str(path))
+
+    assert opened.size == ((40, 24) if orientation < 5 else (24, 40))
+    np.testing.assert_array_equal(np.array(opened), np.array(load_image(str(path))))
+
+
+def test_bytes_path_and_picture_open_alike(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture("RGB", 20, 10).save(path)
+
+    opened = [image.open_image(source) for source in (path, str(path), path.read_bytes(), PIL.Image.open(path))]
+
+    assert all(np.array_equal(np.array(opened[0]), np.array(other)) for other in opened)
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    picture("RGB", 200, 200).save(file, "JPEG")
+    return file.getvalue()
+
+
+def bad_files() -> Iterator[tuple[str, bytes, str]]:
+    png = io.BytesIO()
+    picture("RGB", 200, 200).save(png, "PNG")
+    yield "empty", b"", "not a picture"
+    yield "text", b"this is no picture\n", "not a picture"
+    yield "truncated jpeg", jpeg()[:700], "truncated or damaged"
+    yield "truncated png", png.getvalue()[:300], "truncated or damaged"
+    yield "header only", jpeg()[:20], "not a picture"
+    yield "damaged png", png.getvalue()[:100] + bytes(200) + png.getvalue()[300:], "truncated or damaged"
+
+
+@pytest.mark.parametrize(("content", "says"), [file[1:] for file in bad_files()], ids=[file[0] for file in bad_files()])
+def test_a_bad_picture_is_reported_on_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+
+    for source in (path, content):
+        with pytest.raises(InputError, match=says) as error:
+            image.open_image(source)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_picture_is_reported_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jpg: no such file.*check the path"):
+        image.open_image(tmp_path / "nowhere.jpg")
+
+
+def test_a_folder_is_not_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        image.open_image(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [99, 49])
+@pytest.mark.filterwarnings("error")
+def test_a_picture_over_pillows_limit_is_not_decoded(
+    limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "bomb.png"
+    picture("RGB", 10, 10).save(path)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr(PIL.Image.Image, "load", lambda self: pytest.fail("decoded"))
+
+    with pytest.raises(InputError, match=f"too large|expected at most {limit}"):
+        image.open_image(path)
+
+
+def test_a_picture_that_would_be_resized_beyond_measure_is_refused() -> None:
+    with pytest.raises(InputError, match="too long and thin"):
+        image.preprocess(picture("RGB", 1, 60000), CLIP)
+
+
+def test_a_picture_of_another_mode_is_refused_where_the_model_converts_nothing() -> None:
+    with pytest.raises(InputError, match="its mode is L"):
+        image.preprocess(picture("L", 9, 9), Preprocessing(convert_rgb=False))
+
+
+def test_boxes_tile_a_square_picture() -> None:
+    boxes = image.patch_boxes((200, 200), CLIP, (2, 2))
+
+    assert boxes.tolist() == [[0, 0, 100, 100], [100, 0, 200, 100], [0, 100, 100, 200], [100, 100, 200, 200]]
+
+
+def test_boxes_of_a_cropped_picture_stay_in_the_middle() -> None:
+    boxes = image.patch_boxes((224, 112), CLIP, (1, 2))
+
+    assert boxes.tolist() == [[56, 0, 112, 112], [112, 0, 168, 112]]
+
+
+def test_boxes_of_a_padded_picture_reach_outside() -> None:
+    boxes = image.patch_boxes((224, 112), LLAVA, (2, 1))
+
+    assert boxes.tolist() == [[0, -56, 224, 56], [0, 56, 224, 168]]
+
+
+def test_boxes_of_a_stretched_picture_are_stretched_back() -> None:
+    boxes = image.patch_boxes((224, 56), SIGLIP, (1, 2))
+
+    assert boxes.tolist() == [[0, 0, 112, 56], [112, 0, 224, 56]]
+
+
+def test_pixels_left_over_by_whole_patches_belong_to_no_box() -> None:
+    how = Preprocessing(resize_to=(384, 384))
+
+    boxes = image.patch_boxes((384, 384), how, (27, 27))
+
+    assert boxes[-1].tolist() == [364, 364, 378, 378]
+
+
+@pytest.mark.parametrize("how", [CLIP, LLAVA, SIGLIP])
+@pytest.mark.parametrize("size", [(300, 180), (180, 300), (112, 112), (60, 90)])
+def test_a_box_covers_what_its_patch_shows(size: tuple[int, int], how: Preprocessing) -> None:
+    # One channel grows with x and one with y, so the mean of a patch tells where it lies.
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    ramp = PIL.Image.fromarray(np.stack([x, y, y], axis=-1).astype(np.uint8))
+    shown = image.preprocess(ramp, Preprocessing(**{**vars(how), "rescale": None, "mean": None, "std": None}))
+    means = shown[0].reshape(3, 4, 28, 4, 28).mean((2, 4)).reshape(3, 16)
+
+    boxes = image.patch_boxes(size, how, (4, 4))
+
+    inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2] <= width) & (boxes[:, 3] <= height)
+    expected_x = (boxes[:, 0] + boxes[:, 2]) / 2 / width * 255
+    expected_y = (boxes[:, 1] + boxes[:, 3]) / 2 / height * 255
+    assert inside.any()
+    # A few grey levels: the ramp and the resize round to whole ones, and edges are sharpened.
+    np.testing.assert_allclose(means[0][inside], expected_x[inside], atol=4)
+    np.testing.assert_allclose(means[1][inside], expected_y[inside], atol=4)
+
+
+def test_overlay_leaves_kept_patches_clear_and_darkens_the_rest() -> None:
+    made = PIL.Image.new("RGB", (100, 100), (200, 200, 200))
+
+    shown = np.array(image.overlay(made, image.patch_boxes((100, 100), SIGLIP, (2, 2)), [1]))
+
+    assert shown[25, 75].tolist() == [200, 200, 200]
+    assert all(shown[y, x].max() < 100 for y, x in ((25, 25), (75, 25), (75, 75)))
+    assert shown[0, 60].tolist() != [200, 200, 200]  # the outline
+    assert np.array(made).min() == 200
+
+
+def test_overlay_takes_boxes_outside_the_picture_and_no_boxes() -> None:
+    made = picture("LA", 50, 20)
+    boxes = image.patch_boxes(made.size, LLAVA, (8, 8))
+
+    assert image.overlay(made, boxes, range(64)).size == made.size
+    assert image.overlay(made, boxes, []).size == made.size

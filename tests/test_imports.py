@@ -1,0 +1,73 @@
+"""The runtime imports quickly, and without anything that only the exporting machine has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = ("click", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch", "transformers")
+
+# Refuses the blocked modules, imports the rest of the line, and prints the seconds that took and what came with it.
+PROBE = """
+import sys, time
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is not on the device")
+
+sys.meta_path.insert(0, Refuse())
+start = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - start
+
+import json
+print(json.dumps([seconds, sorted(name for name in sys.modules if name.startswith("lvlm_edge."))]))
+"""
+
+
+def probe(statement: str) -> tuple[float, list[str]]:
+    code = PROBE.format(blocked=BLOCKED, statement=statement)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, modules = json.loads(done.stdout)
+    return seconds, modules
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_the_probe_refuses_what_is_not_on_the_device(name):
+    with pytest.raises(AssertionError, match=f"{name} is not on the device"):
+        probe(f"import {name}")
+
+
+def test_the_runtime_imports_without_the_exporters_packages():
+    _, modules = probe("import lvlm_edge.runtime")
+
+    assert "lvlm_edge.runtime" in modules
+
+
+def test_the_runtime_imports_in_half_a_second():
+    # numpy included; the least of three, since a busy machine only ever adds
+    seconds = min(probe("import lvlm_edge.runtime")[0] for _ in range(3))
+
+    assert seconds < 0.5
+
+
+def test_no_module_of_the_runtime_imports_the_exporter_or_its_packages():
+    every = """
+import importlib, pkgutil
+import lvlm_edge.runtime as runtime
+for module in pkgutil.walk_packages(runtime.__path__, "lvlm_edge.runtime."):
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:
+        # a backend's own library may be absent; nothing else may
+        if not module.name.startswith("lvlm_edge.runtime.backends.") or "is not on the device" in str(error):
+            raise
+"""
+    _, modules = probe(every)
+
+    assert not [name for name in modules if name.startswith("lvlm_edge.exporter")]
