@@ -71,3 +71,28 @@ for module in pkgutil.walk_packages(runtime.__path__, "lvlm_edge.runtime."):
     _, modules = probe(every)
 
     assert not [name for name in modules if name.startswith("lvlm_edge.exporter")]
+
+
+def test_a_bundle_runs_without_the_exporters_packages(mha, export_once, tmp_path):
+    import torch
+
+    from lvlm_edge.exporter import references
+    from tests import checkpoints
+
+    bundle = export_once(mha, method="fastv", prune_layer=2, keep_ratio=0.5)
+    prompt, said = checkpoints.prompt(12, 4), tmp_path / "said.json"
+    model, pixels = references.load(mha), torch.from_numpy(checkpoints.pixels())
+    expected = references.module("fastv").run(
+        model, {"prune_layer": 2, "keep_ratio": 0.5, "keep_tokens": None}, prompt, pixels, 8
+    )
+    run = f"""
+import json, numpy as np
+from lvlm_edge.runtime import Pipeline
+pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
+tokens = Pipeline.load({str(bundle)!r}).generate_tokens({prompt!r}, pixels, max_new_tokens=8, ignore_eos=True).token_ids
+json.dump(tokens, open({str(said)!r}, "w"))
+"""
+    _, modules = probe(run)
+
+    assert not [name for name in modules if name.startswith("lvlm_edge.exporter")]
+    assert json.loads(said.read_text()) == expected.tokens
