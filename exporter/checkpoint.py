@@ -32,10 +32,12 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
     """The folder of a checkpoint: a local one, or a Hugging Face id downloaded into its cache.
 
     Raises:
-        CheckpointError: neither a folder nor an id that can be had.
+        CheckpointError: neither a folder with a config.json nor an id that can be had.
     """
     folder = Path(source)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
         return folder
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: is no folder; give a checkpoint folder or a Hugging Face id (owner/name)")
@@ -68,11 +70,11 @@ def index(folder: Path) -> dict[str, Stored]:
 
 def _sharded(folder: Path, name: str) -> dict[str, Stored]:
     weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{folder / name}: has no weight_map; download the checkpoint again")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / name}: has no weight_map from names to files; download the checkpoint again")
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
-        if os.path.basename(file) != file:
+        if os.path.basename(file) != file or file in ("", ".", ".."):
             raise CheckpointError(f"{folder / name}: names {file!r} outside the folder; do not use this checkpoint")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: is missing; download the checkpoint again")

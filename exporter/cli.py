@@ -16,6 +16,7 @@ import click
 
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError, nearest
 
+AT_LEAST_1, FROM_0 = click.IntRange(min=1), click.IntRange(min=0)
 CAPACITY = (
     click.Option(["--num-images"], default=1, show_default=True, help="Images in a prompt."),
     click.Option(
@@ -31,22 +32,48 @@ CAPACITY = (
 
 
 class Errors(click.Group):
-    """A group that prints our own errors on one line and exits with their code."""
+    """A group that prints every error a user can act on as one line and exits with its code."""
+
+    def main(self, args: Any = None, prog_name: Any = None, *_: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+                error.show()
+            else:
+                _print_error(_usage(error))
+            code = error.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except LvlmEdgeError as error:
-            click.echo(f"lvlm-edge: {' '.join(str(error).split())}", err=True)
+            _print_error(str(error))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("lvlm-edge: stopped; nothing was left half-written", err=True)
+            _print_error("stopped; nothing was left half-written")
             ctx.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
-            raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}")
+            raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _print_error(message: str) -> None:
+    click.echo(f"lvlm-edge: {' '.join(message.split())}", err=True)
+
+
+def _usage(error: click.ClickException) -> str:
+    """An error of the command line itself: which command, what is wrong, where its options are."""
+    context = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        return f"{error.format_message().rstrip('.')}; see lvlm-edge --help"
+    name = context.command.name
+    return f"{name}: {error.format_message().rstrip('.')}; see lvlm-edge {name} --help"
 
 
 class MethodCommand(click.Command):
@@ -144,9 +171,9 @@ def export(
 @click.option("--against", required=True, help="The checkpoint that was exported.")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Compare on this picture too.")
 @click.option("--prompt", help="Compare on this question about the pictures.")
-@click.option("--steps", default=16, show_default=True, help="Greedy tokens to compare.")
+@click.option("--steps", type=AT_LEAST_1, default=16, show_default=True, help="Greedy tokens to compare.")
 @click.option("--backend", default="ort", show_default=True, help="What runs the bundle.")
-@click.option("--seed", default=0, show_default=True, help="Of the made-up prompts and pictures.")
+@click.option("--seed", type=FROM_0, default=0, show_default=True, help="Of the made-up prompts and pictures.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def check(
     bundle: Path,
@@ -185,7 +212,7 @@ def check(
 @click.option("--stop", multiple=True, help="Text that ends the answer.")
 @click.option("--overlay", type=click.Path(path_type=Path), help="Write the picture with the kept patches shown.")
 @click.option("--backend", default="ort", show_default=True, help="What runs the graphs.")
-@click.option("--threads", type=int, help="Threads of the backend.")
+@click.option("--threads", type=AT_LEAST_1, help="Threads of the backend.")
 @click.option("--no-verify", is_flag=True, help="Do not hash the bundle's files first.")
 @click.option("--stats", is_flag=True, help="Print times and kept tokens to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -193,8 +220,6 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     """Answer a question about pictures, streaming to stdout."""
     from lvlm_edge.runtime import Pipeline, Sampling
 
-    if o["threads"] is not None and o["threads"] < 1:
-        raise UsageError(f"run: --threads is {o['threads']}, expected at least 1")
     sampling = Sampling(
         temperature=o["temperature"],
         top_k=o["top_k"],
@@ -203,6 +228,9 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         seed=o["seed"],
     )
     pipe = Pipeline.load(bundle, o["backend"], verify=not o["no_verify"], threads=o["threads"])
+    if overlay is not None:
+        _check_overlay(pipe.manifest, overlay)
+    begun = False
     for piece in pipe.stream(
         prompt,
         images,
@@ -211,9 +239,10 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         stop=o["stop"],
         system=o["system"],
     ):
-        if not as_json:
-            click.echo(piece, nl=False)
+        if not as_json:  # many tokenizers begin an answer with the space that separates it from the prompt
+            click.echo(piece if begun else piece.lstrip(), nl=False)
             sys.stdout.flush()
+        begun = begun or bool(piece.strip())
     if not as_json:
         click.echo()
     if overlay is not None:
@@ -230,19 +259,29 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """What is in a bundle: counts, graphs with every tensor, caches, files, certificate."""
-    from lvlm_edge.runtime.bundle import CERTIFICATE, MANIFEST, open_bundle, sha256
+    from lvlm_edge.runtime.bundle import open_bundle
 
     manifest = open_bundle(bundle, verify=verify).manifest
-    certificate = None
-    if (bundle / CERTIFICATE).is_file():
-        stored = json.loads((bundle / CERTIFICATE).read_text("utf-8"))
-        current = stored["manifest_sha256"] == sha256(bundle / MANIFEST)
-        certificate = {"passed": stored["passed"], "of_this_bundle": current}
+    certificate = _certificate(bundle)
     if as_json:
         content = dataclasses.asdict(manifest) | {"certificate": certificate, "verified": verify}
         click.echo(json.dumps(content, indent=1))
     else:
         _print_bundle(manifest, certificate, verify)
+
+
+def _certificate(bundle: Path) -> dict[str, Any] | None:
+    """Verdict of the last check, and whether it speaks of this very bundle; None where there was none."""
+    from lvlm_edge.runtime.bundle import CERTIFICATE, MANIFEST, sha256
+
+    if not (bundle / CERTIFICATE).is_file():
+        return None
+    try:
+        stored = json.loads((bundle / CERTIFICATE).read_text("utf-8"))
+        passed, hashed = bool(stored["passed"]), stored["manifest_sha256"]
+    except (OSError, RecursionError, ValueError, TypeError, KeyError):
+        return {"passed": None, "of_this_bundle": False}
+    return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / MANIFEST)}
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -275,16 +314,27 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
+def _check_overlay(manifest: Any, target: Path) -> None:
+    """Raise UsageError, before the answer, for what can be known then."""
+    if manifest.method == "none":
+        raise UsageError("run: --overlay shows kept tokens, but method none keeps all; leave it out")
+    from lvlm_edge.runtime import overlay
+
+    if target.suffix.lower() not in overlay.SUFFIXES or target.is_dir() or not target.parent.is_dir():
+        raise UsageError(
+            f"{target}: cannot be written as a picture; give a path in a folder that exists, ending in "
+            + ", ".join(overlay.SUFFIXES)
+        )
+
+
 def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
     """The picture (side by side where there are several) with the kept patches clear and the others dark."""
     from lvlm_edge.runtime import overlay
 
-    if pipe.last.kept_visual is None:
-        raise UsageError(f"run: --overlay shows kept tokens, but method {pipe.manifest.method} keeps all; leave it out")
     try:
-        overlay.draw(pipe.manifest, images, pipe.last.kept_visual).save(target)
+        overlay.save(overlay.draw(pipe.manifest, images, pipe.last.kept_visual), target)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{target}: cannot be written ({error}); give a writable path ending in .png") from error
+        raise UsageError(f"{target}: cannot be written ({error}); give another path") from error
 
 
 def _answer(pipe: Any) -> dict[str, Any]:
@@ -390,6 +440,8 @@ def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: b
     )
     if certificate is None:
         _show("no certificate; lvlm-edge check makes one")
+    elif certificate["passed"] is None:
+        _show("certificate: damaged; lvlm-edge check makes a new one")
     else:
         state = "passed" if certificate["passed"] else "FAILED"
         _show(f"certificate: {state}" + ("" if certificate["of_this_bundle"] else ", but of another export"))

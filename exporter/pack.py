@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import hashlib
+import json
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +27,7 @@ from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 from lvlm_edge.runtime.image import Preprocessing
+from lvlm_edge.runtime.prompt import TextConfig
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +86,8 @@ def export(
     output = Path(output)
     _check_output(output, force)
     folder = checkpoint.resolve(source, revision)
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"{output}: holds the checkpoint itself; choose another --output")
     plan = planning.make(
         spec.load(folder),
         method_name=method,
@@ -106,8 +112,17 @@ def _check_output(output: Path, force: bool) -> None:
     if output.exists():
         if not force:
             raise UsageError(f"{output}: exists; choose another --output, or replace it with --force")
-        if not output.is_dir() or (any(output.iterdir()) and not (output / manifests.MANIFEST).exists()):
+        if not output.is_dir() or (any(output.iterdir()) and not _is_bundle(output)):
             raise UsageError(f"{output}: is not a bundle, so --force does not replace it; choose another --output")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder was written by an export, of whatever version: others have a manifest.json too."""
+    try:
+        content = json.loads((folder / manifests.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
 def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress) -> None:
@@ -119,6 +134,9 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     d = plan.spec.decoder
     specs = planning.method(plan.method).graphs(plan)
     sources = _sources(folder, plan, known, family)
+    _check_room(out, planning.weights_bytes(plan))
+    text_config = text.copy(folder, out, family, plan.spec.image_token_id)
+    how, ends = _preprocessing(folder, plan.spec.vision), text.eos_token_ids(folder)
     models = []
     for i, wanted in enumerate(specs):
         progress(f"tracing {wanted.name}", i, len(specs))
@@ -128,13 +146,10 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     order = [name for name in known if name in used] + ([] if d.tied else ["embed.weight"])
     placed = _place(order, known | {"embed.weight": parts.Weight((d.vocab, d.hidden), False)}, sources, plan.dtype)
     offsets = {name: p.offset for name, p in placed.items()}
-    total = sum(p.weight.count for p in placed.values()) * planning.BYTES[plan.dtype]
-    _check_room(out, total)
     for wanted, model in zip(specs, models, strict=True):
         graph.save(graph.finish(model, wanted, WEIGHTS, offsets), out / f"{wanted.name}.onnx")
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
     files = {WEIGHTS: write_weights(out / WEIGHTS, placed, ropes, parts.DTYPES[plan.dtype], progress)}
-    text_config = text.copy(folder, out, family, plan.spec.image_token_id)
     for path in sorted(out.iterdir()):
         if path.name not in files:
             files[path.name] = manifests.FileInfo(path.stat().st_size, manifests.sha256(path))
@@ -146,7 +161,8 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
         dtype=plan.dtype,
         columns=d.tied,
     )
-    manifests.save_manifest(out, _manifest(folder, plan, specs, embedding, text_config, provenance, files))
+    manifest = _manifest(plan, specs, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files)
+    manifests.save_manifest(out, manifest)  # the last of all files
 
 
 def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any) -> dict[str, checkpoint.Stored]:
@@ -225,23 +241,30 @@ def _pieces(name: str, place: Placed, computed: Mapping[str, Tensor], dtype: tor
     flat = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
     step = max(1, PIECE // max(1, place.weight.count // flat.shape[0]))
     for start in range(0, flat.shape[0], step):
-        piece = flat[start : start + step].to(dtype).contiguous()
+        rows = flat[start : start + step]
+        piece = rows.to(dtype).contiguous()
         if not bool(piece.isfinite().all()):
-            key = name if place.source is None else place.source.key
-            raise CheckpointError(
-                f"{key}: holds values that {str(dtype).removeprefix('torch.')} cannot (infinite, not a number, or "
-                "too large); check the checkpoint, or export with --dtype float32"
-            )
+            raise _unfit(name if place.source is None else place.source.key, rows, dtype)
         yield piece.numpy().data.cast("B")
 
 
+def _unfit(key: str, values: Tensor, dtype: torch.dtype) -> CheckpointError:
+    """What is wrong with values that are not finite in the bundle's dtype."""
+    if not bool(values.isfinite().all()):
+        return CheckpointError(f"{key}: holds values that are infinite or not a number; download the checkpoint again")
+    largest, name = float(values.abs().max()), str(dtype).removeprefix("torch.")
+    return CheckpointError(f"{key}: holds {largest:.3g}, too large for {name}; export with --dtype float32")
+
+
 def _manifest(
-    folder: Path,
     plan: Plan,
     specs: tuple[Any, ...],
     embedding: manifests.Embedding,
-    text_config: Any,
     provenance: manifests.Provenance,
+    *,
+    how: Preprocessing,
+    text_config: TextConfig | None,
+    ends: tuple[int, ...],
     files: dict[str, manifests.FileInfo],
 ) -> manifests.Manifest:
     from lvlm_edge.exporter.blocks import OPSET
@@ -279,14 +302,14 @@ def _manifest(
         ),
         embedding=embedding,
         image=manifests.ImageConfig(
-            preprocessing=_preprocessing(folder, v),
+            preprocessing=how,
             grid=(v.grid, v.grid),
             leading_tokens=int(class_token and not v.drop_first),
             missing_patches=int(not class_token and v.drop_first),
         ),
         text=text_config,
         image_token_id=plan.spec.image_token_id,
-        eos_token_ids=text.eos_token_ids(folder),
+        eos_token_ids=ends,
         weights=WEIGHTS,
         provenance=provenance,
         files=files,
@@ -294,16 +317,40 @@ def _manifest(
 
 
 def _preprocessing(folder: Path, vision: spec.VisionSpec) -> Preprocessing:
-    """From preprocessor_config.json, or where newer transformers put it, else the tower's defaults."""
-    if (folder / "preprocessor_config.json").is_file():
-        config = spec.read_json(folder / "preprocessor_config.json")
+    """From preprocessor_config.json, or where newer transformers put it, else the tower's defaults.
+
+    Raises:
+        CheckpointError: what comes out is no input of the tower.
+    """
+    path, config = folder / "preprocessor_config.json", {}
+    if path.is_file():
+        config = spec.read_json(path)
     elif (folder / "processor_config.json").is_file():
-        config = spec.read_json(folder / "processor_config.json").get("image_processor") or {}
-    else:
-        config = {}
+        path = folder / "processor_config.json"
+        config = spec.read_json(path).get("image_processor") or {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: image_processor is {type(config).__name__}, expected an object; correct it")
     if not config:
         return preprocess.for_config_only(vision.image_size, "siglip" if vision.kind == "siglip" else "clip")
-    return preprocess.read(config, default_size=vision.image_size)
+    how = preprocess.read(config, default_size=vision.image_size)
+    size, wanted = (3, *_size(how)), (vision.channels, vision.image_size, vision.image_size)
+    if size != wanted:
+        raise CheckpointError(
+            f"{path}: makes pictures of {list(size)}, config.json says {list(wanted)} (channels, height, width); "
+            "correct the file that is wrong"
+        )
+    if not all(map(math.isfinite, (how.rescale or 0, *(how.mean or ()), *(how.std or ())))) or 0 in (how.std or ()):
+        raise CheckpointError(f"{path}: mean, std and rescale_factor make no finite picture; correct the file")
+    return how
+
+
+def _size(how: Preprocessing) -> tuple[int, int]:
+    """Height and width of every picture after its preprocessing."""
+    size = how.crop or how.resize_to
+    if size is None:
+        assert how.shortest_edge is not None and how.pad_to_square is not None
+        return how.shortest_edge, how.shortest_edge
+    return size
 
 
 def _snapshot(folder: Path) -> str | None:
@@ -326,28 +373,69 @@ def _beside(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when the block ends, and is removed when it fails.
 
     What a killed export left behind is removed by the next one.
+
+    Raises:
+        UsageError: another export is writing there.
+        LvlmEdgeError: no room, or the folder cannot be written.
     """
-    partial = output.with_name(output.name + ".partial")
+    place = output.resolve()  # the folder that a link leads to, and not the link
+    made = [parent for parent in place.parents if not parent.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        with _termination_raises():
-            yield partial
-        _take_place(partial, output)
+        with _on_signals(_interrupt):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(place):
+                yield from _partial(place)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise LvlmEdgeError(f"{output.parent}: no room on the disk ({error.strerror}); free some space") from error
+            raise LvlmEdgeError(
+                f"{output.parent}: no room on the disk ({error.strerror}); free some space or choose another --output"
+            ) from error
         raise LvlmEdgeError(f"{output}: cannot be written ({error}); choose another --output") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # the bundle is in it
+                parent.rmdir()
 
 
-def _take_place(partial: Path, output: Path) -> None:
+def _partial(place: Path) -> Iterator[Path]:
+    partial, old = (place.with_name(place.name + suffix) for suffix in (".partial", ".partial.old"))
+    if old.is_dir() and not place.exists():  # killed between two renames
+        old.rename(place)
+    try:
+        for left in (partial, old):
+            if left.exists():
+                shutil.rmtree(left)
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        with _on_signals(signal.SIG_IGN):
+            _take_place(partial, place, old)
+    finally:
+        with _on_signals(signal.SIG_IGN):  # cleaning up is not to be stopped too
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Only one export at a time in here; a killed one leaves its lock open."""
+    lock = place.with_name(place.name + ".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise UsageError(f"{place}: is being written by another export; wait for it or choose another --output")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is let go, so that nobody locks a file that is gone
+
+
+def _take_place(partial: Path, output: Path, old: Path) -> None:
     """Move the finished folder to its place; an old bundle is exchanged for it in one step where the system can."""
-    for path in partial.iterdir():
-        _sync(path)
     if not output.exists():
         partial.rename(output)
         return
@@ -358,8 +446,6 @@ def _take_place(partial: Path, output: Path) -> None:
         here, os.fsencode(partial), here, os.fsencode(output), exchange
     ):
         return  # the old bundle is now the partial folder, which is removed
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     output.rename(old)
     partial.rename(output)
     shutil.rmtree(old, ignore_errors=True)
@@ -370,18 +456,20 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM as an exception, so that what was begun is removed; only where signals can be set."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+def _on_signals(handler: Any) -> Iterator[None]:
+    """A handler for what asks a process to end; none where they cannot be set, and for those that are ignored."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -165,7 +165,7 @@ def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str
         _close(pipe, case, "head", head["hidden"][0, :real], expected.hidden),
         Row(case=case.name, stage="scores", figure=error, bound=bound, passed=error <= bound),
         _kept(case, kept, reference, expected.kept.numpy(), error),
-        _order(case, select, inputs, kept),
+        _order(case, select, inputs, head["hidden"][0], kept),
     ]
     return rows, kept
 
@@ -183,10 +183,13 @@ def _kept(case: Case, kept: Array, score: Array, wanted: Array, error: float) ->
     return Row(case=case.name, stage="kept set", figure=len(lost), bound=0, passed=passed, note=note)
 
 
-def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], kept: Array) -> Row:
+def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], hidden: Array, kept: Array) -> Row:
     """Kept rows must be the hidden rows of text and kept tokens, in sequence order, with their own positions."""
     slots = np.sort(np.concatenate([inputs["text_index"], inputs["visual_index"][np.sort(kept)]]))
+    last = int(inputs["last_index"][0]) - (len(inputs["visual_index"]) - len(kept))
     wrong = int((select["kept_position_ids"][0] != slots).sum()) + int((np.sort(kept) != kept).sum())
+    wrong += int((select["kept_hidden"][0] != hidden[slots]).any(1).sum())
+    wrong += int(select["kept_last_index"][0] != last)
     return Row(case=case.name, stage="kept order", figure=wrong, bound=0, passed=wrong == 0)
 
 

@@ -12,8 +12,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
-# What transformers takes for a key that is missing; null is a value, mostly "no". Sizes come from the vision encoder instead of
-# transformers' fixed 224: they agree for encoders of that size, and 224 is unusable for all others.
+# What transformers takes for a key that is missing; null is a value, mostly "no". Sizes come from the vision encoder
+# instead of transformers' fixed 224: they agree for encoders of that size, and 224 is unusable for all others.
 _SHARED: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_resize": True,

@@ -145,6 +145,40 @@ def load(folder: Path) -> ModelSpec:
     name = config.get("model_type")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder / 'config.json'}: has no model_type; give a Hugging Face checkpoint folder")
+    for key, value in config.items():
+        if key.endswith("_config") and not isinstance(value, dict | None):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {type(value).__name__}, expected a JSON object; restore the file"
+            )
     spec = family(name).read_spec(config)
     assert isinstance(spec, ModelSpec)
+    _check_sizes(spec, folder / "config.json")
     return spec
+
+
+def _check_sizes(spec: ModelSpec, path: Path) -> None:
+    """Raise CheckpointError unless dimensions are numbers above 0 and heads share out what they divide."""
+    v, d = spec.vision, spec.decoder
+    for part, numbers in (
+        ("vision_config", ("layers", "hidden", "heads", "ffn", "image_size", "patch_size", "channels")),
+        ("text_config", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions")),
+    ):
+        for name in numbers:
+            value = getattr(v if part == "vision_config" else d, name)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{path}: {part} has {name} {value!r}, expected a whole number above 0; correct it"
+                )
+    for name, whole, by in (
+        ("vision hidden size by heads", v.hidden, v.heads),
+        ("heads by key-value heads", d.heads, d.kv_heads),
+        ("head size by 2", d.head_dim, 2),
+    ):
+        if whole % by:
+            raise CheckpointError(f"{path}: cannot share out {name}, {whole} by {by}; correct it")
+    if spec.visual_tokens < 1:
+        raise CheckpointError(
+            f"{path}: patches of {v.patch_size} do not fit into pictures of {v.image_size}; correct it"
+        )
+    if spec.image_token_id < 0:
+        raise CheckpointError(f"{path}: image_token_index is {spec.image_token_id}, expected a token id; correct it")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.spec import CheckpointError, read_json
-from lvlm_edge.runtime.prompt import TextConfig
+from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.prompt import Text, TextConfig
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
@@ -18,7 +19,7 @@ def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfi
     A checkpoint without a template gets its family's published one.
 
     Raises:
-        CheckpointError: the tokenizer does not know the image token's id.
+        CheckpointError: a file is damaged, or the tokenizer does not know the image token's id.
     """
     if not (folder / TOKENIZER).is_file():
         return None
@@ -32,7 +33,7 @@ def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfi
         )
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     (out / TEMPLATE).write_text(_template(folder, config) or family.CHAT_TEMPLATE, "utf-8")
-    return TextConfig(
+    text = TextConfig(
         tokenizer=TOKENIZER,
         chat_template=TEMPLATE,
         image_token=image_token,
@@ -40,36 +41,54 @@ def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfi
         bos_token=_content(special.get("bos_token")),
         eos_token=_content(special.get("eos_token")),
     )
+    try:
+        Text.load(out, text)
+    except BundleError as error:  # found now, and not on the device
+        raise CheckpointError(f"{folder}: its tokenizer or chat template cannot be used ({error})") from error
+    return text
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids from generation_config.json, else from config.json."""
+    """End-of-sequence ids from generation_config.json, else from config.json.
+
+    Raises:
+        CheckpointError: they are no numbers.
+    """
     config = _optional(folder / "config.json")
     for source in (_optional(folder / "generation_config.json"), config, config.get("text_config") or {}):
         ids = source.get("eos_token_id")
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            found = tuple(ids) if isinstance(ids, list) else (ids,)
+            if any(type(i) is not int for i in found):
+                raise CheckpointError(
+                    f"{folder}: eos_token_id is {ids!r}, expected token ids; correct its config files"
+                )
+            return found
     return ()
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template, from wherever its vintage of transformers put it."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text("utf-8")
+        try:
+            return (folder / TEMPLATE).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / TEMPLATE}: cannot be read ({error}); restore the file") from error
     for name in ("chat_template.json", "processor_config.json"):
         found = _optional(folder / name).get("chat_template")
         if isinstance(found, str):
             return found
     found = config.get("chat_template")
     if isinstance(found, list):  # several, by name
-        found = next((t["template"] for t in found if t.get("name") == "default"), None)
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
 def _token(tokenizer: dict[str, Any], token_id: int) -> str | None:
-    for added in tokenizer.get("added_tokens", []):
-        if added["id"] == token_id:
-            return str(added["content"])
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and token.get("id") == token_id:
+            return str(token.get("content"))
     return None
 
 

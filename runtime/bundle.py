@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,6 +23,8 @@ from lvlm_edge.runtime.prompt import TextConfig
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
+WIDTHS = {"float32": 4, "float16": 2}  # bytes of what weights, activations and caches are made of
+ROLES = frozenset({"image", "prefill", "decode"})
 
 T = TypeVar("T")
 
@@ -189,12 +193,13 @@ def load_manifest(folder: Path) -> Manifest:
         BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{folder}: has no {MANIFEST}; give a bundle made by `lvlm-edge export`")
+    if not path.is_file() or path.is_symlink():
+        found = f"has no {MANIFEST} of its own" if folder.is_dir() else "is no folder"
+        raise BundleError(f"{folder}: {found}; give a bundle made by `lvlm-edge export`")
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path}: is not JSON ({error}); export the bundle again") from error
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (OSError, RecursionError, ValueError) as error:
+        raise BundleError(f"{path}: is not JSON ({error}); export or copy the bundle again") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise BundleError(f"{path}: schema {schema} is newer than this version reads ({SCHEMA}); upgrade lvlm-edge")
@@ -202,15 +207,71 @@ def load_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: schema is {schema!r}, expected {SCHEMA}; export the bundle again")
     try:
         manifest: Manifest = _parse(Manifest, content, "manifest")
-        return manifest
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
+    for what, holds in _beliefs(manifest):
+        if not holds:
+            raise BundleError(f"{path}: {what}; export the bundle again")
+    return manifest
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into a folder."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
+    """What running a bundle takes for granted, each as what is wrong when it does not hold, and whether it holds."""
+    c, names = m.counts, [g.name for g in m.graphs]
+    yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
+    yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", min(dataclasses.astuple(c)) > 0
+    yield f"prompt_tokens is {c.prompt_tokens}, not visual + text", c.prompt_tokens == c.visual_tokens + c.text_tokens
+    yield f"{c.visual_tokens} visual tokens are not {c.num_images} times as many", c.visual_tokens % c.num_images == 0
+    yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
+    yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
+    yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
+    roles = [g.role for g in m.graphs]
+    once = roles.count("image") == roles.count("decode") == 1 and "prefill" in roles and set(roles) <= ROLES
+    yield f"roles of the graphs are {', '.join(roles)}, expected one image, some prefill, one decode", once
+    yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
+    yield from _tensor_beliefs(m)
+
+
+def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
+    """Tensors that the host reads and writes are there and have the sizes it uses."""
+    for graph in m.graphs:
+        for tensor in (*graph.inputs, *graph.outputs):
+            known = tensor.dtype in {*WIDTHS, "int64"} and all(0 < size < 1 << 40 for size in tensor.shape)
+            yield f"{graph.name} has {tensor}, which is no dtype or shape of a tensor", known
+    image, decode = (next(g for g in m.graphs if g.role == role) for role in ("image", "decode"))
+    last = [g for g in m.graphs if g.role == "prefill"][-1]
+    c, table, channels = m.counts, m.embedding, 3
+    each = c.visual_tokens // c.num_images
+    row, prompt = (1, 1, table.hidden), (1, c.prompt_tokens, table.hidden)
+    first = next(g for g in m.graphs if g.role == "prefill")
+    for graph, tensors, name, shape in (
+        (image, image.inputs, "pixel_values", (1, channels, *_pixels(image))),
+        (image, image.outputs, "image_embeds", (1, each, table.hidden)),
+        (first, first.inputs, "inputs_embeds", prompt),
+        (first, first.inputs, "position_ids", prompt[:2]),
+        (last, last.outputs, "logits", (1, 1, table.vocab)),
+        (decode, decode.inputs, "inputs_embeds", row),
+        (decode, decode.inputs, "position_ids", row[:2]),
+        (decode, decode.inputs, "cache_length", (1,)),
+        (decode, decode.outputs, "logits", (1, 1, table.vocab)),
+    ):
+        found = [t.shape for t in tensors if t.name == name]
+        yield f"{graph.name} has {name} of shape {found}, expected {shape}", found == [shape]
+
+
+def _pixels(image: Graph) -> tuple[int, ...]:
+    """Height and width that the first input says, which nothing else in the manifest does."""
+    return image.inputs[0].shape[2:] if image.inputs else ()
 
 
 def sha256(path: Path) -> str:
@@ -244,6 +305,8 @@ def safe_name(name: str) -> str:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         raise BundleError(f"manifest: file {name!r} points outside the bundle; do not use this bundle")
+    if not name.isprintable() or len(name) > 200:
+        raise BundleError(f"manifest: {name[:40]!r} is no name of a file; export the bundle again")
     return name
 
 
@@ -256,10 +319,11 @@ def _check_references(bundle: Bundle) -> None:
         if name not in manifest.files:
             raise BundleError(f"manifest: names {name!r}, which is not in its list of files; export the bundle again")
     table = manifest.embedding
-    width = {"float32": 4, "float16": 2}.get(table.dtype)
+    width = WIDTHS.get(table.dtype)
     if width is None:
         raise UnsupportedError(f"manifest: embedding dtype is {table.dtype!r}, expected float32 or float16")
-    if table.offset + table.vocab * table.hidden * width > manifest.files[table.file].size or table.offset < 0:
+    end = table.offset + table.vocab * table.hidden * width
+    if end > manifest.files[table.file].size or min(table.offset, table.vocab - 1, table.hidden - 1) < 0:
         raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")
 
 
@@ -285,7 +349,9 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{where} is {type(value).__name__}, expected an object")
         return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}, expected a finite number")
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"{where} is {type(value).__name__}, expected {kind.__name__}")

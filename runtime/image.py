@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Im
     corners = np.rint(boxes[np.asarray(kept, dtype=np.int64)]).astype(np.int64).reshape(-1, 4)
     corners[:, 0::2] = corners[:, 0::2].clip(0, picture.width)
     corners[:, 1::2] = corners[:, 1::2].clip(0, picture.height)
-    inside = [tuple(box) for box in corners.tolist() if box[0] < box[2] and box[1] < box[3]]
+    inside = [(x0, y0, x1, y1) for x0, y0, x1, y1 in corners.tolist() if x0 < x1 and y0 < y1]
     for box in inside:
         shown.paste(picture.crop(box), box)
     pen = ImageDraw.Draw(shown)
@@ -144,7 +144,7 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
     import io
     import warnings
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -153,7 +153,7 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
             return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file, expected a picture; check the path") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(f"{where}: not a picture that Pillow can read; give a JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
         raise InputError(
@@ -180,7 +180,8 @@ def _upright(picture: Image, where: str) -> Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise InputError(
-            f"{where}: the picture is {width}x{height}, {width * height} pixels, expected at most {limit}; scale it down"
+            f"{where}: the picture is {width}x{height}, {width * height} pixels, expected at most {limit}; "
+            f"scale it down"
         )
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
@@ -277,10 +278,10 @@ def _overlap(have: int, want: int) -> tuple[slice, slice]:
 
 def _normalized(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
     """[H, W, 3], float32. Rescaling happens in float64 and normalising in float32, as in transformers."""
-    values: NDArray[Any] = pixels
-    if how.rescale is not None:
-        values = values.astype(np.float64) * how.rescale
-    values = values.astype(np.float32)
-    if how.mean is not None and how.std is not None:
-        values = (values - np.array(how.mean, dtype=np.float32)) / np.array(how.std, dtype=np.float32)
-    return values
+    scaled = pixels if how.rescale is None else pixels.astype(np.float64) * how.rescale
+    values = scaled.astype(np.float32)
+    if how.mean is None or how.std is None:
+        return values
+    mean, std = np.array(how.mean, dtype=np.float32), np.array(how.std, dtype=np.float32)
+    out: NDArray[np.float32] = (values - mean) / std
+    return out

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lvlm_edge.runtime.bundle import CacheLayer, Counts, TensorInfo
+from lvlm_edge.runtime.errors import BundleError
 
 PAST, PRESENT = "past_key_values", "present"
 
@@ -49,6 +50,13 @@ def shared_name(name: str) -> str:
 
 
 def check_layout(layers: Sequence[CacheLayer], counts: Counts) -> None:
-    """Assert what the planner promised: every layer can hold a full prompt's rows and every new token."""
-    for layer in layers:
-        assert layer.capacity + layer.dropped >= counts.prompt_tokens + counts.new_tokens
+    """Check what the planner promised: every layer can hold a full prompt's rows and every new token.
+
+    Raises:
+        BundleError: a layer cannot.
+    """
+    wanted = counts.prompt_tokens + counts.new_tokens
+    for i, layer in enumerate(layers):
+        rows = layer.capacity + layer.dropped
+        if min(layer.kv_heads, layer.head_dim, layer.capacity) < 1 or layer.dropped < 0 or rows < wanted:
+            raise BundleError(f"manifest: {layer} of layer {i} cannot hold {wanted} rows; export the bundle again")

@@ -11,7 +11,14 @@ from lvlm_edge.runtime import image as pictures
 from lvlm_edge.runtime.bundle import ImageConfig, Manifest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+SMALLEST = 384  # pixels of the longer edge of a drawn picture
 
 
 def patches(kept: Any, config: ImageConfig, tokens: int, picture: int) -> list[int]:
@@ -28,7 +35,7 @@ def patches(kept: Any, config: ImageConfig, tokens: int, picture: int) -> list[i
 
 
 def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
-    """The pictures side by side: kept patches clear, the others dark."""
+    """The pictures side by side, small ones enlarged: kept patches clear, the others dark."""
     from PIL import Image
 
     config, tokens = manifest.image, manifest.counts.visual_tokens // manifest.counts.num_images
@@ -36,6 +43,9 @@ def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
     for i, source in enumerate(images):
         picture = pictures.open_image(source)
         boxes = pictures.patch_boxes(picture.size, config.preprocessing, config.grid)
+        factor = -(-SMALLEST // max(picture.size))
+        if factor > 1:
+            picture, boxes = picture.resize([factor * edge for edge in picture.size]), boxes * factor
         drawn.append(pictures.overlay(picture, boxes, patches(np.asarray(kept), config, tokens, i)))
     sheet = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)))
     left = 0
@@ -43,3 +53,18 @@ def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
         sheet.paste(picture, (left, 0))
         left += picture.width
     return sheet
+
+
+def save(sheet: Image, target: Path) -> None:
+    """Write a picture; an error leaves nothing half-written and what was there before.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: Pillow cannot write this format or size.
+    """
+    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    try:
+        sheet.save(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

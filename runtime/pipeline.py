@@ -13,7 +13,7 @@ import numpy as np
 from lvlm_edge.runtime import kv_cache
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, load
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
-from lvlm_edge.runtime.errors import BundleError, InputError, UsageError
+from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UsageError
 from lvlm_edge.runtime.image import open_image, preprocess
 from lvlm_edge.runtime.prompt import Text
 from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
@@ -29,7 +29,8 @@ class Result:
         kept_visual: ascending indices among the visual tokens that survived, int64 [k]; None where none are dropped.
         text: the answer as text; empty when only tokens were asked for.
         finish: why it ended: `eos`, `stop` (a stop string) or `length`.
-        seconds: time by step: `preprocess`, each graph, `first_token` (all before the first token), `decode`.
+        seconds: time by step: `preprocess`, each graph, `first_token` (all before the first token),
+            `decode` (all after it; absent for a single token).
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -47,8 +48,8 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
         kv_cache.check_layout(self.manifest.cache, self.manifest.counts)
+        self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
         self._buffers: dict[TensorInfo, Buffer] = {}
         self._cache_names = {info.name: info for info in self._layout.buffers()}
         self._sessions: dict[str, Session] = {g.name: self._open(g) for g in self.manifest.graphs}
@@ -92,14 +93,14 @@ class Pipeline:
             system: a system message, for templates that take one.
 
         Raises:
-            InputError: wrong number of images, unreadable picture, or a prompt too long for the bundle.
+            InputError: wrong number of images, unreadable picture, or a prompt empty or too long for the bundle.
             BundleError: the bundle has no tokenizer.
         """
         result = self.last = Result()
         began = time.perf_counter()
+        stops, pieces = StopStrings(stop), self._load_text().stream()
         ids, pixels = self.prepare(prompt, images, system=system)
         result.seconds["preprocess"] = time.perf_counter() - began
-        stops, pieces = StopStrings(stop), self._load_text().stream()
         for token in self._tokens(result, ids, pixels, max_new_tokens, sampling, began=began):
             if token in self.manifest.eos_token_ids:
                 break
@@ -118,12 +119,14 @@ class Pipeline:
 
     def prepare(self, prompt: str, images: Sequence[Any], *, system: str | None = None) -> tuple[list[int], Array]:
         """What `generate_tokens` takes: prompt tokens with one image token per image, and pixels [images, 3, H, W]."""
-        pixels = self._pixels(images)
+        if not prompt.strip():
+            raise InputError("prompt: is empty; ask something")
+        text, pixels = self._load_text(), self._pixels(images)
         parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return self._load_text().encode_chat(messages), pixels
+        return text.encode_chat(messages), pixels
 
     def generate(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Result:
         """`stream` to its end; options as there."""
@@ -141,6 +144,7 @@ class Pipeline:
         ignore_eos: bool = False,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         sampling: Sampling | None = None,
+        replace: Mapping[str, Array] | None = None,
     ) -> Result:
         """Tokens and logits from tokens and pixels; needs no tokenizer.
 
@@ -150,6 +154,8 @@ class Pipeline:
             max_new_tokens: at most the bundle's capacity, which is the default.
             ignore_eos: go on after end-of-sequence.
             image_sizes: for any-resolution checkpoints; others do not look at it.
+            replace: values that take the place of prefill graphs' outputs, by name, before later graphs read them:
+                another selection policy than the model's is `{"score": ...}`.
 
         Raises:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
@@ -157,7 +163,14 @@ class Pipeline:
         result = Result()
         rows: list[Array] = []
         for _ in self._tokens(
-            result, prompt_token_ids, pixel_values, max_new_tokens, sampling, ignore_eos=ignore_eos, rows=rows
+            result,
+            prompt_token_ids,
+            pixel_values,
+            max_new_tokens,
+            sampling,
+            ignore_eos=ignore_eos,
+            rows=rows,
+            replace=replace,
         ):
             pass
         vocab = self.manifest.embedding.vocab
@@ -217,11 +230,12 @@ class Pipeline:
         ignore_eos: bool = False,
         rows: list[Array] | None = None,
         began: float | None = None,
+        replace: Mapping[str, Array] | None = None,
     ) -> Iterator[int]:
         limit = self._limit(max_new_tokens)
         sampler, seen = Sampler(sampling or Sampling()), [int(i) for i in prompt]
         began = time.perf_counter() if began is None else began
-        logits = self._prefill(result, prompt, pixels)
+        logits = self._prefill(result, prompt, pixels, replace or {})
         length = result.prompt_tokens
         for step in range(limit):
             if rows is not None:
@@ -232,16 +246,17 @@ class Pipeline:
             ended = token in self.manifest.eos_token_ids and not ignore_eos
             if ended:
                 result.finish = "eos"
+            result.seconds["first_token" if step == 0 else "decode"] = time.perf_counter() - began
             if step == 0:
-                result.seconds["first_token"] = time.perf_counter() - began
                 began = time.perf_counter()
             yield token
             if ended or step + 1 == limit:
                 break
             logits = self._decode(token, length + step)
-        result.seconds["decode"] = time.perf_counter() - began
 
-    def _prefill(self, result: Result, prompt: Sequence[int], pixels: Array | None) -> Array:
+    def _prefill(
+        self, result: Result, prompt: Sequence[int], pixels: Array | None, replace: Mapping[str, Array]
+    ) -> Array:
         self._checked(prompt)
         embeds = self._see(result, pixels)
         inputs = self.prefill_inputs(prompt, embeds)
@@ -253,6 +268,9 @@ class Pipeline:
                 if info.name in inputs:
                     self._buffers[self._key(info)].write(inputs[info.name])
             self._sessions[graph.name].run()
+            for info in graph.outputs:
+                if info.name in replace:
+                    self._buffers[self._key(info)].write(replace[info.name])
             result.seconds[graph.name] = time.perf_counter() - began
         for graph in graphs:
             if any(info.name == "kept_visual" for info in graph.outputs):
@@ -337,10 +355,12 @@ class Pipeline:
         room = self.manifest.counts.new_tokens
         if max_new_tokens is None:
             return room
-        if not 1 <= max_new_tokens <= room:
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: is {max_new_tokens}, expected 1..{room}; ask for at least one token")
+        if max_new_tokens > room:
             raise UsageError(
-                f"max_new_tokens: is {max_new_tokens}, the bundle holds 1..{room}; export with --max-new-tokens "
-                f"{max(max_new_tokens, 1)} for more"
+                f"max_new_tokens: is {max_new_tokens}, the bundle holds {room}; ask for fewer, or export with "
+                f"--max-new-tokens {max_new_tokens}"
             )
         return max_new_tokens
 
@@ -362,15 +382,25 @@ class Pipeline:
         for info in (*graph.inputs, *graph.outputs):
             key = self._key(info)
             if key not in self._buffers:
-                self._buffers[key] = self.backend.allocate(key)
+                self._buffers[key] = self._allocate(key)
             bound[info.name] = self._buffers[key]
         return self.backend.open(self.bundle.path(graph.file), bound)
+
+    def _allocate(self, info: TensorInfo) -> Buffer:
+        try:
+            return self.backend.allocate(info)
+        except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
+            raise FitError(
+                f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "
+                "--max-text-tokens or --max-new-tokens"
+            ) from error
 
     def _key(self, info: TensorInfo) -> TensorInfo:
         """The buffer of a tensor: equal name and shape are one buffer, and a cache is written where it is read."""
         name = kv_cache.shared_name(info.name)
         cache = self._cache_names.get(name)
-        assert cache is None or cache.shape == info.shape, (info, cache)
+        if cache is not None and cache != TensorInfo(name, info.dtype, info.shape):
+            raise BundleError(f"manifest: {info} does not fit its cache, {cache}; export the bundle again")
         return TensorInfo(name, info.dtype, info.shape)
 
 

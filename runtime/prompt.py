@@ -7,6 +7,7 @@ see `Text.encode_chat`.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from lvlm_edge.runtime.errors import BundleError, InputError
 if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import AddedToken, Tokenizer
+
+
+_NOT_TEXT = frozenset({"role", "type"})  # keys of a message whose values a program sets, not a user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +79,10 @@ class Text:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, as transformers' processors encode it.
 
-        Special tokens are those the template writes. Where a user's text spells one, its characters are replaced
-        by stand-ins while the template is rendered and cut at its special tokens, and put back before the pieces
-        between them are encoded. Spaces are left alone and everything else too, so that a template that trims or
-        tests a text does the same as it would have.
+        Special tokens are those the template writes. Where a user's text spells one, a character of it is replaced
+        by a stand-in while the template is rendered and cut at its special tokens, and put back before the pieces
+        between them are encoded. Everything else is left as it is, spaces above all, so that a template that trims
+        or tests a text does the same as it would have. Texts that spell none take the direct way.
 
         Args:
             messages: `{"role": ..., "content": ...}`; the content is a string or a list of parts,
@@ -146,9 +150,10 @@ class Text:
     @cached_property
     def _plain_tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
         """Copies that take reserved tokens for text: for the start of a sequence, and for anywhere else."""
-        return _plain_tokenizer(self._tokenizer, self._reserved, first=True), _plain_tokenizer(
-            self._tokenizer, self._reserved, first=False
+        at_start, elsewhere = (
+            _plain_tokenizer(self._tokenizer, self._reserved, first=first) for first in (True, False)
         )
+        return at_start, elsewhere
 
     def _render(self, messages: list[Any], add_generation_prompt: bool) -> str:
         variables = {"bos_token": self._config.bos_token, "eos_token": self._config.eos_token}
@@ -167,7 +172,7 @@ class Text:
             ) from error
 
     def _stand_ins(self, messages: list[Any]) -> dict[str, str]:
-        """A private character for every one that could help to spell a reserved token; mostly there is none."""
+        """A private character for every one that must not be seen; there are none for an ordinary prompt."""
         texts = list(_texts(messages))
         risky = {text[index] for text in texts for index in self._risky(text)}
         if not risky:
@@ -183,7 +188,10 @@ class Text:
         return "".join(stand_ins[char] if index in risky else char for index, char in enumerate(text))
 
     def _risky(self, text: str) -> set[int]:
-        """Indices of characters, spaces aside, that spell a reserved token or may do so with the text around."""
+        """Indices of characters without which the text, or the text and what is around it, spells no reserved token.
+
+        They are never spaces.
+        """
         spans = list(self._spelled(text))
         start, stop = len(text) - len(text.lstrip()), len(text.rstrip())  # a template may trim
         for token in self._reserved:
@@ -192,19 +200,22 @@ class Text:
                     spans.append((stop - length, stop))
                 if text.startswith(token[-length:], start, stop):
                     spans.append((start, start + length))
-        return {index for first, last in spans for index in range(first, last) if not text[index].isspace()}
+        visible = ((index for index in range(*span) if not text[index].isspace()) for span in spans)
+        return {index for first in visible for index in itertools.islice(first, 1)}
 
     def _spelled(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where the text spells a reserved token, letter by letter or after the tokenizer's normalisation."""
+        """Where the text spells a reserved token, literally or after the tokenizer's normalisation."""
         for token in self._reserved:
             at = text.find(token)
             while at >= 0:
                 yield at, at + len(token)
                 at = text.find(token, at + 1)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        for token_id, span in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._added and self._added[token_id].content in self._reserved:
-                yield span
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            content = self._added[token_id].content if token_id in self._added else None
+            if content in self._reserved and content not in text[first:last]:
+                # Every character, since other reserved tokens may begin inside.
+                yield from ((index, index + 1) for index in range(first, last))
 
     def _encode_disguised(self, rendered: str, stand_ins: Mapping[str, str]) -> list[int]:
         """Token ids of rendered text: reserved tokens where it spells them, disguised text in between."""
@@ -443,9 +454,15 @@ def _plain(value: Any) -> Any:
 
 def _texts(value: Any) -> Iterator[str]:
     """All strings that a user may have written: every one except roles and types."""
-    found: list[str] = []
-    _map_texts(value, lambda text: found.append(text) or text)
-    return iter(found)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in _NOT_TEXT:
+                yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -453,7 +470,7 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: item if key in ("role", "type") else _map_texts(item, change) for key, item in value.items()}
+        return {key: item if key in _NOT_TEXT else _map_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_texts(item, change) for item in value]
     return value

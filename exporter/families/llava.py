@@ -41,7 +41,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
 
     Raises:
         UnsupportedError: a tower, decoder, RoPE or activation this family does not know.
-        CheckpointError: fields that contradict each other.
+        CheckpointError: fields that are not valid or contradict each other.
     """
     from transformers import LlavaConfig
 
@@ -51,9 +51,11 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
             raise UnsupportedError(f"llava: {part}.model_type is {kind!r}, not supported; {nearest(kind, known)}")
     try:
         full = LlavaConfig.from_dict(config)
-    except Exception as error:  # transformers raises many types here; the first line says what is wrong
-        raise CheckpointError(f"config.json: not a valid llava config ({str(error).splitlines()[0]})") from error
-    spec = ModelSpec(
+    except Exception as error:  # transformers raises many types here
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"config.json: not a valid llava config ({reason}); correct it") from error
+    # image_seq_length is not read: transformers' model does not, and configs carry its default of 576 for any tower.
+    return ModelSpec(
         family="llava",
         vision=_vision(full),
         projector_act=full.projector_hidden_act,
@@ -61,12 +63,6 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         decoder=_decoder(full),
         image_token_id=full.image_token_index,
     )
-    stated = config.get("image_seq_length")
-    if stated is not None and stated != spec.visual_tokens:
-        raise CheckpointError(
-            f"config.json: image_seq_length is {stated}, but the tower gives {spec.visual_tokens} tokens; correct it"
-        )
-    return spec
 
 
 def _vision(full: Any) -> VisionSpec:
@@ -74,7 +70,9 @@ def _vision(full: Any) -> VisionSpec:
     count = vision.num_hidden_layers
     layers = tuple(wanted) if isinstance(wanted, (list, tuple)) else (wanted,)
     if any(not -count - 1 <= layer <= count for layer in layers):
-        raise CheckpointError(f"config.json: vision_feature_layer is {wanted}, but the tower has {count} layers")
+        raise CheckpointError(
+            f"config.json: vision_feature_layer is {wanted}, but the tower has {count} layers; correct it"
+        )
     return VisionSpec(
         kind=TOWERS[vision.model_type],
         layers=count,
@@ -96,8 +94,8 @@ def _decoder(full: Any) -> DecoderSpec:
     rope = dict(text.rope_parameters)
     if rope["rope_type"] not in STATIC_ROPE:
         raise UnsupportedError(
-            f"llava: rope_type is {rope['rope_type']!r}, which changes with the prompt; supported: "
-            + ", ".join(STATIC_ROPE)
+            f"llava: rope_type is {rope['rope_type']!r}, not supported (some change with the prompt's length); "
+            + nearest(rope["rope_type"], STATIC_ROPE)
         )
     qwen = text.model_type == "qwen2"
     windowed = text.model_type == "mistral" or (qwen and text.use_sliding_window)

@@ -61,14 +61,18 @@ def stages(spec: ModelSpec, config: Config, visual_tokens: int, text_tokens: int
 
 
 def paper(plan: Plan) -> dict[str, Any]:
-    """The paper's column: mean FLOPs of one layer, as multiply-accumulates, FFN as two matrices, 36 other tokens."""
+    """The paper's column: mean FLOPs of one layer, as multiply-accumulates, FFN as two matrices, 36 other tokens.
+
+    Its formula takes the kept share of the visual tokens as it is, not rounded to whole tokens.
+    """
     d, m = plan.spec.decoder.hidden, plan.spec.decoder.ffn
 
     def cost(n: float) -> float:
         return 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
 
     visual, layers, k = plan.visual_tokens, plan.spec.decoder.layers, plan.config.prune_layer
-    dense, reduced = cost(visual + 36), cost(plan.kept_tokens + 36)
+    left = plan.kept_tokens if plan.config.keep_tokens is not None else visual * plan.config.keep_ratio
+    dense, reduced = cost(visual + 36), cost(left + 36)
     mean = (k * dense + (layers - k) * reduced) / layers
     return {"name": "FastV", "unit": "GMAC per layer, mean", "value": mean / 1e9, "ratio": mean / dense}
 

@@ -70,9 +70,9 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def expand(model: Any, prompt: Sequence[int]) -> Tensor:
-    """The prompt with each image token repeated once per visual token, [1, n]."""
-    image, count = model.config.image_token_id, model.config.image_seq_length
+def expand(model: Any, prompt: Sequence[int], count: int) -> Tensor:
+    """The prompt with each image token repeated `count` times, once per visual token of a picture, [1, n]."""
+    image = model.config.image_token_id
     return torch.tensor([[t for token in prompt for t in ([token] * count if token == image else [token])]])
 
 

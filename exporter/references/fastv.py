@@ -29,10 +29,10 @@ def run(
     from transformers import DynamicCache
 
     core, decoder = model.model, model.model.language_model
-    ids = expand(model, prompt)
     projector = core.multi_modal_projector
     with recorded(projector, lambda i, o: i[0]) as features:
         images = torch.cat(list(core.get_image_features(pixels).pooler_output))
+    ids = expand(model, prompt, features[0].shape[1])
     rows = core.get_input_embeddings()(ids).clone()
     visual = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
     rows[0, visual] = images

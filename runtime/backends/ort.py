@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -42,12 +43,21 @@ class OrtSession:
 
 
 class OrtBackend:
-    """Sessions of one process."""
+    """Sessions that share the process's one thread pool.
+
+    With a pool each, the idle threads of one graph's session spin on the cores that the next graph's needs. A process
+    gets one shared pool, whose size the first backend decides; a later one of another size has pools of its own.
+    """
 
     name = "ort"
+    _pool: ClassVar[int | None] = None  # threads of the shared pool; ONNX Runtime does not tell
 
-    def __init__(self, runtime: Any, threads: int | None) -> None:
+    def __init__(self, runtime: Any, threads: int) -> None:
         self._runtime, self._threads = runtime, threads
+        if OrtBackend._pool is None and hasattr(runtime, "set_global_thread_pool_sizes"):
+            with contextlib.suppress(runtime.capi.onnxruntime_pybind11_state.Fail):  # made by somebody else
+                runtime.set_global_thread_pool_sizes(threads, 1)
+                OrtBackend._pool = threads
 
     def allocate(self, info: TensorInfo) -> HostBuffer:
         return HostBuffer(np.zeros(info.shape, np.dtype(info.dtype)))
@@ -56,32 +66,46 @@ class OrtBackend:
         """A graph bound to its buffers.
 
         Raises:
-            BundleError: ONNX Runtime cannot load the graph.
+            BundleError: ONNX Runtime cannot load the graph, or the graph is not the one the manifest describes.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
-        if self._threads is not None:
+        if self._threads == OrtBackend._pool:
+            options.use_per_session_threads = False
+        else:
             options.intra_op_num_threads = self._threads
         try:
-            session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # its fallback prints to stdout, which belongs to the answer
+            session = self._runtime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # the bindings raise their own types; the first line says what is wrong
             raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for info in infos:
-                buffer = buffers[info.name]
-                assert isinstance(buffer, HostBuffer)
-                array = buffer.array
-                assert list(array.shape) == info.shape, (info.name, array.shape, info.shape)
+                array = _array(path, info, buffers)
                 bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return OrtSession(session, binding)
+
+
+def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
+    """The memory behind a graph's input or output."""
+    buffer = buffers.get(info.name)
+    assert buffer is None or isinstance(buffer, HostBuffer)
+    kinds = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+    found = (kinds.get(info.type, info.type), info.shape)
+    wanted = None if buffer is None else (buffer.array.dtype.name, list(buffer.array.shape))
+    if buffer is None or found != wanted:
+        raise BundleError(f"{path}: {info.name!r} is {found}, the manifest says {wanted}; export the bundle again")
+    return buffer.array
 
 
 def create(threads: int | None = None) -> OrtBackend:
     """The backend.
 
     Args:
-        threads: threads per graph; None lets ONNX Runtime take the physical cores.
+        threads: threads to compute with; None lets ONNX Runtime take the physical cores.
 
     Raises:
         UnsupportedError: onnxruntime is not installed.
@@ -90,4 +114,4 @@ def create(threads: int | None = None) -> OrtBackend:
         import onnxruntime
     except ImportError as error:
         raise UnsupportedError("ort: onnxruntime is not installed; pip install 'lvlm-edge[ort]'") from error
-    return OrtBackend(onnxruntime, threads)
+    return OrtBackend(onnxruntime, threads or 0)

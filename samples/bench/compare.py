@@ -129,7 +129,9 @@ def main(work: Path, size: str, rounds: int, threads: int, kind: str | None) -> 
     for process in running.values():
         process.stdin.close()
         process.wait()
-    print(f"{size}, {TEXT + 576} tokens with 576 visual, float32, {threads} threads, median of {rounds} interleaved turns")
+    print(
+        f"{size}, {TEXT + 576} tokens with 576 visual, float32, {threads} threads, median of {rounds} interleaved turns"
+    )
     print("| | first token ms | ratio | ms per token | ratio | peak GB |\n|---|---|---|---|---|---|")
     base = found["transformers"]
     for name, turns in found.items():

@@ -1,8 +1,8 @@
 """Train the sample checkpoint on easy-VQA: `python samples/easyvqa/train.py --out samples/easyvqa/checkpoint`.
 
-Stage 1 aligns pictures with words: the mean of a picture's projected tokens must point to the embeddings of its shape
-and its colour (and a linear head must tell them from the tower's own features, which gets shape off the ground). Without
-it shape stays at chance, and comparing a named colour with a seen one is not learnt.
+Stage 1 aligns pictures with words: the mean of a picture's projected tokens must point to the embeddings of its
+shape and its colour, and a linear head must tell them from the tower's own features, which gets shape off the ground.
+Without it shape stays at chance, and comparing a named colour with a seen one is not learnt.
 Stage 2 trains the whole model on answers. Several questions share one picture's visual tokens in a sequence (each
 sees the picture and itself only), which is exact for a causal decoder and several times cheaper. Negated questions
 come in gradually: while they are half of all, seeing the named thing says nothing about yes or no.

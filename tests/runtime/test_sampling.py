@@ -42,7 +42,7 @@ def reference(logits: NDArray[np.float32], seen: list[int], sampling: Sampling) 
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
     out = LogitsProcessorList(steps)(torch.tensor([seen]), torch.from_numpy(logits)[None])
-    return out[0].numpy()
+    return np.asarray(out[0].numpy(), dtype=np.float32)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)

@@ -1,0 +1,220 @@
+"""What the pipeline asks of its input, and what it promises about its results."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvlm_edge.runtime import Pipeline, Sampling
+from lvlm_edge.runtime.bundle import BundleError
+from lvlm_edge.runtime.errors import FitError, InputError, UnsupportedError, UsageError
+from tests import tiny
+from tests.checkpoints import IMAGE
+from tests.tiny import PROMPT, pixels
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint_once, export_once) -> Path:
+    return tiny.bundle(checkpoint_once, export_once, "fastv")
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle) -> Pipeline:
+    return Pipeline.load(bundle)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    return tiny.picture(tmp_path / "picture.png")
+
+
+def test_the_pieces_of_a_stream_are_the_answer(pipe, picture):
+    pieces = list(pipe.stream("w5 w6", [picture]))
+
+    assert len(pieces) > 1
+    assert "".join(pieces) == pipe.last.text
+    assert pipe.generate("w5 w6", [picture]).text == pipe.last.text
+
+
+def test_a_stream_and_generate_tokens_give_the_same_tokens(pipe, picture):
+    answer = pipe.generate("w5 w6", [picture])
+
+    found = pipe.generate_tokens(*pipe.prepare("w5 w6", [picture]))
+
+    assert found.token_ids == answer.token_ids
+    assert found.logits.argmax(-1).tolist() == answer.token_ids
+    assert found.logits.shape == (len(answer.token_ids), 160) and found.logits.dtype == np.float32
+    assert np.array_equal(found.kept_visual, answer.kept_visual)
+
+
+def test_a_stream_that_is_left_early_does_not_disturb_the_next(pipe, picture):
+    whole = pipe.generate("w5 w6", [picture]).token_ids
+
+    next(pipe.stream("w9 w8 w7", [picture]))
+
+    assert pipe.generate("w5 w6", [picture]).token_ids == whole
+
+
+def test_an_answer_ends_at_the_end_of_sequence_unless_it_is_ignored(bundle, pipe, tmp_path):
+    free = pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True).token_ids
+    end = free[3]
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    tiny.change_json(copied / "manifest.json", eos_token_ids=[end])
+    ended = Pipeline.load(copied)
+
+    found = ended.generate_tokens(PROMPT, pixels())
+
+    assert found.finish == "eos"
+    assert found.token_ids == free[: free.index(end) + 1]
+    assert ended.generate_tokens(PROMPT, pixels(), ignore_eos=True).token_ids == free
+
+
+def test_the_end_of_sequence_is_no_part_of_the_text(bundle, pipe, picture, tmp_path):
+    words = pipe.generate("w5 w6", [picture]).text.split()
+    end = pipe.last.token_ids[2]
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    tiny.change_json(copied / "manifest.json", eos_token_ids=[end])
+
+    found = Pipeline.load(copied).generate("w5 w6", [picture])
+
+    assert found.text.split() == words[: pipe.last.token_ids.index(end)]
+
+
+def test_a_placeholder_typed_by_a_user_stays_text(pipe, picture):
+    ids, _ = pipe.prepare("<image> <image>", [picture])
+
+    assert ids.count(IMAGE) == 1
+
+
+def test_a_full_prompt_and_a_full_answer_fit(pipe):
+    prompt = [IMAGE, *range(3, 27)]
+
+    found = pipe.generate_tokens(prompt, pixels(), ignore_eos=True)
+
+    assert (len(found.token_ids), found.prompt_tokens) == (8, 28)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "0 image"),
+        ([IMAGE], "has no text"),
+        ([5, 6], "0 image"),
+        ([IMAGE, 5, IMAGE], "2 image"),
+        ([IMAGE, *[5] * 25], "--max-text-tokens 25"),
+        ([IMAGE, 160], "token 160 is outside the vocabulary of 160"),
+        ([IMAGE, -1], "token -1 is outside"),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_does_not_fit_is_refused(prompt, said, pipe):
+    with pytest.raises(InputError, match=said):
+        pipe.generate_tokens(prompt, pixels())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        np.zeros((3, 28, 28), np.float32),
+        np.zeros((2, 3, 28, 28), np.float32),
+        np.zeros((1, 3, 28, 29), np.float32),
+        np.full((1, 3, 28, 28), np.nan, np.float32),
+        np.full((1, 3, 28, 28), np.inf, np.float32),
+    ],
+    ids=["nothing", "no batch", "two", "another size", "nan", "inf"],
+)
+def test_pixels_that_do_not_fit_are_refused(given, pipe):
+    with pytest.raises(InputError, match="pixel_values"):
+        pipe.generate_tokens(PROMPT, given)
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_a_number_of_new_tokens_out_of_range_is_refused(count, pipe):
+    with pytest.raises(UsageError, match="max_new_tokens"):
+        pipe.generate_tokens(PROMPT, pixels(), max_new_tokens=count)
+
+
+def test_a_refused_prompt_leaves_the_pipeline_as_it_was(pipe):
+    before = pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True)
+
+    with pytest.raises(InputError):
+        pipe.generate_tokens([IMAGE, *[5] * 25], pixels())
+
+    assert np.array_equal(pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True).logits, before.logits)
+
+
+def test_a_seed_decides_what_is_sampled(pipe):
+    def sampled(seed: int) -> list[int]:
+        sampling = Sampling(temperature=5.0, seed=seed)
+        return list(pipe.generate_tokens(PROMPT, pixels(), sampling=sampling, ignore_eos=True).token_ids)
+
+    assert sampled(1) == sampled(1)
+    assert len({tuple(sampled(seed)) for seed in range(4)}) > 1
+
+
+def test_an_unknown_backend_is_answered_with_the_known_ones(bundle):
+    with pytest.raises(UnsupportedError, match="known: ort"):
+        Pipeline.load(bundle, "tensorflow")
+
+
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, tmp_path):
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = tiny.read_json(copied / "manifest.json")
+    head = next(g for g in manifest["graphs"] if g["name"] == "prefill_head")
+    score = next(t for t in head["outputs"] if t["name"] == "score")
+    score["shape"] = [1, 5]
+    tiny.write_json(copied / "manifest.json", manifest)
+
+    with pytest.raises(BundleError, match=r"prefill_head.onnx: 'score' is .*4.*manifest says .*5"):
+        Pipeline.load(copied)
+
+
+def test_a_cache_that_is_too_small_is_refused(bundle, tmp_path):
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = tiny.read_json(copied / "manifest.json")
+    manifest["cache"][1]["capacity"] -= 1
+    tiny.write_json(copied / "manifest.json", manifest)
+
+    with pytest.raises(BundleError, match="layer 1 cannot hold 36 rows"):
+        Pipeline.load(copied)
+
+
+def test_a_device_without_the_memory_is_told_which_flags_to_lower(bundle, monkeypatch):
+    from lvlm_edge.runtime.backends.ort import OrtBackend
+
+    def full(self, info):
+        raise MemoryError
+
+    monkeypatch.setattr(OrtBackend, "allocate", full)
+    with pytest.raises(FitError, match="--max-text-tokens"):
+        Pipeline.load(bundle)
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "ABSOLUTE", "sub/../../weights.bin", "link.bin", "nowhere.bin"])
+def test_weights_outside_the_bundle_are_refused_even_when_every_hash_is_right(location, bundle, tmp_path, capfd):
+    import onnx
+
+    from lvlm_edge.runtime.bundle import sha256
+
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    outside = shutil.copy(copied / "weights.bin", tmp_path / "weights.bin")
+    (copied / "link.bin").symlink_to(outside)
+    (copied / "sub").mkdir()
+    path = copied / "decode.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(outside) if location == "ABSOLUTE" else location
+    path.write_bytes(model.SerializeToString())
+    manifest = tiny.read_json(copied / "manifest.json")
+    manifest["files"]["decode.onnx"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    tiny.write_json(copied / "manifest.json", manifest)
+
+    with pytest.raises(BundleError, match=r"decode\.onnx"):
+        Pipeline.load(copied)
+    assert capfd.readouterr() == ("", "")
