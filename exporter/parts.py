@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lvlm_edge.exporter import blocks
 from lvlm_edge.exporter.planning import Plan
-from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec, VisionSpec
+from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -214,11 +214,18 @@ def weights(parts: Parts) -> dict[str, Weight]:
 
 
 def rope_tables(d: DecoderSpec, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables [positions, D_h / 2], float32, from transformers' own rotary embedding."""
+    """Cosine and sine tables [positions, D_h / 2], float32, from transformers' own rotary embedding.
+
+    Raises:
+        CheckpointError: parameters that transformers does not take.
+    """
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(hidden_size=d.hidden, num_attention_heads=d.heads, head_dim=d.head_dim, **d.rope)
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
+    try:
+        config = LlamaConfig(hidden_size=d.hidden, num_attention_heads=d.heads, head_dim=d.head_dim, **d.rope)
+        cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: its rotary parameters cannot be used ({error}); correct them") from error
     half = d.head_dim // 2
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export, spec
+from lvlm_edge.exporter.families import llava
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError
@@ -320,3 +321,41 @@ def test_a_bundle_without_tokenizer_takes_tokens_and_says_so_when_asked_in_words
         list(pipe.stream("What is this?", [Image.new("RGB", (60, 60))]))
 
     assert len(found.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"text_config": {"model_type": "llama", "num_attention_heads": 16}},
+        {"text_config": {"model_type": "mistral", "rope_theta": 1e6}},
+        {"text_config": {"model_type": "qwen2", "use_sliding_window": True}},
+        {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}, "tie_word_embeddings": True},
+        {"vision_config": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+        {"vision_config": {"model_type": "clip_vision_model"}, "vision_feature_layer": [-2, -1]},
+    ],
+)
+def test_fields_left_out_take_transformers_defaults(config):
+    from transformers import LlavaConfig
+
+    config = {"model_type": "llava", **config}
+
+    found, expected = llava.read_spec(config), LlavaConfig.from_dict(config)
+
+    text, vision = expected.text_config, expected.vision_config
+    d, v = found.decoder, found.vision
+    assert (d.layers, d.hidden, d.heads) == (text.num_hidden_layers, text.hidden_size, text.num_attention_heads)
+    assert (d.kv_heads, d.ffn, d.vocab) == (text.num_key_value_heads, text.intermediate_size, text.vocab_size)
+    assert d.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    assert (d.eps, d.mlp_act, d.max_positions) == (text.rms_norm_eps, text.hidden_act, text.max_position_embeddings)
+    assert (d.tied, d.window) == (expected.tie_word_embeddings, getattr(text, "sliding_window", None))
+    assert d.rope["rope_parameters"] == {k: v for k, v in text.rope_parameters.items() if k != "type"}
+    assert (v.layers, v.hidden, v.heads) == (
+        vision.num_hidden_layers,
+        vision.hidden_size,
+        vision.num_attention_heads,
+    )
+    assert (v.ffn, v.image_size, v.patch_size) == (vision.intermediate_size, vision.image_size, vision.patch_size)
+    assert (v.eps, v.mlp_act, v.channels) == (vision.layer_norm_eps, vision.hidden_act, vision.num_channels)
+    assert found.image_token_id == expected.image_token_id
+    assert found.projector_act == expected.projector_hidden_act
