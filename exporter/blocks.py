@@ -1,7 +1,6 @@
 """Decoder arithmetic as functions of tensors, and the graphs that every method shares.
 
-The functions are traced with fake tensors. Operators that ONNX has and PyTorch has not (`Attention`,
-`RotaryEmbedding`, `RMSNormalization`, `TensorScatter` of opset 24) are written into the graph as they are.
+The functions are traced with fake tensors; how attention, norms and caches become operators is the lowering's.
 Torch is imported when a function runs, so that reading a method's settings does not load it.
 """
 
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lvlm_edge.exporter import lowerings
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lvlm_edge.exporter.parts import DecoderLayer, Parts
-
-OPSET = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +54,6 @@ class Shapes:
     def logits(self) -> TensorInfo:
         return TensorInfo("logits", "float32", (1, 1, self.plan.spec.decoder.vocab))
 
-    def caches(self, layers: Iterable[int], prefix: str) -> tuple[TensorInfo, ...]:
-        d = self.plan.spec.decoder
-        return tuple(
-            TensorInfo(f"{prefix}.{i}.{part}", self.plan.dtype, (1, d.kv_heads, self.plan.capacity(i), d.head_dim))
-            for i in layers
-            for part in ("key", "value")
-        )
-
-
-def onnx_op(name: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: Any) -> Tensor:
-    """An ONNX operator with one output of the shape and dtype of `like`."""
-    import torch
-
-    result: Tensor = torch.onnx.ops.symbolic(
-        name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET
-    )
-    return result
-
 
 def arange(count: int) -> Tensor:
     """0 .. count-1, [count], int64."""
@@ -87,37 +67,6 @@ def concat(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
     return torch.cat(list(tensors))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis; the normalisation in float32."""
-    return onnx_op("RMSNormalization", [x, weight], x, axis=-1, epsilon=eps, stash_type=1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding in the rotate-half convention.
-
-    Args:
-        x: queries or keys, [1, heads, rows, D_h].
-        cos, sin: tables, [positions, D_h / 2].
-        positions: original positions of the rows, [1, rows], int64.
-    """
-    return onnx_op("RotaryEmbedding", [x, cos, sin, positions], x)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
-    """Softmax attention among fresh rows; query head h reads key head h * H_kv // H. [1, H, S, D_h]."""
-    return onnx_op("Attention", [query, key, value], query, is_causal=int(causal))
-
-
-def attend_cache(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
-    """One query row against the first `length` rows of the caches; `length` is [1], int64."""
-    return onnx_op("Attention", [query, key, value, None, None, None, length], query)
-
-
-def write_cache(cache: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
-    """The cache [1, H_kv, C, D_h] with `rows` [1, H_kv, R, D_h] from `slot` ([1], int64) on; in place at run time."""
-    return onnx_op("TensorScatter", [cache, rows, slot], cache, axis=2, mode="linear")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -134,19 +83,43 @@ def join_heads(x: Tensor) -> Tensor:
     return x.reshape(1, 1, heads * size) if rows == 1 else x.transpose(1, 2).reshape(1, rows, heads * size)
 
 
+def ascending(indices: Tensor) -> Tensor:
+    """Indices [n], int64, sorted. As floats, exact below 2^24: not every TensorRT sorts integers."""
+    values: Tensor = indices.float().topk(indices.shape[0], largest=False).values
+    return values.long()
+
+
+def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What the layers' caches need as inputs of a prefill graph."""
+    return tuple(lowerings.load(plan.lowering).prefill_inputs(plan, layers))
+
+
+def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
+    """What a prefill graph returns for the layers' caches after that many rows."""
+    return tuple(lowerings.load(plan.lowering).prefill_outputs(plan, layers, rows))
+
+
 def project(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, rotated keys and values of a layer for the rows of x."""
-    d = parts.spec.decoder
-    normed = rms_norm(x, layer.input_layernorm.weight, d.eps)
-    query = rotate(split_heads(layer.q_proj(normed), d.heads), parts.rope_cos, parts.rope_sin, positions)
-    key = rotate(split_heads(layer.k_proj(normed), d.kv_heads), parts.rope_cos, parts.rope_sin, positions)
+    """Queries and keys, both rotated in the rotate-half convention, and values of a layer.
+
+    Args:
+        x: hidden states, [1, rows, D].
+        positions: original positions of the rows, [1, rows], int64.
+
+    Returns:
+        [1, H, rows, D_h], [1, H_kv, rows, D_h], [1, H_kv, rows, D_h].
+    """
+    d, ops, tables = parts.spec.decoder, parts.ops, (parts.rope_cos, parts.rope_sin)
+    normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
+    query = ops.rotate(split_heads(layer.q_proj(normed), d.heads), *tables, positions)
+    key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), *tables, positions)
     return query, key, split_heads(layer.v_proj(normed), d.kv_heads)
 
 
 def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, feed-forward, residual."""
     x = x + layer.o_proj(join_heads(attended))
-    normed = rms_norm(x, layer.post_attention_layernorm.weight, parts.spec.decoder.eps)
+    normed = parts.ops.rms_norm(x, layer.post_attention_layernorm.weight, parts.spec.decoder.eps)
     out: Tensor = x + layer.down_proj(parts.act(layer.gate_proj(normed)) * layer.up_proj(normed))
     return out
 
@@ -154,28 +127,27 @@ def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Te
 def prefill_layers(
     parts: Parts, plan: Plan, layers: Iterable[int], inputs: dict[str, Tensor], entry: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """Layers over fresh rows with causal attention; right padding makes a mask unnecessary.
+    """Layers over fresh rows with causal attention; right padding needs no mask of its own.
 
     Args:
-        inputs: `entry` [1, S, D], `position_ids` [1, S], `write_index` [1] (0), and the layers' caches.
+        inputs: `entry` [1, S, D], `position_ids` [1, S], and what `prefill_inputs` names.
 
     Returns:
-        hidden states after the last layer, its rotated (query, key), and the written caches by name.
+        hidden states after the last layer, its rotated (query, key), and the caches' outputs by name.
     """
-    x, positions, write = inputs[entry], inputs["position_ids"], inputs["write_index"]
+    x, positions = inputs[entry], inputs["position_ids"]
     caches: dict[str, Tensor] = {}
     for i in layers:
         query, key, value = project(parts, parts.layers[i], x, positions)
-        for part, rows in (("key", key), ("value", value)):
-            caches[f"present.{i}.{part}"] = write_cache(inputs[f"past_key_values.{i}.{part}"], rows, write)
-        x = finish(parts, parts.layers[i], x, attend(query, key, value, causal=True))
+        caches |= parts.ops.store(inputs, i, key, value)
+        x = finish(parts, parts.layers[i], x, parts.ops.attend(query, key, value, positions))
     return x, (query, key), caches
 
 
 def logits(parts: Parts, x: Tensor, row: Tensor) -> Tensor:
     """Logits of one row of the last hidden states, [1, 1, vocab], float32."""
     chosen = x.index_select(1, row)
-    normed = rms_norm(chosen, parts.norm.weight, parts.spec.decoder.eps)
+    normed = parts.ops.rms_norm(chosen, parts.norm.weight, parts.spec.decoder.eps)
     result: Tensor = parts.lm_head(normed).float()
     return result
 
@@ -203,7 +175,7 @@ def _vision(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Te
 
 def decode_graph(plan: Plan) -> GraphSpec:
     """One token through every layer, each with its own cache capacity, from one cache length."""
-    shapes = Shapes(plan)
+    shapes, ops = Shapes(plan), lowerings.load(plan.lowering)
     layers = range(plan.spec.decoder.layers)
     return GraphSpec(
         name="decode",
@@ -212,9 +184,9 @@ def decode_graph(plan: Plan) -> GraphSpec:
             shapes.hidden("inputs_embeds", 1),
             shapes.index("position_ids", 1, 1),
             shapes.index("cache_length", 1),
-            *shapes.caches(layers, "past_key_values"),
+            *ops.decode_inputs(plan, layers),
         ),
-        outputs=(shapes.logits(), *shapes.caches(layers, "present")),
+        outputs=(shapes.logits(), *ops.decode_outputs(plan, layers)),
         body=_decode,
     )
 
@@ -227,13 +199,10 @@ def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Te
     for i in range(plan.spec.decoder.layers):
         slot = slots[plan.dropped(i)]
         query, key, value = project(parts, parts.layers[i], x, positions)
-        written = [
-            write_cache(inputs[f"past_key_values.{i}.{part}"], rows, slot)
-            for part, rows in (("key", key), ("value", value))
-        ]
-        caches[f"present.{i}.key"], caches[f"present.{i}.value"] = written
-        x = finish(parts, parts.layers[i], x, attend_cache(query, written[0], written[1], slot + 1))
-    normed = rms_norm(x, parts.norm.weight, parts.spec.decoder.eps)
+        attended, outputs = parts.ops.append(inputs, i, query, key, value, slot)
+        caches |= outputs
+        x = finish(parts, parts.layers[i], x, attended)
+    normed = parts.ops.rms_norm(x, parts.norm.weight, parts.spec.decoder.eps)
     return {"logits": parts.lm_head(normed).float(), **caches}
 
 

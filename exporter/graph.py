@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lvlm_edge.exporter.blocks import OPSET, GraphSpec
+from lvlm_edge.exporter.blocks import GraphSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
@@ -22,7 +22,7 @@ _DTYPES = {
 }
 
 
-def finish(model: ir.Model, spec: GraphSpec, location: str, offsets: Mapping[str, int]) -> ir.Model:
+def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, offsets: Mapping[str, int]) -> ir.Model:
     """The traced model as it is shipped: weights by reference into one file, opset and names checked.
 
     Args:
@@ -46,7 +46,7 @@ def finish(model: ir.Model, spec: GraphSpec, location: str, offsets: Mapping[str
             value.const_value = ir.ExternalTensor(
                 location, offsets[name], int(length), value.dtype, shape=value.shape, name=name
             )
-    check(model, spec)
+    check(model, spec, opset)
     return model
 
 
@@ -62,10 +62,10 @@ def _name_outputs(model: ir.Model, spec: GraphSpec) -> None:
             model.graph.outputs[i] = copy.outputs[0]
 
 
-def check(model: ir.Model, spec: GraphSpec) -> None:
+def check(model: ir.Model, spec: GraphSpec, opset: int) -> None:
     """Raise unless a bundle may hold the graph: plain ai.onnx of one opset, shapes fixed, names as planned."""
     problems = []
-    if dict(model.opset_imports) != {"": OPSET}:
+    if dict(model.opset_imports) != {"": opset}:
         problems.append(f"opsets {dict(model.opset_imports)}")
     problems += [f"operator {n.domain}::{n.op_type}" for n in model.graph if n.domain or n.op_type in TRAPS]
     problems += [f"{n.op_type} with {len(n.outputs)} outputs" for n in model.graph if _extra_outputs(n)]

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import checkpoint, planning, preprocess, spec, text
+from lvlm_edge.exporter import checkpoint, lowerings, planning, preprocess, spec, text
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import bundle as manifests
@@ -56,6 +56,7 @@ def export(
     *,
     method: str = "none",
     dtype: str = "float32",
+    lowering: str = "modern",
     num_images: int = 1,
     max_text_tokens: int = 256,
     max_new_tokens: int = 128,
@@ -71,6 +72,7 @@ def export(
         output: folder to write; it appears complete or not at all.
         method: token reduction; its settings are `options` (`prune_layer=2, keep_ratio=0.5`).
         dtype: `float32` or `float16`, of weights, activations and caches.
+        lowering: `modern` (opset 24) or `legacy` (opset 18, for TensorRT 10.3).
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
         force: replace an existing bundle.
 
@@ -96,6 +98,7 @@ def export(
         max_text_tokens=max_text_tokens,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
+        lowering=lowering,
     )
     provenance = manifests.Provenance(
         source=str(source),
@@ -147,7 +150,7 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     placed = _place(order, known | {"embed.weight": parts.Weight((d.vocab, d.hidden), False)}, sources, plan.dtype)
     offsets = {name: p.offset for name, p in placed.items()}
     for wanted, model in zip(specs, models, strict=True):
-        graph.save(graph.finish(model, wanted, WEIGHTS, offsets), out / f"{wanted.name}.onnx")
+        graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, offsets), out / f"{wanted.name}.onnx")
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
     files = {WEIGHTS: write_weights(out / WEIGHTS, placed, ropes, parts.DTYPES[plan.dtype], progress)}
     for path in sorted(out.iterdir()):
@@ -267,8 +270,6 @@ def _manifest(
     ends: tuple[int, ...],
     files: dict[str, manifests.FileInfo],
 ) -> manifests.Manifest:
-    from lvlm_edge.exporter.blocks import OPSET
-
     d, v = plan.spec.decoder, plan.spec.vision
     class_token = v.kind == "clip"
     report = planning.report(plan)
@@ -278,8 +279,8 @@ def _manifest(
         method=plan.method,
         method_config=dataclasses.asdict(plan.config),
         dtype=plan.dtype,
-        opset=OPSET,
-        lowering="modern",
+        opset=lowerings.load(plan.lowering).OPSET,
+        lowering=plan.lowering,
         counts=manifests.Counts(
             num_images=plan.num_images,
             visual_tokens=plan.visual_tokens,

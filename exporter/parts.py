@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter import blocks, lowerings
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
@@ -70,23 +70,23 @@ class Norm(nn.Module):
 class VisionLayer(nn.Module):
     """A pre-norm encoder layer of CLIP or SigLIP."""
 
-    def __init__(self, v: VisionSpec) -> None:
+    def __init__(self, v: VisionSpec, ops: Any) -> None:
         super().__init__()
-        self.spec, self.act = v, activation(v.mlp_act)
+        self.spec, self.act, self.ops = v, activation(v.mlp_act), ops
         self.layer_norm1, self.layer_norm2 = Norm(v.hidden, bias=True), Norm(v.hidden, bias=True)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(v.hidden, v.hidden, bias=True) for _ in range(4))
         self.fc1, self.fc2 = Linear(v.hidden, v.ffn, bias=True), Linear(v.ffn, v.hidden, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = layer_norm(x, self.layer_norm1, self.spec.eps)
+        normed = self._norm(x, self.layer_norm1)
         q, k, v = (blocks.split_heads(p(normed), self.spec.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(blocks.join_heads(blocks.attend(q, k, v)))
-        hidden: Tensor = x + self.fc2(self.act(self.fc1(layer_norm(x, self.layer_norm2, self.spec.eps))))
+        x = x + self.out_proj(blocks.join_heads(self.ops.attend(q, k, v)))
+        hidden: Tensor = x + self.fc2(self.act(self.fc1(self._norm(x, self.layer_norm2))))
         return hidden
 
-
-def layer_norm(x: Tensor, norm: Norm, eps: float) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, eps)
+    def _norm(self, x: Tensor, norm: Norm) -> Tensor:
+        normed: Tensor = self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps)
+        return normed
 
 
 class PatchEmbedding(nn.Module):
@@ -113,15 +113,15 @@ class Table(nn.Module):
 class Vision(nn.Module):
     """The vision encoder up to its highest feature layer; layers above are not built."""
 
-    def __init__(self, v: VisionSpec) -> None:
+    def __init__(self, v: VisionSpec, ops: Any) -> None:
         super().__init__()
-        self.spec = v
+        self.spec, self.ops = v, ops
         self.patch_embedding = PatchEmbedding(v)
         self.position_embedding = Table(v.positions, v.hidden)
         if v.kind == "clip":
             self.class_embedding = nn.Parameter(torch.empty(v.hidden))
             self.pre_layrnorm = Norm(v.hidden, bias=True)  # spelled as in every CLIP checkpoint
-        self.layers = nn.ModuleList(VisionLayer(v) for _ in range(max(v.feature_layers)))
+        self.layers = nn.ModuleList(VisionLayer(v, ops) for _ in range(max(v.feature_layers)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixel_values [1, C, H, W] to the features the projector reads, [1, V, D * number of feature layers]."""
@@ -130,7 +130,7 @@ class Vision(nn.Module):
             x = torch.cat([self.class_embedding.reshape(1, 1, -1), x], 1)
         x = x + self.position_embedding.weight
         if self.spec.kind == "clip":
-            x = layer_norm(x, self.pre_layrnorm, self.spec.eps)
+            x = self.ops.layer_norm(x, self.pre_layrnorm.weight, self.pre_layrnorm.bias, self.spec.eps)
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1]))
@@ -171,11 +171,11 @@ class Parts(nn.Module):
 
     layers: Any  # a ModuleList of DecoderLayer
 
-    def __init__(self, spec: ModelSpec, positions: int) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        d = spec.decoder
-        self.spec, self.act = spec, activation(d.mlp_act)
-        self.vision, self.projector = Vision(spec.vision), Projector(spec)
+        spec, d, positions = plan.spec, plan.spec.decoder, plan.positions
+        self.spec, self.act, self.ops = spec, activation(d.mlp_act), lowerings.load(plan.lowering)
+        self.vision, self.projector = Vision(spec.vision, self.ops), Projector(spec)
         self.layers = nn.ModuleList(DecoderLayer(d) for _ in range(d.layers))
         self.norm, self.lm_head = Norm(d.hidden), Linear(d.hidden, d.vocab)
         self.rope_cos = nn.Parameter(torch.empty(positions, d.head_dim // 2))
@@ -190,7 +190,7 @@ def fake(plan: Plan) -> tuple[Parts, Any]:
     torch.set_default_dtype(DTYPES[plan.dtype])
     try:
         with mode:
-            return Parts(plan.spec, plan.positions).requires_grad_(False).eval(), mode
+            return Parts(plan).requires_grad_(False).eval(), mode
     finally:
         torch.set_default_dtype(before)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import ModuleType
 from typing import Any
 
 from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
+from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+from lvlm_edge.runtime.kv_cache import PRESENT
 
 BYTES = {"float32": 4, "float16": 2}
-CAPACITIES = ("num_images", "max_text_tokens", "max_new_tokens", "dtype")
+CAPACITIES = ("num_images", "max_text_tokens", "max_new_tokens", "dtype", "lowering")
 
 
 class PlanError(UsageError):
@@ -58,6 +60,7 @@ class Plan:
     text_tokens: int
     new_tokens: int
     dtype: str
+    lowering: str = "modern"
 
     @property
     def visual_tokens(self) -> int:
@@ -87,6 +90,22 @@ class Plan:
     def dropped(self, layer: int) -> int:
         """Prompt rows that a layer's cache does not hold: slot = unpruned length - dropped."""
         return self.prompt_tokens - self.stage_of(layer).cached
+
+    def caches(self, layers: Iterable[int], prefix: str) -> tuple[TensorInfo, ...]:
+        """Whole caches of some layers as tensors of a graph: [1, kv_heads, capacity, head_dim]."""
+        return self._cache_tensors(layers, prefix, None)
+
+    def cache_rows(self, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
+        """New rows for the caches of some layers: [1, kv_heads, rows, head_dim]."""
+        return self._cache_tensors(layers, PRESENT, rows)
+
+    def _cache_tensors(self, layers: Iterable[int], prefix: str, rows: int | None) -> tuple[TensorInfo, ...]:
+        d = self.spec.decoder
+        return tuple(
+            TensorInfo(f"{prefix}.{i}.{part}", self.dtype, (1, d.kv_heads, rows or self.capacity(i), d.head_dim))
+            for i in layers
+            for part in ("key", "value")
+        )
 
     def kv_cache_bytes(self) -> int:
         decoder = self.spec.decoder
@@ -137,6 +156,7 @@ def make(
     max_text_tokens: int = 256,
     max_new_tokens: int = 128,
     dtype: str = "float32",
+    lowering: str = "modern",
 ) -> Plan:
     """The plan of a model under a method.
 
@@ -164,6 +184,7 @@ def make(
         text_tokens=max_text_tokens,
         new_tokens=max_new_tokens,
         dtype=dtype,
+        lowering=lowering,
     )
     limit = spec.decoder.max_positions
     if plan.positions > limit:
@@ -219,20 +240,50 @@ def decode_flops(plan: Plan) -> int:
     return sum(layer_flops(d, 1, plan.capacity(i)) for i in range(d.layers)) + 2 * d.hidden * d.vocab
 
 
-def weights_bytes(plan: Plan) -> int:
-    """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
-    v, d, p = plan.spec.vision, plan.spec.decoder, plan.spec
-    deepest = max(v.feature_layers)
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights, each counted once; without rotary tables.
+
+    Attributes:
+        vision: the encoder up to the highest feature layer.
+        matrices: of the matrices of one decoder layer, the part that weight formats such as int4 are for.
+        vectors: of the norms and biases of one decoder layer.
+        norm: the last norm.
+        head: lm_head; the embedding has as many, and is the same tensor where they are tied.
+    """
+
+    vision: int
+    projector: int
+    matrices: int
+    vectors: int
+    norm: int
+    head: int
+
+
+def weights(spec: ModelSpec) -> Weights:
+    """How many weights each part of a model has."""
+    v, d = spec.vision, spec.decoder
     vision = v.patch_size**2 * v.channels * v.hidden + v.positions * v.hidden
     vision += (3 if v.kind == "clip" else 1) * v.hidden  # class token and pre-norm, or the patch bias
-    vision += deepest * (4 * v.hidden**2 + 2 * v.hidden * v.ffn + 9 * v.hidden + v.ffn)
+    vision += max(v.feature_layers) * (4 * v.hidden**2 + 2 * v.hidden * v.ffn + 9 * v.hidden + v.ffn)
     wide = len(v.feature_layers) * v.hidden
-    projector = wide * d.hidden + d.hidden**2 + p.projector_bias * 2 * d.hidden
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    layer = d.hidden * (2 * dq + 2 * dkv + 3 * d.ffn + 2)
-    layer += d.qkv_bias * (dq + 2 * dkv) + d.o_bias * d.hidden + d.mlp_bias * (2 * d.ffn + d.hidden)
-    decoder = d.layers * layer + d.hidden + d.vocab * d.hidden * (1 if d.tied else 2)
-    return (vision + projector + decoder) * BYTES[plan.dtype]
+    biases = d.qkv_bias * (dq + 2 * dkv) + d.o_bias * d.hidden + d.mlp_bias * (2 * d.ffn + d.hidden)
+    return Weights(
+        vision=vision,
+        projector=wide * d.hidden + d.hidden**2 + spec.projector_bias * 2 * d.hidden,
+        matrices=d.hidden * (2 * dq + 2 * dkv + 3 * d.ffn),
+        vectors=2 * d.hidden + biases,
+        norm=d.hidden,
+        head=d.vocab * d.hidden,
+    )
+
+
+def weights_bytes(plan: Plan) -> int:
+    """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
+    w, d = weights(plan.spec), plan.spec.decoder
+    decoder = d.layers * (w.matrices + w.vectors) + w.norm + w.head * (1 if d.tied else 2)
+    return (w.vision + w.projector + decoder) * BYTES[plan.dtype]
 
 
 def report(plan: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.blocks import OPSET, GraphSpec
+from lvlm_edge.exporter.blocks import GraphSpec
 from lvlm_edge.exporter.parts import Parts
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.bundle import TensorInfo
@@ -43,7 +43,7 @@ def trace(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
             (),
             None,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=parts.ops.OPSET,
             input_names=[info.name for info in graph.inputs],
             output_names=[info.name for info in graph.outputs],
             verbose=False,

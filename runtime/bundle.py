@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from lvlm_edge.runtime.errors import BundleError, UnsupportedError
+from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
@@ -238,6 +238,8 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     roles = [g.role for g in m.graphs]
     once = roles.count("image") == roles.count("decode") == 1 and "prefill" in roles and set(roles) <= ROLES
     yield f"roles of the graphs are {', '.join(roles)}, expected one image, some prefill, one decode", once
+    decode = next(g.name for g in m.graphs if g.role == "decode")
+    yield f"the graph of role decode is named {decode!r}, expected 'decode'", decode == "decode"
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
     yield from _tensor_beliefs(m)
 
@@ -321,7 +323,9 @@ def _check_references(bundle: Bundle) -> None:
     table = manifest.embedding
     width = WIDTHS.get(table.dtype)
     if width is None:
-        raise UnsupportedError(f"manifest: embedding dtype is {table.dtype!r}, expected float32 or float16")
+        raise BundleError(
+            f"manifest: embedding dtype is {table.dtype!r}, expected {' or '.join(WIDTHS)}; export the bundle again"
+        )
     end = table.offset + table.vocab * table.hidden * width
     if end > manifest.files[table.file].size or min(table.offset, table.vocab - 1, table.hidden - 1) < 0:
         raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")

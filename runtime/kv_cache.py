@@ -39,6 +39,10 @@ class Layout:
         """Filled slots per layer when `unpruned` rows (visual, text, decoded) have gone by."""
         return tuple(unpruned - layer.dropped for layer in self.layers)
 
+    def slot(self, name: str, length: int) -> int:
+        """Where the rows of `present.3.key` go in its cache when `length` unpruned rows have gone by."""
+        return max(0, length - self.layers[int(name.split(".")[1])].dropped)
+
     def room(self, prompt: int) -> int:
         """Rows that decoding can still add after a prompt of that many rows."""
         return min(c.capacity + c.dropped for c in self.layers) - prompt
@@ -47,6 +51,14 @@ class Layout:
 def shared_name(name: str) -> str:
     """The buffer that a graph's tensor lives in: `present.3.key` is written into `past_key_values.3.key`."""
     return PAST + name.removeprefix(PRESENT) if name.startswith(PRESENT + ".") else name
+
+
+def are_rows(info: TensorInfo, cache: TensorInfo) -> bool:
+    """Whether a graph's output is new rows for a cache: of its dtype and shape, but for fewer rows."""
+    if info.dtype != cache.dtype or len(info.shape) != 4 or not info.name.startswith(PRESENT + "."):
+        return False
+    fewer = info.shape[2] < cache.shape[2]
+    return fewer and info.shape[:2] == cache.shape[:2] and info.shape[3] == cache.shape[3]
 
 
 def check_layout(layers: Sequence[CacheLayer], counts: Counts) -> None:

@@ -267,7 +267,7 @@ class Pipeline:
             for info in graph.inputs:
                 if info.name in inputs:
                     self._buffers[self._key(info)].write(inputs[info.name])
-            self._sessions[graph.name].run()
+            self._run(graph, 0)
             for info in graph.outputs:
                 if info.name in replace:
                     self._buffers[self._key(info)].write(replace[info.name])
@@ -298,7 +298,7 @@ class Pipeline:
         self.buffer("decode", "inputs_embeds").write(self._table[token].reshape(1, 1, -1))
         self.buffer("decode", "position_ids").write(np.full((1, 1), position))
         self.buffer("decode", "cache_length").write(np.full(1, length))
-        self._sessions["decode"].run()
+        self._run(self.manifest.graph("decode"), length)
         logits: Array = self.buffer("decode", "logits").read().reshape(-1)
         return logits
 
@@ -380,28 +380,38 @@ class Pipeline:
     def _open(self, graph: Graph) -> Session:
         bound = {}
         for info in (*graph.inputs, *graph.outputs):
-            key = self._key(info)
-            if key not in self._buffers:
-                self._buffers[key] = self._allocate(key)
-            bound[info.name] = self._buffers[key]
+            bound[info.name] = self._allocated(self._key(info))
         return self.backend.open(self.bundle.path(graph.file), bound)
 
-    def _allocate(self, info: TensorInfo) -> Buffer:
-        try:
-            return self.backend.allocate(info)
-        except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
-            raise FitError(
-                f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "
-                "--max-text-tokens or --max-new-tokens"
-            ) from error
+    def _allocated(self, info: TensorInfo) -> Buffer:
+        if info not in self._buffers:
+            try:
+                self._buffers[info] = self.backend.allocate(info)
+            except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
+                raise FitError(
+                    f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "
+                    "--max-text-tokens or --max-new-tokens"
+                ) from error
+        return self._buffers[info]
+
+    def _run(self, graph: Graph, length: int) -> None:
+        """Run a graph after `length` rows have gone by; rows that it returns go to the caches."""
+        self._sessions[graph.name].run()
+        for info in graph.outputs:
+            cache = self._cache_names.get(kv_cache.shared_name(info.name))
+            if cache is not None and cache.shape != info.shape:
+                slot = self._layout.slot(info.name, length)
+                self._allocated(cache).copy_rows(self._buffers[info], slot)
 
     def _key(self, info: TensorInfo) -> TensorInfo:
         """The buffer of a tensor: equal name and shape are one buffer, and a cache is written where it is read."""
         name = kv_cache.shared_name(info.name)
         cache = self._cache_names.get(name)
-        if cache is not None and cache != TensorInfo(name, info.dtype, info.shape):
+        if cache is None or cache == TensorInfo(name, info.dtype, info.shape):
+            return TensorInfo(name, info.dtype, info.shape)
+        if not kv_cache.are_rows(info, cache):
             raise BundleError(f"manifest: {info} does not fit its cache, {cache}; export the bundle again")
-        return TensorInfo(name, info.dtype, info.shape)
+        return info
 
 
 def _embedding(bundle: Bundle) -> Array:

@@ -112,9 +112,9 @@ def select(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Ten
     """The kept rows, in sequence order, with their original positions."""
     top = inputs["score"].topk(plan.kept_tokens).indices[0]
     # topk orders by score; RoPE and the causal mask need sequence order.
-    kept_visual = top.topk(plan.kept_tokens, largest=False).values
+    kept_visual = blocks.ascending(top)
     slots = blocks.concat([inputs["text_index"], inputs["visual_index"].index_select(0, kept_visual)])
-    keep_index = slots.topk(plan.stages[1].queries, largest=False).values
+    keep_index = blocks.ascending(slots)
     return {
         "kept_hidden": inputs["hidden"].index_select(1, keep_index),
         "kept_position_ids": inputs["position_ids"].index_select(1, keep_index),
@@ -137,7 +137,7 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
     full, reduced, visual = first.queries, second.queries, plan.visual_tokens
     hidden, score = shapes.hidden("hidden", full), shapes.score("score", visual)
     positions, last = shapes.index("position_ids", 1, full), shapes.index("last_index", 1)
-    visual_index, write = shapes.index("visual_index", visual), shapes.index("write_index", 1)
+    visual_index = shapes.index("visual_index", visual)
     kept_rows = (
         shapes.hidden("kept_hidden", reduced),
         shapes.index("kept_position_ids", 1, reduced),
@@ -153,10 +153,9 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
                 positions,
                 last,
                 visual_index,
-                write,
-                *shapes.caches(first.layers, "past_key_values"),
+                *blocks.prefill_inputs(plan, first.layers),
             ),
-            outputs=(hidden, score, *shapes.caches(first.layers, "present")),
+            outputs=(hidden, score, *blocks.prefill_outputs(plan, first.layers, full)),
             body=head,
         ),
         blocks.GraphSpec(
@@ -169,8 +168,8 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
         blocks.GraphSpec(
             name="prefill_tail",
             role="prefill",
-            inputs=(*kept_rows, write, *shapes.caches(second.layers, "past_key_values")),
-            outputs=(shapes.logits(), *shapes.caches(second.layers, "present")),
+            inputs=(*kept_rows, *blocks.prefill_inputs(plan, second.layers)),
+            outputs=(shapes.logits(), *blocks.prefill_outputs(plan, second.layers, reduced)),
             body=tail,
         ),
         blocks.decode_graph(plan),

@@ -26,6 +26,9 @@ class Buffer(Protocol):
     def read(self) -> Array:
         """The content on the host; valid until the next run."""
 
+    def copy_rows(self, rows: Buffer, slot: int) -> None:
+        """Put rows [1, heads, R, D_h] into this cache [1, heads, C, D_h] from `slot` on, where both buffers live."""
+
 
 class Session(Protocol):
     """One graph, its inputs and outputs bound to buffers once."""

@@ -30,6 +30,10 @@ class HostBuffer:
     def read(self) -> Array:
         return self.array
 
+    def copy_rows(self, rows: Buffer, slot: int) -> None:
+        new = rows.read()
+        self.array[:, :, slot : slot + new.shape[2]] = new
+
 
 @dataclass(frozen=True)
 class OrtSession:

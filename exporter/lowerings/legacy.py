@@ -1,0 +1,95 @@
+"""Opset 18: primitives only, for TensorRT 10.3 (JetPack 6). Graphs return new rows; the runtime copies them.
+
+Attention is two matrix products around a float32 softmax. While decoding, the scores of the cached rows and of the
+new row are joined before the softmax, so that the new row need not be in the cache yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.kv_cache import PAST, PRESENT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPSET = 18
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis; the normalisation in float32."""
+    wide = x.float()
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / deviation * weight + bias over the last axis; the normalisation in float32."""
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight + bias
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding, see `blocks.project`."""
+    import torch
+
+    first, second = x.chunk(2, -1)
+    c, s = (table.index_select(0, positions[0])[None, None] for table in (cos, sin))  # [1, 1, rows, D_h / 2]
+    return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Softmax attention among fresh rows, causal where `positions` are given (which must ascend). [1, H, S, D_h]."""
+    scores = _scores(query, key)
+    if positions is not None:
+        hidden = positions[0][None, :] > positions[0][:, None]
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
+
+
+def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """Nothing: a prompt attends to itself only."""
+    return ()
+
+
+def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
+    return plan.cache_rows(layers, rows)
+
+
+def store(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """The prompt's rows as they are."""
+    return {f"{PRESENT}.{layer}.key": key, f"{PRESENT}.{layer}.value": value}
+
+
+def decode_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.caches(layers, PAST)
+
+
+def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.cache_rows(layers, 1)
+
+
+def append(
+    inputs: dict[str, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The query's attention to the `slot` ([1], int64) cached rows and to the new one."""
+    import torch
+
+    past_key, past_value = (inputs[f"{PAST}.{layer}.{part}"] for part in ("key", "value"))
+    capacity = past_key.shape[2]
+    past = _scores(query, past_key).masked_fill(torch.arange(capacity) >= slot, float("-inf"))
+    weights = torch.cat([past, _scores(query, key)], -1).softmax(-1).to(value.dtype)
+    attended = weights[..., :capacity] @ past_value[:, :, None] + weights[..., capacity:] @ value[:, :, None]
+    return attended.reshape(query.shape), store(inputs, layer, key, value)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Scaled products, float32, [1, H_kv, H / H_kv, rows, keys]; query head h reads key head h * H_kv // H."""
+    _, heads, rows, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(1, kv_heads, heads // kv_heads, rows, size) * size**-0.5
+    products: Tensor = grouped @ key[:, :, None].transpose(-1, -2)
+    return products.float()

@@ -1,0 +1,89 @@
+"""Opset 24: operators that runtimes have fused kernels for, caches written in place inside the graph.
+
+Torch is imported when a function runs, so that choosing a lowering does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.kv_cache import PAST, PRESENT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPSET = 24
+_WRITE = TensorInfo("write_index", "int64", (1,))
+
+
+def onnx_op(name: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: Any) -> Tensor:
+    """An ONNX operator with one output of the shape and dtype of `like`."""
+    import torch
+
+    result: Tensor = torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET
+    )
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis; the normalisation in float32."""
+    return onnx_op("RMSNormalization", [x, weight], x, axis=-1, epsilon=eps, stash_type=1)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / deviation * weight + bias over the last axis; the normalisation in float32."""
+    return onnx_op("LayerNormalization", [x, weight, bias], x, axis=-1, epsilon=eps, stash_type=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding, see `blocks.project`."""
+    return onnx_op("RotaryEmbedding", [x, cos, sin, positions], x)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Softmax attention among fresh rows, causal where `positions` are given (which must ascend). [1, H, S, D_h]."""
+    return onnx_op("Attention", [query, key, value], query, is_causal=int(positions is not None))
+
+
+def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """The slot to write from (0), and the caches to write into."""
+    return (_WRITE, *plan.caches(layers, PAST))
+
+
+def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
+    """The written caches; a runtime gives them the inputs' memory."""
+    return plan.caches(layers, PRESENT)
+
+
+def store(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Caches of a layer with a prompt's rows written."""
+    return _written(inputs, layer, key, value, inputs[_WRITE.name])
+
+
+def decode_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.caches(layers, PAST)
+
+
+def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.caches(layers, PRESENT)
+
+
+def append(
+    inputs: dict[str, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One row written at `slot` ([1], int64), and the query's attention to the rows up to and including it."""
+    caches = _written(inputs, layer, key, value, slot)
+    rows = [caches[f"{PRESENT}.{layer}.{part}"] for part in ("key", "value")]
+    return onnx_op("Attention", [query, *rows, None, None, None, slot + 1], query), caches
+
+
+def _written(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor, slot: Tensor) -> dict[str, Tensor]:
+    found = {}
+    for part, rows in (("key", key), ("value", value)):
+        cache = inputs[f"{PAST}.{layer}.{part}"]
+        found[f"{PRESENT}.{layer}.{part}"] = onnx_op("TensorScatter", [cache, rows, slot], cache, axis=2, mode="linear")
+    return found
