@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import checkpoint, lowerings, planning, preprocess, spec, text
+from lvlm_edge.exporter import beside, checkpoint, lowerings, planning, preprocess, spec, text
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import bundle as manifests
@@ -71,7 +64,7 @@ def export(
         source: checkpoint folder or Hugging Face id.
         output: folder to write; it appears complete or not at all.
         method: token reduction; its settings are `options` (`prune_layer=2, keep_ratio=0.5`).
-        dtype: `float32` or `float16`, of weights, activations and caches.
+        dtype: `float32`, `float16` or `bfloat16` (TensorRT only), of weights, activations and caches.
         lowering: `modern` (opset 24) or `legacy` (opset 18, for TensorRT 10.3).
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
         force: replace an existing bundle.
@@ -106,7 +99,7 @@ def export(
         config_sha256=manifests.sha256(folder / "config.json"),
         versions=_versions(),
     )
-    with _beside(output) as partial:
+    with beside.folder(output) as partial:
         _write(folder, partial, plan, provenance, progress or (lambda *_: None))
     return output
 
@@ -237,6 +230,8 @@ def write_weights(
 
 def _pieces(name: str, place: Placed, computed: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of a weight as the graphs read it, converted a few rows at a time."""
+    import torch
+
     tensor = computed[name] if place.source is None else checkpoint.read(place.source)
     if place.weight.transposed:
         tensor = tensor.t()
@@ -248,7 +243,7 @@ def _pieces(name: str, place: Placed, computed: Mapping[str, Tensor], dtype: tor
         piece = rows.to(dtype).contiguous()
         if not bool(piece.isfinite().all()):
             raise _unfit(name if place.source is None else place.source.key, rows, dtype)
-        yield piece.numpy().data.cast("B")
+        yield piece.view(torch.uint8).numpy().data.cast("B")
 
 
 def _unfit(key: str, values: Tensor, dtype: torch.dtype) -> CheckpointError:
@@ -367,110 +362,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends, and is removed when it fails.
-
-    What a killed export left behind is removed by the next one.
-
-    Raises:
-        UsageError: another export is writing there.
-        LvlmEdgeError: no room, or the folder cannot be written.
-    """
-    place = output.resolve()  # the folder that a link leads to, and not the link
-    made = [parent for parent in place.parents if not parent.exists()]
-    try:
-        with _on_signals(_interrupt):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(place):
-                yield from _partial(place)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise LvlmEdgeError(
-                f"{output.parent}: no room on the disk ({error.strerror}); free some space or choose another --output"
-            ) from error
-        raise LvlmEdgeError(f"{output}: cannot be written ({error}); choose another --output") from error
-    finally:
-        for parent in made:
-            with suppress(OSError):  # the bundle is in it
-                parent.rmdir()
-
-
-def _partial(place: Path) -> Iterator[Path]:
-    partial, old = (place.with_name(place.name + suffix) for suffix in (".partial", ".partial.old"))
-    if old.is_dir() and not place.exists():  # killed between two renames
-        old.rename(place)
-    try:
-        for left in (partial, old):
-            if left.exists():
-                shutil.rmtree(left)
-        partial.mkdir()
-        yield partial
-        for path in partial.iterdir():
-            _sync(path)
-        with _on_signals(signal.SIG_IGN):
-            _take_place(partial, place, old)
-    finally:
-        with _on_signals(signal.SIG_IGN):  # cleaning up is not to be stopped too
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Only one export at a time in here; a killed one leaves its lock open."""
-    lock = place.with_name(place.name + ".lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise UsageError(f"{place}: is being written by another export; wait for it or choose another --output")
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)  # before it is let go, so that nobody locks a file that is gone
-
-
-def _take_place(partial: Path, output: Path, old: Path) -> None:
-    """Move the finished folder to its place; an old bundle is exchanged for it in one step where the system can."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    exchange = 2  # RENAME_EXCHANGE
-    libc = ctypes.CDLL(None, use_errno=True)
-    here = -100  # AT_FDCWD
-    if hasattr(libc, "renameat2") and not libc.renameat2(
-        here, os.fsencode(partial), here, os.fsencode(output), exchange
-    ):
-        return  # the old bundle is now the partial folder, which is removed
-    output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _on_signals(handler: Any) -> Iterator[None]:
-    """A handler for what asks a process to end; none where they cannot be set, and for those that are ignored."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

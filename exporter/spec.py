@@ -156,9 +156,23 @@ def load(folder: Path) -> ModelSpec:
     return spec
 
 
+_KINDS = {int: "whole number", float: "number", str: "name"}
+
+
 def _check_sizes(spec: ModelSpec, path: Path) -> None:
-    """Raise CheckpointError unless dimensions are numbers above 0 and heads share out what they divide."""
+    """Raise CheckpointError unless fields are of their kind, sizes above 0, and heads share out what they divide."""
     v, d = spec.vision, spec.decoder
+    for name, value, kind in (
+        ("image_token_index", spec.image_token_id, int),
+        ("vision_config's layer_norm_eps", v.eps, float),
+        ("text_config's rms_norm_eps", d.eps, float),
+        ("vision_config's hidden_act", v.mlp_act, str),
+        ("text_config's hidden_act", d.mlp_act, str),
+        ("projector_hidden_act", spec.projector_act, str),
+        ("rope_parameters' rope_theta", d.rope.get("rope_parameters", {}).get("rope_theta", 1.0), float),
+    ):
+        if type(value) not in (kind, int) or (kind is str and type(value) is int):
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected a {_KINDS[kind]}; correct it")
     for part, numbers in (
         ("vision_config", ("layers", "hidden", "heads", "ffn", "image_size", "patch_size", "channels")),
         ("text_config", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions")),

@@ -23,7 +23,7 @@ from lvlm_edge.runtime.prompt import TextConfig
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
-WIDTHS = {"float32": 4, "float16": 2}  # bytes of what weights, activations and caches are made of
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of
 ROLES = frozenset({"image", "prefill", "decode"})
 
 T = TypeVar("T")

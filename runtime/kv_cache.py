@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lvlm_edge.runtime.bundle import CacheLayer, Counts, TensorInfo
+from lvlm_edge.runtime.bundle import WIDTHS, CacheLayer, Counts, TensorInfo
 from lvlm_edge.runtime.errors import BundleError
 
 PAST, PRESENT = "past_key_values", "present"
@@ -32,7 +32,7 @@ class Layout:
 
     def bytes(self) -> int:
         """Memory of all buffers."""
-        width = {"float32": 4, "float16": 2}[self.dtype]
+        width = WIDTHS[self.dtype]
         return sum(2 * width * c.kv_heads * c.capacity * c.head_dim for c in self.layers)
 
     def lengths(self, unpruned: int) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def document(*arguments: object) -> dict:
     return found
 
 
-COMMANDS = ("plan", "export", "check", "run", "inspect")
+COMMANDS = ("plan", "export", "check", "run", "inspect", "devices", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

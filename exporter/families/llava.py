@@ -95,9 +95,13 @@ def _vision(full: dict[str, Any], vision: dict[str, Any]) -> VisionSpec:
     wanted, count = full["vision_feature_layer"], vision["num_hidden_layers"]
     layers = tuple(wanted) if isinstance(wanted, list) else (wanted,)
     if not all(type(layer) is int for layer in (*layers, count)):
-        raise CheckpointError(f"config.json: vision_feature_layer is {wanted!r} of {count!r} layers, expected numbers")
+        raise CheckpointError(
+            f"config.json: vision_feature_layer is {wanted!r} of {count!r} layers, expected numbers; correct it"
+        )
     if not layers or any(not -count - 1 <= layer <= count for layer in layers):
-        raise CheckpointError(f"config.json: vision_feature_layer is {wanted}, but the tower has {count} layers")
+        raise CheckpointError(
+            f"config.json: vision_feature_layer is {wanted}, but the tower has {count} layers; correct it"
+        )
     strategy = full["vision_feature_select_strategy"]
     if strategy not in ("default", "full"):
         raise UnsupportedError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,23 +46,22 @@ class OrtSession:
 
 
 class OrtBackend:
-    """Sessions that share the process's one thread pool.
+    """Sessions with a thread pool each, whose threads stop spinning when their graph is done.
 
-    With a pool each, the idle threads of one graph's session spin on the cores that the next graph's needs. A process
-    gets one shared pool, whose size the first backend decides; a later one of another size has pools of its own.
+    Left to spin, the idle threads of one graph's session take the cores that the next graph needs.
     """
 
     name = "ort"
-    _pool: ClassVar[int | None] = None  # threads of the shared pool; ONNX Runtime does not tell
 
     def __init__(self, runtime: Any, threads: int) -> None:
         self._runtime, self._threads = runtime, threads
-        if OrtBackend._pool is None and hasattr(runtime, "set_global_thread_pool_sizes"):
-            with contextlib.suppress(runtime.capi.onnxruntime_pybind11_state.Fail):  # made by somebody else
-                runtime.set_global_thread_pool_sizes(threads, 1)
-                OrtBackend._pool = threads
 
     def allocate(self, info: TensorInfo) -> HostBuffer:
+        if info.dtype == "bfloat16":
+            raise UnsupportedError(
+                f"ort: {info.name} is bfloat16, which ONNX Runtime does not compute on the CPU; export with --dtype "
+                "float32 or float16, or run the bundle with TensorRT"
+            )
         return HostBuffer(np.zeros(info.shape, np.dtype(info.dtype)))
 
     def open(self, path: Path, buffers: Mapping[str, Buffer]) -> Session:
@@ -74,10 +72,8 @@ class OrtBackend:
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
-        if self._threads == OrtBackend._pool:
-            options.use_per_session_threads = False
-        else:
-            options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             # its fallback prints to stdout, which belongs to the answer
             session = self._runtime.InferenceSession(

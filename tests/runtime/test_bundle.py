@@ -223,7 +223,7 @@ HUGE = 10**18
         (("embedding", "file"), "vision.onnx"),
         (("embedding", "file"), "notes.txt"),
         (("weights",), "notes.txt"),
-        (("dtype",), "bfloat16"),
+        (("dtype",), "float8"),
         (("counts", "num_images"), 0),
         (("counts", "num_images"), 3),
         (("counts", "visual_tokens"), HUGE),

@@ -1,0 +1,124 @@
+"""A folder that takes its place as a whole: written beside it, then renamed, so that a kill leaves old or new."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
+
+
+@contextmanager
+def folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the block ends, and is removed when it fails.
+
+    What a killed export left behind is removed by the next one.
+
+    Raises:
+        UsageError: another export is writing there.
+        LvlmEdgeError: no room, or the folder cannot be written.
+    """
+    place = output.resolve()  # the folder that a link leads to, and not the link
+    made = [parent for parent in place.parents if not parent.exists()]
+    try:
+        with _on_signals(_interrupt):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(place):
+                yield from _partial(place)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise LvlmEdgeError(
+                f"{output.parent}: no room on the disk ({error.strerror}); free some space or choose another --output"
+            ) from error
+        raise LvlmEdgeError(f"{output}: cannot be written ({error}); choose another --output") from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # the bundle is in it
+                parent.rmdir()
+
+
+def _partial(place: Path) -> Iterator[Path]:
+    partial, old = (place.with_name(place.name + suffix) for suffix in (".partial", ".partial.old"))
+    if old.is_dir() and not place.exists():  # killed between two renames
+        old.rename(place)
+    try:
+        for left in (partial, old):
+            if left.exists():
+                shutil.rmtree(left)
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        with _on_signals(signal.SIG_IGN):
+            take_place(partial, place, old)
+    finally:
+        with _on_signals(signal.SIG_IGN):  # cleaning up is not to be stopped too
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Only one export at a time in here; a killed one leaves its lock open."""
+    lock = place.with_name(place.name + ".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise UsageError(f"{place}: is being written by another export; wait for it or choose another --output")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is let go, so that nobody locks a file that is gone
+
+
+def take_place(partial: Path, output: Path, old: Path) -> None:
+    """Move the finished folder to its place; an old bundle is exchanged for it in one step where the system can."""
+    if not output.exists():
+        partial.rename(output)
+        return
+    exchange = 2  # RENAME_EXCHANGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = -100  # AT_FDCWD
+    if hasattr(libc, "renameat2") and not libc.renameat2(
+        here, os.fsencode(partial), here, os.fsencode(output), exchange
+    ):
+        return  # the old bundle is now the partial folder, which is removed
+    output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _on_signals(handler: Any) -> Iterator[None]:
+    """A handler for what asks a process to end; none where they cannot be set, and for those that are ignored."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
