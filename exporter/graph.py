@@ -18,6 +18,7 @@ IR_VERSION = 10
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT64: "int64",
 }
 

@@ -20,7 +20,7 @@ from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROPE = ("rope_cos", "rope_sin")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

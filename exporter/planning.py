@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
-from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.bundle import WIDTHS, TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
 from lvlm_edge.runtime.kv_cache import PRESENT
 
-BYTES = {"float32": 4, "float16": 2}
+BYTES = WIDTHS
 CAPACITIES = ("num_images", "max_text_tokens", "max_new_tokens", "dtype", "lowering")
 
 
@@ -141,9 +141,9 @@ def configure(name: str, options: Mapping[str, Any]) -> Any:
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in known:
-            flag = "--" + key.replace("_", "-")
-            others = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
-            raise UsageError(f"{name}: has no option {flag}; its options: {others}; choose another --method")
+            flag, flags = "--" + key.replace("_", "-"), ["--" + k.replace("_", "-") for k in known]
+            advice = nearest(flag, flags) if flags else "leave it out, or choose another --method"
+            raise UsageError(f"{name}: has no option {flag}; {advice}")
     return config(**given)
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_edge.exporter.blocks import GraphSpec
-from lvlm_edge.exporter.parts import Parts
+from lvlm_edge.exporter.parts import DTYPES, Parts
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 
-_TORCH = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+_TORCH = {**DTYPES, "int64": torch.int64}
 
 
 class _Traced(nn.Module):

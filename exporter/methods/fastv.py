@@ -101,8 +101,9 @@ def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tens
     """
     _, heads, rows, size = query.shape
     kv_heads = key.shape[1]
-    row = query.index_select(2, last).reshape(1, kv_heads, heads // kv_heads, size).float()
-    logits: Tensor = (row @ key.float().transpose(2, 3)) * size**-0.5  # [1, H_kv, H / H_kv, S]
+    row = query.index_select(2, last).reshape(1, kv_heads, heads // kv_heads, size)
+    # The product in the graph's dtype: Turing has no float32 matrix product in TensorRT-RTX. All else in float32.
+    logits: Tensor = (row @ key.transpose(2, 3)).float() * size**-0.5  # [1, H_kv, H / H_kv, S]
     real = blocks.arange(rows) <= last
     attention = logits.masked_fill(~real, float("-inf")).softmax(-1)
     return attention.mean((1, 2)).index_select(1, visual)

@@ -1,0 +1,304 @@
+"""Bundle to TensorRT engines, one graph after the other, each in a process of its own so that its memory comes back.
+
+Runs where the engines are needed, or for TensorRT-RTX anywhere; never imports torch. A plan is executable code: it is
+built from the bundle's graphs, listed with its hash in `engines.json`, and never shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.runtime import bundle as manifests
+from lvlm_edge.runtime import kv_cache
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
+
+SCHEMA = 1
+ENGINES = "engines.json"
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
+PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
+WORKSPACE = 1 << 30  # bytes
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a plan depends on beside its graph.
+
+    Attributes:
+        backend: `trt` (TensorRT) or `trt-rtx` (TensorRT-RTX).
+        compute_capabilities: `major.minor`, or `portable`; for `trt` always this machine's.
+        optimisation_level: 0 (fast to build) to 5, None for TensorRT's default.
+    """
+
+    backend: str
+    compute_capabilities: tuple[str, ...] = (PORTABLE,)
+    workspace: int = WORKSPACE
+    optimisation_level: int | None = None
+
+
+def folder_of(bundle: Path, backend: str) -> Path:
+    """Where a bundle's engines for a backend lie."""
+    return bundle / "engines" / backend
+
+
+def build(
+    bundle: str | Path,
+    settings: Settings,
+    *,
+    graphs: Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Build a bundle's engines. What is up to date stays; after a kill the same call goes on where it stopped.
+
+    Args:
+        graphs: names of graphs to build; all by default.
+
+    Returns:
+        The folder with the engines and `engines.json`.
+
+    Raises:
+        BundleError: the bundle is damaged or altered.
+        UnsupportedError: TensorRT is not installed here, or does not take a graph.
+        UsageError: an unknown graph or compute capability.
+    """
+    opened = manifests.open_bundle(bundle)
+    version = _version(settings.backend)
+    wanted = _chosen(opened.manifest, graphs)
+    out = folder_of(opened.folder, settings.backend)
+    out.mkdir(parents=True, exist_ok=True)
+    common = {
+        "schema": SCHEMA,
+        "flavour": MODULES[settings.backend],
+        "version": version,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "weights_sha256": opened.manifest.files[opened.manifest.weights].sha256,
+    }
+    record = _read(out / ENGINES)
+    if {key: record.get(key) for key in common} != common:
+        record = {**common, "engines": {}}
+    for i, graph in enumerate(wanted):
+        if progress:
+            progress(f"building {graph.name}", i, len(wanted))
+        entry = record["engines"].get(graph.name)
+        if entry is None or not _current(entry, out, opened.manifest.files[graph.file].sha256):
+            record["engines"][graph.name] = _build_one(opened, graph, out, settings, progress)
+            _write(out / ENGINES, record)
+    _write(out / ENGINES, record)
+    return out
+
+
+def _chosen(manifest: manifests.Manifest, names: Iterable[str] | None) -> list[manifests.Graph]:
+    known = {graph.name: graph for graph in manifest.graphs}
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"build: graph {name!r} is not in the bundle; its graphs: {', '.join(known)}")
+    return [known[name] for name in names] if names else list(known.values())
+
+
+def _version(backend: str) -> str:
+    """Version of the installed TensorRT, without importing it here."""
+    from importlib import metadata
+
+    if backend not in MODULES:
+        raise UnsupportedError(f"build: backend {backend!r} has no engines; choose a device with trt or trt-rtx")
+    try:
+        return metadata.version(MODULES[backend])
+    except metadata.PackageNotFoundError as error:
+        advice = "pip install tensorrt-rtx" if backend == "trt-rtx" else "install TensorRT (on a Jetson: from JetPack)"
+        raise UnsupportedError(f"build: {MODULES[backend]} is not installed here; {advice}") from error
+
+
+def _current(entry: dict[str, Any], out: Path, graph_sha256: str) -> bool:
+    path = out / str(entry.get("file"))
+    same = entry.get("graph_sha256") == graph_sha256 and path.is_file() and path.stat().st_size == entry.get("size")
+    return same and manifests.sha256(path) == entry.get("sha256")
+
+
+def _build_one(
+    bundle: manifests.Bundle, graph: manifests.Graph, out: Path, settings: Settings, progress: Progress | None
+) -> dict[str, Any]:
+    """Build one engine in a process of its own; its entry for `engines.json`."""
+    plan = out / f"{graph.name}.engine"
+    partial = plan.with_suffix(".partial")
+    job = {"onnx": str(bundle.path(graph.file)), "plan": str(partial), **asdict(settings)}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps(job)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CUDA_MODULE_LOADING": "LAZY"},
+    )
+    assert worker.stdout is not None and worker.stderr is not None
+    said: dict[str, Any] = {}
+    try:
+        for line in worker.stdout:
+            said = json.loads(line) if line.startswith("{") else said
+            if progress and "done" in said:
+                progress(f"building {graph.name}: {said['phase']}", said["done"], said["total"])
+        noise = worker.stderr.read()
+        status = worker.wait()
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+        if worker.returncode != 0:
+            partial.unlink(missing_ok=True)
+    if status != 0 or "peak" not in said:
+        reason = said.get("error") or (noise.strip().splitlines() or [f"it ended with status {status}"])[-1]
+        raise LvlmEdgeError(
+            f"{bundle.path(graph.file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
+            "`lvlm-edge devices` for dtypes and lowerings, or export with --lowering legacy"
+        )
+    os.chmod(partial, 0o600)
+    os.replace(partial, plan)
+    return {
+        "file": plan.name,
+        "size": plan.stat().st_size,
+        "sha256": manifests.sha256(plan),
+        "graph_sha256": bundle.manifest.files[graph.file].sha256,
+        "aliases": _aliases(graph),
+        "peak_bytes": said["peak"],
+        "seconds": said["seconds"],
+    }
+
+
+def _aliases(graph: manifests.Graph) -> dict[str, str]:
+    """Outputs that must have the memory of an input: caches that the graph writes in place."""
+    inputs = {info.name: info.shape for info in graph.inputs}
+    pairs = {info.name: kv_cache.shared_name(info.name) for info in graph.outputs}
+    shapes = {info.name: info.shape for info in graph.outputs}
+    return {o: i for o, i in pairs.items() if o != i and inputs.get(i) == shapes[o]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("engines"), dict) else {}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+# The worker process. Only what follows imports TensorRT.
+
+
+def work(job: dict[str, Any]) -> None:
+    """Parse one graph and stream its plan to a file; progress, errors and the peak go to stdout as JSON lines."""
+    import importlib
+    import time
+
+    trt = importlib.import_module(MODULES[job["backend"]])
+    began, errors = time.perf_counter(), []
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                errors.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strong is None else 1 << int(strong))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job["onnx"]):
+        _fail(" ".join(parser.get_error(i).desc() for i in range(parser.num_errors)), errors)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
+    if job["optimisation_level"] is not None:
+        config.builder_optimization_level = job["optimisation_level"]
+    if job["backend"] == "trt-rtx":
+        _target(trt, config, job["compute_capabilities"])
+    config.progress_monitor = _monitor(trt)
+    if not _stream(trt, builder, network, config, job["plan"]):
+        _fail("no engine came out", errors)
+    print(json.dumps({"peak": _peak(), "seconds": round(time.perf_counter() - began, 2)}), flush=True)
+
+
+def _peak() -> int:
+    """Peak resident memory of this process, bytes; 0 where the system does not tell."""
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024
+
+
+def _target(trt: Any, config: Any, capabilities: list[str]) -> None:
+    """Compile for the given compute capabilities; none set means one portable plan."""
+    if capabilities == [PORTABLE]:
+        return
+    config.num_compute_capabilities = len(capabilities)
+    for i, name in enumerate(capabilities):
+        found = getattr(trt.ComputeCapability, "SM" + name.replace(".", ""), None)
+        if found is None:
+            known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")]
+            _fail(f"compute capability {name} is no target of TensorRT-RTX; targets: {', '.join(known)}", [])
+        config.set_compute_capability(found, i)
+
+
+def _stream(trt: Any, builder: Any, network: Any, config: Any, path: str) -> bool:
+    """Write the plan as it is made where this TensorRT can, else from memory; whether there is one."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):  # before 10.13
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            return False
+        Path(path).write_bytes(plan)
+        return True
+    with open(path, "wb") as file:
+
+        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                return file.write(data)
+
+        return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+
+
+def _monitor(trt: Any) -> Any:
+    """TensorRT's progress monitor, printing phases as JSON lines."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            line = {"phase": phase_name, "done": step, "total": self.steps.get(phase_name, step)}
+            print(json.dumps(line), flush=True)
+            return True
+
+    return Monitor()
+
+
+def _fail(reason: str, errors: list[str]) -> None:
+    detail = f"{reason}; {errors[-1]}" if errors else reason
+    print(json.dumps({"error": " ".join(detail.split())[:600]}), flush=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

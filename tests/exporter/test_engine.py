@@ -1,0 +1,171 @@
+"""Engines really built by TensorRT-RTX, which needs no GPU to build."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lvlm_edge.exporter import engine, export
+from lvlm_edge.exporter.engine import PORTABLE, Settings
+from lvlm_edge.runtime.bundle import open_bundle, sha256
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this machine")
+
+FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.25}
+EVERY = ("8.0", "8.6", "8.9", "12.0", "12.1")
+
+
+def entries(folder):
+    return json.loads((folder / engine.ENGINES).read_text())["engines"]
+
+
+@pytest.fixture(scope="module", params=["none", "fastv"])
+def options(request):
+    return FASTV if request.param == "fastv" else {"method": "none"}
+
+
+@pytest.fixture(scope="module")
+def gqa(checkpoint_once):
+    """Heads of 16: TensorRT-RTX has no attention kernel for the 8 of other tests' checkpoints."""
+    return checkpoint_once(text={"num_attention_heads": 4, "num_key_value_heads": 2})
+
+
+@pytest.fixture
+def own(gqa, tmp_path):
+    """A bundle of its own, to be spoilt."""
+    return export(gqa, tmp_path / "bundle", dtype="float16", max_text_tokens=32, max_new_tokens=8, **FASTV)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("target", [(PORTABLE,), ("8.0",), ("8.6",), ("8.9",), ("12.0",), ("12.1",), EVERY])
+def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, options, dtype, target):
+    bundle = export_once(oracles / "llava_mha", dtype=dtype, **options)
+
+    out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=target))
+
+    manifest = open_bundle(bundle).manifest
+    found = entries(out)
+    assert set(found) == {graph.name for graph in manifest.graphs}
+    for name, entry in found.items():
+        assert (out / entry["file"]).read_bytes()[:4] == b"vtrt"
+        assert sha256(out / entry["file"]) == entry["sha256"]
+        assert entry["graph_sha256"] == manifest.files[f"{name}.onnx"].sha256
+
+
+def test_turing_takes_float16_and_refuses_bfloat16(gqa, export_once, options):
+    turing = Settings(backend="trt-rtx", compute_capabilities=("7.5",))
+    engine.build(export_once(gqa, dtype="float16", **options), turing)
+
+    with pytest.raises(LvlmEdgeError, match="did not build it"):
+        engine.build(export_once(gqa, dtype="bfloat16", **options), turing)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_legacy_graphs_build_too(gqa, export_once, options, dtype):
+    bundle = export_once(gqa, lowering="legacy", dtype=dtype, **options)
+
+    out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
+
+    assert set(entries(out)) == {graph.name for graph in open_bundle(bundle).manifest.graphs}
+
+
+def test_caches_written_in_place_are_listed_as_aliases(own):
+    out = engine.build(own, Settings(backend="trt-rtx"), graphs=["decode", "select"])
+
+    found = entries(out)
+    layers = len(open_bundle(own).manifest.cache)
+    assert found["decode"]["aliases"]["present.0.key"] == "past_key_values.0.key"
+    assert len(found["decode"]["aliases"]) == 2 * layers
+    assert found["select"]["aliases"] == {}
+
+
+def test_what_is_up_to_date_is_not_built_again(own):
+    settings = Settings(backend="trt-rtx", compute_capabilities=("8.6",))
+    out = engine.build(own, settings)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.engine")}
+    damaged = out / "select.engine"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\0")
+
+    engine.build(own, settings)
+
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.engine")}
+    assert {name for name in after if after[name] != before[name]} == {"select.engine"}
+    assert sha256(damaged) == entries(out)["select"]["sha256"]
+
+
+def test_another_target_builds_everything_again(own):
+    out = engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.6",)), graphs=["select", "vision"])
+
+    engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.9",)), graphs=["select"])
+
+    assert set(entries(out)) == {"select"}
+
+
+def test_a_killed_build_goes_on_where_it_stopped(own):
+    code = f"""
+from lvlm_edge.exporter import engine
+engine.build({str(own)!r}, engine.Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    out = engine.folder_of(own, "trt-rtx")
+    while not (out / engine.ENGINES).exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    done = entries(out)
+    first = {name: (out / entry["file"]).stat().st_mtime_ns for name, entry in done.items()}
+    assert 0 < len(done) < 5
+
+    engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
+
+    found = entries(out)
+    assert len(found) == 5
+    assert {name: (out / found[name]["file"]).stat().st_mtime_ns for name in first} == first
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_plan_can_be_read_by_its_owner_only(own):
+    out = engine.build(own, Settings(backend="trt-rtx"), graphs=["select"])
+
+    assert (out / "select.engine").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_built_says_why(own):
+    with pytest.raises(UnsupportedError, match="tensorrt is not installed"):
+        engine.build(own, Settings(backend="trt"))
+    with pytest.raises(UnsupportedError, match="has no engines"):
+        engine.build(own, Settings(backend="ort"))
+    with pytest.raises(UsageError, match="'prefil' is not in the bundle"):
+        engine.build(own, Settings(backend="trt-rtx"), graphs=["prefil"])
+    with pytest.raises(LvlmEdgeError, match=r"compute capability 8.7 is no target"):
+        engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.7",)), graphs=["select"])
+
+
+def test_float32_attention_is_refused_with_tensorrts_reason_and_a_way_out(gqa, export_once):
+    bundle = export_once(gqa, **FASTV)
+
+    with pytest.raises(LvlmEdgeError, match=r"--lowering legacy"):
+        engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)), graphs=["prefill_tail"])
+
+
+def test_the_command_line_builds_for_a_device(own):
+    from click.testing import CliRunner
+
+    from lvlm_edge.exporter.cli import main
+
+    done = CliRunner().invoke(main, ["build", str(own), "--device", "rtx-4090", "--graph", "select", "--json"])
+    refused = CliRunner().invoke(main, ["build", str(own), "--device", "cpu"])
+
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["settings"]["compute_capabilities"] == ["8.9"]
+    assert set(record["engines"]) == {"select"}
+    assert refused.exit_code == 3
