@@ -33,7 +33,7 @@ help:
 	@echo "variables: PYTHON, TORCH_INDEX, PICTURE, PROMPT"
 
 test: lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 slow: .venv/dev.stamp
 	@$(BIN)/pytest -m slow

@@ -8,21 +8,59 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lvlm_edge.exporter.pack import export
+    from lvlm_edge.exporter.planning import Plan
+    from lvlm_edge.exporter.profiles import Profile
 
 
-def plan(source: str | Path, *, method: str = "none", **options: Any) -> dict[str, Any]:
+def plan(
+    source: str | Path,
+    *,
+    method: str = "none",
+    device: str | Profile | None = None,
+    weights: str = "as-is",
+    share_weights: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     """Stages, token counts, FLOPs and bytes of a checkpoint under a method, as `plan --json`; reads config.json only.
 
     Args:
         source: checkpoint folder or Hugging Face id.
         method: token reduction.
+        device: profile to predict the fit on, under `fit`.
+        weights: format of the decoder's matrices in that prediction: as-is, int8 or int4.
+        share_weights: predict engines that share one copy of the weights.
         options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
     """
+    from lvlm_edge.exporter import fit, planning, profiles
+
+    made = _make(source, method, options)
+    report = planning.report(made)
+    if device is not None:
+        profile = profiles.find(device) if isinstance(device, str) else device
+        report["fit"] = fit.report(made, profile, weights=weights, share_weights=share_weights)
+    return report
+
+
+def check_fit(
+    source: str | Path, device: str | Profile, *, method: str = "none", share_weights: bool = False, **options: Any
+) -> None:
+    """Nothing, if a checkpoint exported that way can be built and run on a device; reads config.json only.
+
+    Raises:
+        FitError: it cannot; the message says by how much, and what would fit.
+    """
+    from lvlm_edge.exporter import fit, profiles
+
+    profile = profiles.find(device) if isinstance(device, str) else device
+    fit.check(_make(source, method, options), profile, share_weights=share_weights)
+
+
+def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
     from lvlm_edge.exporter import checkpoint, planning, spec
 
     folder = checkpoint.resolve(source, options.pop("revision", None), weights=False)
     capacities = {key: options.pop(key) for key in planning.CAPACITIES if key in options}
-    return planning.report(planning.make(spec.load(folder), method_name=method, options=options, **capacities))
+    return planning.make(spec.load(folder), method_name=method, options=options, **capacities)
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +71,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["export", "plan"]
+__all__ = ["check_fit", "export", "plan"]

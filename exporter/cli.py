@@ -26,8 +26,17 @@ CAPACITY = (
         help="Text tokens of a prompt before and after the images, begin-of-sequence included.",
     ),
     click.Option(["--max-new-tokens"], default=128, show_default=True, help="Tokens of an answer."),
-    click.Option(["--dtype"], help="float32 or float16; by default the device's.  [default: float32]"),
-    click.Option(["--device"], default="cpu", show_default=True, help="Profile that chooses the dtype."),
+    click.Option(["--dtype"], help="float32, float16 or bfloat16.  [default: the device's]"),
+    click.Option(["--lowering"], help="modern (opset 24) or legacy (opset 18).  [default: the device's]"),
+    click.Option(
+        ["--device"],
+        default="cpu",
+        show_default=True,
+        help="Profile (lvlm-edge devices), as NAME or NAME@JETPACK, or auto for this machine's.",
+    ),
+    click.Option(
+        ["--share-weights"], is_flag=True, help="Count on engines that share one copy of the weights (build)."
+    ),
 )
 
 
@@ -116,12 +125,17 @@ def main() -> None:
 @click.argument("checkpoint")
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def plan(checkpoint: str, method: str, revision: str | None, as_json: bool, **options: Any) -> None:
+def plan(
+    checkpoint: str, method: str, revision: str | None, weights: str, as_json: bool, share_weights: bool, **options: Any
+) -> None:
     """Print stages, token counts, FLOPs, cache and weight bytes; reads config.json only."""
     from lvlm_edge.exporter import plan as planned
 
-    report = planned(checkpoint, method=method, revision=revision, **_settings(options))
+    device = _device(options)
+    ways = {"device": device, "weights": weights, "share_weights": share_weights}
+    report = planned(checkpoint, method=method, revision=revision, **ways, **_settings(options, device))
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -144,9 +158,16 @@ def export(
     force: bool,
     quiet: bool,
     as_json: bool,
+    share_weights: bool,
     **options: Any,
 ) -> None:
     """Checkpoint to bundle: static-shape graphs, weights, tokenizer, manifest."""
+    device = _device(options)
+    settings = _settings(options, device)
+    if device.kind != "cpu" or _given("device"):  # the bundle may be for another machine than this one
+        from lvlm_edge.exporter import check_fit
+
+        check_fit(checkpoint, device, method=method, revision=revision, share_weights=share_weights, **settings)
     from lvlm_edge.exporter import export as exported
 
     with _progress(quiet) as progress:
@@ -157,7 +178,7 @@ def export(
             revision=revision,
             force=force,
             progress=progress,
-            **_settings(options),
+            **settings,
         )
     if as_json:
         click.echo((output / "manifest.json").read_text("utf-8"))
@@ -196,6 +217,45 @@ def check(
         _print_verdict(verdict)
     if not verdict.passed:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", required=True, help="Device to build for; `lvlm-edge devices` lists them.")
+@click.option("--compute-capability", "targets", multiple=True, help="Instead of the device's: 8.9, or portable (RTX).")
+@click.option("--graph", "graphs", multiple=True, help="Build only this graph.")
+@click.option("--optimisation-level", type=click.IntRange(0, 5), help="0 builds fast, 5 runs fast.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def build(
+    bundle: Path,
+    device: str,
+    targets: tuple[str, ...],
+    graphs: tuple[str, ...],
+    optimisation_level: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """TensorRT engines of a bundle, built for a device; what is up to date stays."""
+    from lvlm_edge.exporter import engine, profiles
+
+    profile = profiles.load(device)
+    own = profile.compute_capability
+    settings = engine.Settings(
+        backend=profile.backend,
+        compute_capabilities=targets or (own.value if own else engine.PORTABLE,),
+        optimisation_level=optimisation_level,
+    )
+    with _progress(quiet) as progress:
+        out = engine.build(bundle, settings, graphs=graphs or None, progress=progress)
+    record = json.loads((out / engine.ENGINES).read_text("utf-8"))
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    elif not quiet:
+        size = sum(entry["size"] for entry in record["engines"].values())
+        click.echo(
+            f"{out}: {len(record['engines'])} engines, {size / 1e6:,.1f} MB, {record['flavour']} {record['version']}"
+        )
 
 
 @main.command()
@@ -270,6 +330,36 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         _print_bundle(manifest, certificate, verify)
 
 
+@main.command()
+@click.argument("profile", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def devices(profile: str | None, as_json: bool) -> None:
+    """The known devices and their limits; of one device every figure, with its source."""
+    from lvlm_edge.exporter import profiles
+
+    found = [profiles.find(profile)] if profile else [profiles.load(name) for name in profiles.names()]
+    if as_json:
+        rows = [dataclasses.asdict(p) for p in found]
+        click.echo(json.dumps(rows[0] if profile else rows, indent=1))
+    elif profile:
+        _print_device(found[0])
+    else:
+        _print_devices(found)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def doctor(as_json: bool) -> None:
+    """What this machine has: packages, GPU, JetPack; what works with it, and what to install for the rest."""
+    from lvlm_edge.exporter import doctor as examined
+
+    found = examined.report()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _print_doctor(found)
+
+
 def _certificate(bundle: Path) -> dict[str, Any] | None:
     """Verdict of the last check, and whether it speaks of this very bundle; None where there was none."""
     from lvlm_edge.runtime.bundle import CERTIFICATE, MANIFEST, sha256
@@ -284,15 +374,31 @@ def _certificate(bundle: Path) -> dict[str, Any] | None:
     return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / MANIFEST)}
 
 
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given; the dtype from the device's profile where it was not."""
+def _device(options: dict[str, Any]) -> Any:
+    """The profile that `--device` names, taken out of the options."""
     from lvlm_edge.exporter import profiles
 
-    profile = profiles.load(options.pop("device"))
-    dtype = options["dtype"] or profile.default_dtype
-    if dtype not in profile.dtypes:
-        raise UnsupportedError(f"dtype: {dtype!r} is not one of {profile.name}'s; {nearest(dtype, profile.dtypes)}")
-    return {k: v for k, v in (options | {"dtype": dtype}).items() if v is not None}
+    return profiles.find(options.pop("device"))
+
+
+def _given(option: str) -> bool:
+    """Whether an option of the running command was given, not left at its default."""
+    return click.get_current_context().get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+
+def _settings(options: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Options that were given; dtype and lowering from the device's profile where they were not."""
+    from lvlm_edge.exporter import profiles
+
+    chosen = {"dtype": options["dtype"] or device.default_dtype, "lowering": options["lowering"] or device.lowering}
+    for key, known in (("dtype", profiles.CHOICES["dtypes"]), ("lowering", profiles.CHOICES["lowering"])):
+        # What a device with TensorRT lacks is for `fit` to say; the graphs of the others are ONNX Runtime's.
+        choices = device.dtypes if key == "dtype" and device.kind == "cpu" else known
+        if chosen[key] not in choices:
+            raise UnsupportedError(
+                f"{key}: {chosen[key]!r} is not one of {device.name}'s; {nearest(chosen[key], choices)}"
+            )
+    return {k: v for k, v in (options | chosen).items() if v is not None}
 
 
 def _question(images: tuple[Path, ...], prompt: str | None) -> tuple[str, tuple[Path, ...]] | None:
@@ -402,6 +508,85 @@ def _print_plan(report: dict[str, Any]) -> None:
     )
     if paper:
         _show(f"paper     {paper['name']}: {paper['value']:,.2f} {paper['unit']}, {paper['ratio']:.1%} of dense")
+    if "fit" in report:
+        _print_fit(report["fit"])
+
+
+def _print_fit(fit: dict[str, Any]) -> None:
+    parts = ", ".join(f"{k} {fit[k] / 1e9:,.2f}" for k in ("weights", "caches", "activations", "workspace", "overhead"))
+    have = "" if fit["available"] is None else f" of {fit['available'] / 1e9:,.2f} GB"
+    _show(f"{fit['device']:9} runs in {fit['run'] / 1e9:,.2f} GB{have} ({parts}){'' if fit['fits_run'] else ': NO'}")
+    if fit["build_peak"]:
+        where = "on the machine that builds" if fit["build_available"] is None else "there"
+        no = "" if fit["fits_build"] else ": NO"
+        _show(f"          its largest engine is built in {fit['build_peak'] / 1e9:,.2f} GB, {where}{no}")
+    for problem in fit["problems"]:
+        _show(f"          {fit['device']} {problem}")
+    for remedy in fit["helps"]:
+        _show(f"          would fit: {' and '.join(remedy['changes'])} ({remedy['run'] / 1e9:,.2f} GB)")
+
+
+def _print_devices(found: list[Any]) -> None:
+    rows = [("device", "GB", "GB/s", "TFLOP/s", "compute", "backend", "lowering", "JetPack", "TensorRT")]
+    for p in found:
+        figures = (p.memory_gb, p.bandwidth_gb_s, p.tflops and p.tflops["float16"], p.compute_capability)
+        release = (p.release.version, p.release.tensorrt) if p.release else ("", "")
+        rows.append((p.name, *(_value(f) if f else "" for f in figures), p.backend, p.lowering, *release))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # no rich table: it would cut the names on a narrow terminal
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("\nTFLOP/s: float16, dense; lvlm-edge devices DEVICE explains one, with the source of every figure")
+
+
+def _value(figure: Any) -> str:
+    value = figure.value
+    return ", ".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else f"{value:g}"
+
+
+def _print_device(p: Any) -> None:
+    """Every figure of a profile with its source; long addresses are not cut."""
+    click.echo(f"{p.name}: {p.description}")
+    click.echo(f"backend {p.backend}, lowering {p.lowering}, dtypes {', '.join(p.dtypes)}")
+    figures = {
+        "weight formats": p.quantised,
+        "compute capability": p.compute_capability,
+        "memory GB": p.memory_gb,
+        "usable share": p.usable_share,
+        "bandwidth GB/s": p.bandwidth_gb_s,
+        "power modes": p.power_modes,
+    } | {f"{dtype} TFLOP/s": figure for dtype, figure in (p.tflops or {}).items()}
+    for name, figure in figures.items():
+        if figure is not None:
+            click.echo(f"{name}: {_value(figure)}  [{_source(figure)}]")
+    for row in p.jetpacks:
+        click.echo(
+            f"JetPack {row.version}{' (assumed)' if row == p.release else ''}: L4T {row.l4t}, TensorRT {row.tensorrt}, "
+            f"CUDA {row.cuda}, Python {row.python}; parses {' and '.join(row.lowerings) or 'neither lowering'}  "
+            f"[{_source(row)}]"
+        )
+
+
+def _source(figure: Any) -> str:
+    return f"{figure.source}; {figure.note}" if figure.note else str(figure.source)
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    memory = "" if found["memory_bytes"] is None else f", {found['memory_bytes'] / 1e9:,.1f} GB"
+    click.echo(f"Python {found['python']} on {found['platform']}{memory}; device {found['device'] or 'unknown'}")
+    if found["device_problem"]:
+        click.echo(found["device_problem"])
+    if found["jetpack"]:
+        pack = found["jetpack"]
+        click.echo(f"JetPack {pack['release']} (L4T {found['l4t']}), which brings TensorRT {pack['tensorrt']}")
+    for gpu in found["gpus"]:
+        click.echo(
+            f"GPU {gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_bytes'] / 1e9:,.1f} GB"
+        )
+    click.echo("packages: " + ", ".join(f"{k} {v}" for k, v in found["packages"].items() if v))
+    for part in found["parts"]:
+        click.echo(f"{'works' if part['works'] else 'no   '}  {part['name']}: {part['why']}")
+        if part["install"]:
+            click.echo(f"       {part['install']}")
 
 
 def _print_verdict(verdict: Any) -> None:

@@ -1,0 +1,393 @@
+"""Fit: does a plan run on a device, and can the device build its engines? From config.json and the profile alone.
+
+The prediction is a sum of bytes, made before any work. Its rules, and where they come from:
+
+- An engine holds one copy of its weights, and engines share none: a prompt engine and a decode engine are two copies
+  of the decoder. Measured with TensorRT-RTX 1.7.1 on plans built for compute capability 8.6: separate engines of
+  28 MB of weights, 31.1 + 29.6 MB; one engine with two wide optimization profiles (`share_weights`), 36.2 MB. ONNX
+  Runtime 1.31.1 also keeps one packed copy for each of the two (measured on x86-64).
+- The embedding lies in a mapped file of which each token reads one row; it is in no engine and counts nothing.
+- Bytes per weight of a quantised decoder matrix in an engine, TensorRT-RTX 1.7.1: int4 in blocks of 128 0.58, int8
+  per channel 1.07, fp8 per tensor 1.07. Norms, biases, lm_head, projector and vision encoder keep the graph's dtype.
+- Building needs the libraries (0.7 GB) and 2.7 times the engine's weights, or 1.8 times where the plan is streamed to
+  the disk, measured on the host with TensorRT-RTX 1.7.1 and 2.4 GB of weights. Each engine is built in a process of
+  its own, so that the largest decides. With unified memory the builder's workspace comes on top. That TensorRT 10 on
+  a Jetson keeps to the same factors is unverified.
+- Unified memory counts what host and GPU hold; a card counts what lies on the card.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from lvlm_edge.exporter import planning, profiles
+from lvlm_edge.exporter.planning import BYTES, Plan
+from lvlm_edge.exporter.profiles import GIB, Profile
+from lvlm_edge.runtime.errors import FitError, UnsupportedError, UsageError, nearest
+
+WEIGHTS = {"as-is": None, "int8": 1.07, "int4": 0.58, "fp8": 1.07}  # bytes per weight in an engine; None: the dtype's
+ENGINE = 4_000_000  # bytes of an engine beside its weights: 1.8 and 3.3 MB measured, 8.4 MB with two wide profiles
+LIBRARIES = 700_000_000  # bytes of Python and the TensorRT libraries in a building process, measured
+# Bytes that a process needs beside its buffers. With unified memory the libraries and the CUDA context, on a card the
+# context alone (both allowances, unverified); ONNX Runtime on a CPU measured.
+OVERHEAD = {"unified": LIBRARIES, "card": 500_000_000, "ort": 150_000_000}
+SCRATCH = 256 * 2**20  # bytes that kernels of an engine may ask for beside the activations; an allowance, unverified
+IN_MEMORY, STREAMED = 2.7, 1.8  # build peak over an engine's weights
+STREAMS_SINCE = (10, 13)  # TensorRT version with build_serialized_network_to_stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a plan needs of a device and what there is; bytes throughout.
+
+    Attributes:
+        weights: of all engines, every copy.
+        caches: key and value caches.
+        activations: the largest graph's intermediate values, and what graphs hand to each other.
+        workspace: kernels' scratch memory.
+        overhead: of the process: libraries, CUDA context.
+        build_peak: of the process that builds the largest engine; 0 where nothing is built.
+        available: what a process may plan with on the device; None if unknown.
+        build_available: the same for building; None where engines are built elsewhere, or nothing is built.
+        problems: what the device cannot do at all, whatever its memory.
+    """
+
+    device: str
+    jetpack: str | None
+    lowering: str
+    dtype: str
+    weight_format: str
+    share_weights: bool
+    weights: int
+    caches: int
+    activations: int
+    workspace: int
+    overhead: int
+    build_peak: int
+    available: int | None
+    build_available: int | None
+    problems: tuple[str, ...]
+
+    @property
+    def run(self) -> int:
+        """Bytes in use while the model answers."""
+        return self.weights + self.caches + self.activations + self.workspace + self.overhead
+
+    @property
+    def fits_run(self) -> bool:
+        return not self.problems and (self.available is None or self.run <= self.available)
+
+    @property
+    def fits_build(self) -> bool:
+        return not self.problems and (self.build_available is None or self.build_peak <= self.build_available)
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_run and self.fits_build
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes under which a plan fits: as flags, and what it then needs, bytes."""
+
+    changes: tuple[str, ...]
+    run: int
+    build_peak: int
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A plan on a device, in one of the ways it could be built."""
+
+    plan: Plan
+    profile: Profile
+    weight_format: str
+    share_weights: bool
+
+    def fit(self) -> Fit:
+        return predict(self.plan, self.profile, weights=self.weight_format, share_weights=self.share_weights)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A flag and what it does to a case; None where the method or device does not have it."""
+
+    flag: str
+    apply: Callable[[_Case], _Case | None]
+
+
+def predict(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> Fit:
+    """What a plan needs of a device.
+
+    Args:
+        weights: format of the decoder's matrices: as-is, int8, int4 or fp8.
+        share_weights: prompt and decode run in the same engines, with one copy of the weights.
+
+    Raises:
+        UsageError: an unknown weight format, or a device whose engines cannot share weights.
+    """
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
+    if share_weights and profile.backend == "ort":
+        raise UsageError(f"fit: {profile.name} runs without engines, which could share weights; leave that out")
+    engines = engine_bytes(plan, weights=weights, share_weights=share_weights)
+    built = profile.backend != "ort"
+    memory = _memory(profile)
+    usable = None if memory is None else round(memory * profile.usable_share.value)
+    # TensorRT-RTX builds anywhere, and for a card TensorRT builds in the host's memory, which the profile cannot know.
+    here = profile.backend == "trt" and profile.unified_memory
+    place = "ort" if not built else "unified" if profile.unified_memory else "card"
+    peak = LIBRARIES + round(max(engines) * _build_factor(profile)) + workspace_bytes(profile) * profile.unified_memory
+    return Fit(
+        device=profile.name,
+        jetpack=profile.jetpack,
+        lowering=plan.lowering,
+        dtype=plan.dtype,
+        weight_format=weights,
+        share_weights=share_weights,
+        weights=sum(engines) + (ENGINE * len(engines) if built else 0),
+        caches=plan.kv_cache_bytes(),
+        activations=_activations(plan),
+        workspace=SCRATCH if built else 0,
+        overhead=OVERHEAD[place],
+        build_peak=peak if built else 0,
+        available=usable,
+        build_available=usable if here else None,
+        problems=_problems(plan, profile, weights),
+    )
+
+
+def engine_bytes(plan: Plan, *, weights: str = "as-is", share_weights: bool = False) -> tuple[int, ...]:
+    """Weight bytes of each engine: vision with projector, one per stage of the prompt, and decode.
+
+    With `share_weights` the stages' engines serve decode too.
+    """
+    width = BYTES[plan.dtype]
+    count = planning.weights(plan.spec)
+    layer = count.matrices * (WEIGHTS[weights] or width) + count.vectors * width
+    stages = [len(stage.layers) * layer for stage in plan.stages]
+    stages[-1] += (count.norm + count.head) * width
+    decode = [] if share_weights else [sum(stages)]
+    return tuple(round(size) for size in [(count.vision + count.projector) * width, *stages, *decode])
+
+
+def workspace_bytes(profile: Profile) -> int:
+    """Workspace that TensorRT's builder may use: 1 GiB, or less on small boards."""
+    memory = _memory(profile)
+    return GIB if memory is None else min(GIB, round(memory / 16))
+
+
+def _memory(profile: Profile) -> int | None:
+    if profile.memory_gb is None:
+        return profiles.memory_bytes()
+    return round(profile.memory_gb.value * GIB)
+
+
+def _build_factor(profile: Profile) -> float:
+    release = profile.release
+    return IN_MEMORY if release and profiles.numbers(release.tensorrt) < STREAMS_SINCE else STREAMED
+
+
+def _activations(plan: Plan) -> int:
+    """Bytes of the largest graph's intermediate values, and of what passes between graphs.
+
+    At its widest a layer holds the residual stream twice beside either queries, keys and values, or gate, up and
+    their product. The legacy lowering also has the scores of every head in the dtype and in float32 (operators of
+    opset 18 are not sure to be fused), and hands every new cache row out. An upper estimate: what reuses buffers
+    within a layer is not seen here.
+    """
+    v, d, width = plan.spec.vision, plan.spec.decoder, BYTES[plan.dtype]
+    dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    legacy = plan.lowering == "legacy"
+
+    def graph(rows: int, keys: int, hidden: int, heads: int, wide: int) -> int:
+        return rows * (2 * hidden + wide) * width + (heads * rows * keys * (width + 4) if legacy else 0)
+
+    scratch = [graph(v.positions, v.positions, v.hidden, v.heads, max(3 * v.hidden, 2 * v.ffn))]
+    scratch += [graph(s.queries, s.keys, d.hidden, d.heads, max(dq + 2 * dkv, 3 * d.ffn)) for s in plan.stages]
+    images = plan.num_images * (v.channels * v.image_size**2 * width + plan.spec.visual_tokens * d.hidden * width)
+    handed = images + plan.prompt_tokens * d.hidden * width + 4 * d.vocab
+    handed += sum(s.queries * d.hidden * width for s in plan.stages[:-1])
+    if legacy:
+        handed += sum(len(s.layers) * s.cached * 2 * dkv * width for s in plan.stages)
+    return max(scratch) + handed
+
+
+def _problems(plan: Plan, profile: Profile, weights: str) -> tuple[str, ...]:
+    """What the device cannot do at all, each with what to do instead."""
+    found = []
+    if plan.dtype not in profile.dtypes:
+        found.append(f"does not run {plan.dtype}; choose --dtype {' or '.join(profile.dtypes)}")
+    if weights != "as-is" and weights not in profile.quantised.value:
+        known = ", ".join(profile.quantised.value)
+        found.append(f"does not compute with {weights} weights; it does with {known}")
+    release = profile.release
+    if release is not None and plan.lowering not in profile.lowerings:
+        advice = [f"--lowering {name}" for name in profile.lowerings]
+        newer = next((r for r in profile.jetpacks if plan.lowering in r.lowerings), None)
+        advice += [f"--device {profile.name}@{newer.version} once it runs that JetPack"] if newer else []
+        found.append(
+            f"has TensorRT {release.tensorrt} (JetPack {release.version}), which does not parse the {plan.lowering} "
+            f"lowering; choose {' or '.join(advice)}"
+        )
+    if profile.backend == "trt-rtx" and (plan.dtype, plan.lowering) == ("float32", "modern"):
+        # tensorrt_rtx 1.7.1: "Attention operation was not supported by a dedicated kernel"
+        found.append("has no float32 kernel for Attention; choose --dtype float16 or --lowering legacy")
+    return tuple(found)
+
+
+def remedies(
+    plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False
+) -> tuple[Remedy, ...]:
+    """The smallest sets of changes under which a plan fits, at most four; empty where none does.
+
+    Tried: shared weights, a smaller keep ratio, fewer text tokens, a newer JetPack, quantised decoder matrices.
+    """
+    start = _Case(plan, profile, weights, share_weights)
+    kinds = [kind for kind in _changes(start) if kind]
+    for size in range(1, len(kinds) + 1):
+        found = []
+        for chosen in itertools.combinations(kinds, size):
+            # Each kind lists its mildest change first, so the first that fits is the mildest.
+            for changes in itertools.product(*chosen):
+                fit = _fit_after(start, changes)
+                if fit is not None and fit.fits:
+                    found.append(Remedy(tuple(c.flag for c in changes), fit.run, fit.build_peak))
+                    break
+        if found:
+            return tuple(found[:4])
+    return ()
+
+
+def _fit_after(case: _Case | None, changes: tuple[_Change, ...]) -> Fit | None:
+    for change in changes:
+        case = None if case is None else change.apply(case)
+    return None if case is None else case.fit()
+
+
+def _changes(start: _Case) -> list[list[_Change]]:
+    """Changes that could help, by kind, the mildest of a kind first."""
+    share = _Change("--share-weights", lambda c: replace(c, share_weights=True))
+    newest = start.profile.jetpacks[-1].version if start.profile.jetpacks else None
+    return [
+        [share] if not start.share_weights and start.profile.backend != "ort" else [],
+        [_keep(start.plan, ratio) for ratio in (0.5, 0.25, 0.1)],
+        [_text(n) for n in (128, 64, 32) if n < start.plan.text_tokens],
+        [_jetpack(start.profile.name, newest)] if newest and newest != start.profile.jetpack else [],
+        [_weights(kind) for kind in ("int8", "int4") if _smaller(kind, start)],
+    ]
+
+
+def _keep(plan: Plan, ratio: float) -> _Change:
+    """Keep fewer visual tokens: by the plan's own method where it keeps a share, else by the first that does."""
+    names = [plan.method, *planning.method_names()]
+    name = next((n for n in names if "keep_ratio" in {f.name for f in fields(planning.method(n).Config)}), plan.method)
+    flag = f"--keep-ratio {ratio:g}" if name == plan.method else f"--method {name} --keep-ratio {ratio:g}"
+
+    def apply(case: _Case) -> _Case | None:
+        before = asdict(case.plan.config) if name == case.plan.method else {}
+        return _again(case, name, before | {"keep_ratio": ratio, "keep_tokens": None}, case.plan.text_tokens)
+
+    return _Change(flag, apply)
+
+
+def _text(tokens: int) -> _Change:
+    def apply(case: _Case) -> _Case | None:
+        return _again(case, case.plan.method, asdict(case.plan.config), tokens)
+
+    return _Change(f"--max-text-tokens {tokens}", apply)
+
+
+def _again(case: _Case, method: str, options: dict[str, Any], text_tokens: int) -> _Case | None:
+    """The case with its plan made anew; None where the plan cannot be made, or keeps more than before."""
+    plan = case.plan
+    try:
+        made = planning.make(
+            plan.spec,
+            method_name=method,
+            options=options,
+            num_images=plan.num_images,
+            max_text_tokens=text_tokens,
+            max_new_tokens=plan.new_tokens,
+        )
+    except (UsageError, UnsupportedError):
+        return None
+    if made.kept_tokens > plan.kept_tokens:
+        return None
+    return replace(case, plan=replace(made, dtype=plan.dtype, lowering=plan.lowering))
+
+
+def _jetpack(name: str, version: str) -> _Change:
+    def apply(case: _Case) -> _Case:
+        newer = case.profile.with_jetpack(version)
+        return replace(case, profile=newer, plan=replace(case.plan, lowering=newer.lowering))
+
+    return _Change(f"--device {name}@{version}", apply)
+
+
+def _weights(kind: str) -> _Change:
+    return _Change(f"{kind} decoder weights", lambda c: replace(c, weight_format=kind))
+
+
+def _smaller(kind: str, case: _Case) -> bool:
+    size = WEIGHTS[kind]
+    assert size is not None
+    before = WEIGHTS[case.weight_format] or BYTES[case.plan.dtype]
+    return kind in case.profile.quantised.value and size < before
+
+
+def check(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> Fit:
+    """The prediction, if the plan fits.
+
+    Raises:
+        FitError: a dtype or lowering that the device does not have, or more memory than it has, to run or to build;
+            the message says by how much, and what would fit.
+    """
+    fit = predict(plan, profile, weights=weights, share_weights=share_weights)
+    if fit.problems:
+        raise FitError(f"fit: {profile.name} {fit.problems[0]}")
+    over = []
+    if fit.available is not None and not fit.fits_run:
+        over.append(f"{_gb(fit.run)} to run, {_gb(fit.run - fit.available)} too much")
+    if fit.build_available is not None and not fit.fits_build:
+        over.append(
+            f"{_gb(fit.build_peak)} to build its largest engine, {_gb(fit.build_peak - fit.build_available)} too much"
+        )
+    if not over:
+        return fit
+    raise FitError(
+        f"fit: {profile.name} has {_gb(fit.available or 0)} for a process, but {plan.method} in {plan.dtype} needs "
+        f"{' and '.join(over)}; {_advice(_Case(plan, profile, weights, share_weights))}"
+    )
+
+
+def _advice(case: _Case) -> str:
+    found = remedies(case.plan, case.profile, weights=case.weight_format, share_weights=case.share_weights)
+    if found:
+        return "would fit: " + " | ".join(f"{' and '.join(r.changes)} ({_gb(r.run)})" for r in found)
+    strongest = tuple(kind[-1] for kind in _changes(case) if kind)
+    least = _fit_after(case, strongest)
+    if least is None or not strongest:
+        return "choose a larger device (lvlm-edge devices)"
+    said = f"even {' and '.join(c.flag for c in strongest)} needs {_gb(least.run)} to run"
+    built = f" and {_gb(least.build_peak)} to build" if least.build_available is not None else ""
+    return f"{said}{built}; choose a larger device (lvlm-edge devices)"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def report(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> dict[str, Any]:
+    """The prediction as `plan --json` prints it under `fit`; bytes."""
+    fit = predict(plan, profile, weights=weights, share_weights=share_weights)
+    helps = () if fit.fits else remedies(plan, profile, weights=weights, share_weights=share_weights)
+    return asdict(fit) | {
+        "run": fit.run,
+        "fits_run": fit.fits_run,
+        "fits_build": fit.fits_build,
+        "helps": [asdict(remedy) for remedy in helps],
+    }

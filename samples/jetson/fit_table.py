@@ -1,0 +1,56 @@
+"""What fits on which Jetson, as a Markdown table: `python samples/jetson/fit_table.py`.
+
+LLaVA-shaped models (CLIP-L/14 at 336 px, 576 visual tokens, 256 text and 128 new tokens), dense and FastV keeping
+25 %, float16 and int4 decoder weights, each device under the JetPack release its profile assumes or the one named
+(`python samples/jetson/fit_table.py agx-orin-32gb@7.2`). A cell says what running needs and what building needs, GB;
+bold where both fit. Predictions: nothing here was run on a Jetson.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from lvlm_edge.exporter import fit, planning, profiles, spec
+
+VISION = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
+VISION |= {"patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16}
+# layers, hidden, heads, key-value heads, ffn, vocabulary: Qwen2-1.5B's decoder, and LLaVA-1.5's two
+MODELS = {
+    "2B": ("qwen2", 28, 1536, 12, 2, 8960, 151936, True),
+    "7B": ("llama", 32, 4096, 32, 32, 11008, 32064, False),
+    "13B": ("llama", 40, 5120, 40, 40, 13824, 32064, False),
+}
+WAYS = [("none", {}, "as-is"), ("none", {}, "int4"), ("fastv", {"keep_ratio": 0.25}, "as-is")]
+WAYS.append(("fastv", {"keep_ratio": 0.25}, "int4"))
+
+
+def model(name: str) -> spec.ModelSpec:
+    kind, layers, hidden, heads, kv_heads, ffn, vocab, tied = MODELS[name]
+    text = {"model_type": kind, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    text |= {"num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": vocab}
+    text |= {"max_position_embeddings": 4096, "tie_word_embeddings": tied}
+    config = {"model_type": "llava", "image_token_index": 32000, "vision_config": VISION, "text_config": text}
+    config |= {"vision_feature_layer": -2, "tie_word_embeddings": tied}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        return spec.load(Path(folder))
+
+
+def cell(found: fit.Fit) -> str:
+    text = f"{found.run / 1e9:.1f} / {found.build_peak / 1e9:.1f}"
+    return f"**{text}**" if found.fits else text
+
+
+devices = sys.argv[1:] or [name for name in profiles.names() if profiles.load(name).kind == "jetson"]
+specs = {name: model(name) for name in MODELS}
+print("| device | has | model | dense, float16 | dense, int4 | FastV, float16 | FastV, int4 |\n|---" + "|---" * 6 + "|")
+for profile in map(profiles.load, devices):
+    for name, made in specs.items():
+        ways = [(planning.make(made, method_name=m, options=o, dtype="float16", lowering=profile.lowering), w)
+                for m, o, w in WAYS]  # fmt: skip
+        cells = [fit.predict(plan, profile, weights=weights) for plan, weights in ways]
+        device = f"{profile.name}, JetPack {profile.jetpack} | {cells[0].available / 1e9:.1f}"
+        print(f"| {device} | {name} | " + " | ".join(map(cell, cells)) + " |")

@@ -1,0 +1,170 @@
+"""Doctor: what it finds, on this machine and on others played by files and modules."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from lvlm_edge.exporter import doctor
+from tests.tiny import cli
+
+
+@pytest.fixture
+def jetson(tmp_path):
+    """The root of an Orin Nano with L4T 36.4.3, and how to give it another release."""
+
+    def made(release: str = "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic"):
+        for file, content in {
+            "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+            "etc/nv_tegra_release": release,
+            "proc/meminfo": "MemTotal:        7800000 kB\n",
+        }.items():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(content)
+        return tmp_path
+
+    return made
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Lets modules be there, broken (an exception) or absent (None)."""
+    real, importing = doctor._there, importlib.import_module
+    placed: dict[str, object] = {}
+
+    def place(**named: object) -> None:
+        placed.update({name.replace("__", "."): module for name, module in named.items()})
+
+    def load(name: str) -> object:
+        found = placed.get(name) or importing(name)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(doctor, "_there", lambda m: placed[m] is not None if m in placed else real(m))
+    monkeypatch.setattr(doctor.importlib, "import_module", load)
+    place(onnxruntime=None, tensorrt=None, tensorrt_rtx=None, cuda__bindings=None)
+    return place
+
+
+class Status(int):
+    name = "cudaErrorInsufficientDriver"
+
+
+def cuda(count: object, status: int = 0) -> types.SimpleNamespace:
+    card = types.SimpleNamespace(name=b"Orin\0", major=8, minor=7, totalGlobalMem=7_000_000_000, integrated=1)
+    return types.SimpleNamespace(
+        cudaGetDeviceCount=lambda: (Status(status), count), cudaGetDeviceProperties=lambda _: (Status(0), card)
+    )
+
+
+def parts(found: dict) -> dict[str, dict]:
+    return {part["name"]: part for part in found["parts"]}
+
+
+def library(version: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(__version__=version)
+
+
+def test_the_command_prints_one_document_and_ends_well():
+    done = cli("doctor", "--json")
+
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {"python", "device", "jetpack", "packages", "gpus", "parts"} <= set(found)
+    assert found["packages"]["numpy"]
+    assert parts(found)["run with ort"]["works"]
+
+
+def test_the_command_prints_what_works_and_what_to_install(modules):
+    done = cli("doctor")
+
+    assert done.exit_code == 0, done.output
+    assert "pip install 'lvlm-edge[ort]'" in done.stdout
+    assert "run with ort: onnxruntime is not installed" in done.stdout
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from lvlm_edge.exporter.cli import main\n"
+        "try: main(['doctor', '--json'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print({'torch', 'transformers', 'onnx'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (0, "set()"), done.stderr
+
+
+def test_without_anything_every_backend_is_said_to_be_missing(modules, tmp_path):
+    found = doctor.report(tmp_path)
+
+    assert (found["device"], found["l4t"], found["jetpack"]) == ("cpu", None, None)
+    for name in ("run with ort", "run with trt-rtx", "build for and run with trt"):
+        assert not parts(found)[name]["works"]
+        assert parts(found)[name]["install"].startswith("pip install")
+
+
+def test_a_jetson_is_told_to_use_jetpacks_own_tensorrt(modules, jetson):
+    found = doctor.report(jetson())
+
+    assert (found["device"], found["l4t"]) == ("orin-nano-8gb", "36.4.3")
+    assert found["jetpack"] == {"release": "6.2", "tensorrt": "10.3"}
+    advice = parts(found)["build for and run with trt"]["install"]
+    assert "python3-libnvinfer" in advice and "system-site-packages" in advice and "cuda-bindings==12.*" in advice
+    assert not parts(found)["run with trt-rtx"]["works"]
+
+
+def test_a_jetson_with_everything_works(modules, jetson):
+    modules(tensorrt=library("10.3.0"), cuda__bindings=True, cuda__bindings__runtime=cuda(1))
+
+    found = doctor.report(jetson())
+
+    assert found["gpus"] == [
+        {"name": "Orin", "compute_capability": "8.7", "memory_bytes": 7_000_000_000, "integrated": True}
+    ]
+    part = parts(found)["build for and run with trt"]
+    assert (part["works"], part["why"], part["install"]) == (True, "tensorrt 10.3.0", "")
+
+
+def test_a_release_that_is_too_old_is_said_to_be(modules, jetson):
+    modules(tensorrt=library("8.6.2"), cuda__bindings=True, cuda__bindings__runtime=cuda(1))
+
+    part = parts(doctor.report(jetson("# R36 (release), REVISION: 3.0,")))["build for and run with trt"]
+
+    assert not part["works"] and "TensorRT 8.6 of JetPack 6.0 is too old" in part["why"]
+    found = doctor.report(jetson("# R35 (release), REVISION: 4.1,"))
+    assert found["device"] is None and "L4T 35.4.1" in found["device_problem"]
+
+
+def test_a_library_that_does_not_load_is_no_working_one(modules, tmp_path):
+    modules(tensorrt_rtx=OSError("libtensorrt_rtx.so.1: cannot open shared object file\nand more"))
+
+    part = parts(doctor.report(tmp_path))["build for trt-rtx, on any machine"]
+
+    assert not part["works"]
+    assert part["why"] == "tensorrt_rtx does not load (libtensorrt_rtx.so.1: cannot open shared object file)"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        (cuda(None, 35), "CUDA says cudaErrorInsufficientDriver"),
+        (cuda(0), "CUDA sees no GPU"),
+        (RuntimeError("no driver"), "CUDA cannot be asked (no driver)"),
+    ],
+)
+def test_engines_are_built_but_not_run_without_a_gpu(runtime, said, modules, tmp_path):
+    modules(tensorrt_rtx=library("1.7.1.116"), cuda__bindings=True, cuda__bindings__runtime=runtime)
+
+    found = doctor.report(tmp_path)
+
+    assert (found["gpus"], found["cuda"]) == ([], said)
+    assert parts(found)["build for trt-rtx, on any machine"]["works"]
+    assert not parts(found)["run with trt-rtx"]["works"]
+    assert said in parts(found)["run with trt-rtx"]["why"]
