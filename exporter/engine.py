@@ -153,6 +153,9 @@ def _build_one(
             partial.unlink(missing_ok=True)
     if status != 0 or "peak" not in said:
         reason = said.get("error") or (noise.strip().splitlines() or [f"it ended with status {status}"])[-1]
+        if "cudaError 35" in reason:
+            # What TensorRT-RTX falls back to without a GPU; its own log does not say what made it.
+            reason += "; without a GPU it says this when memory ran out or a head size has no attention kernel"
         raise LvlmEdgeError(
             f"{bundle.path(graph.file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
             "`lvlm-edge devices` for dtypes and lowerings, or export with --lowering legacy"

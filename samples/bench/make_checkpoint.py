@@ -1,7 +1,8 @@
 """A LLaVA-1.5-shaped checkpoint with random weights, for timing: `python samples/bench/make_checkpoint.py smol DIR`.
 
 smol: CLIP-B/14 at 336 px and a decoder of SmolLM2-135M's dimensions (250 M parameters). tinyllama: CLIP-L/14 at
-336 px and TinyLlama-1.1B's (1.4 B). 576 visual tokens. Written tensor by tensor, never held as a whole.
+336 px and TinyLlama-1.1B's (1.4 B). llava-7b: LLaVA-1.5-7B's (7.1 B). 576 visual tokens. Written tensor by tensor,
+never held as a whole.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ SIZES = {
         {
             "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
             "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "llava-7b": (
+        "l",
+        {
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
@@ -99,15 +108,17 @@ def tensors(c: dict) -> Iterator[tuple[str, tuple[int, ...], float]]:
 @click.argument("size", type=click.Choice(list(SIZES)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
-def main(size: str, folder: Path, seed: int) -> None:
-    """Write config.json and model.safetensors (float32) of a size."""
+@click.option("--half", is_flag=True, help="float16 instead of float32.")
+def main(size: str, folder: Path, seed: int, half: bool) -> None:
+    """Write config.json and model.safetensors of a size."""
+    dtype = np.dtype(np.float16 if half else np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     content = config(size)
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     rng, header, at = np.random.default_rng(seed), {}, 0
     for name, shape, _ in tensors(content):
-        end = at + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        end = at + dtype.itemsize * int(np.prod(shape))
+        header[name] = {"dtype": "F16" if half else "F32", "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -115,7 +126,7 @@ def main(size: str, folder: Path, seed: int) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, shape, deviation in tensors(content):
             values = rng.standard_normal(shape, np.float32) * deviation if deviation else np.ones(shape, np.float32)
-            file.write(np.ascontiguousarray(values, np.float32).data)
+            file.write(np.ascontiguousarray(values, dtype).data)
     print(f"{folder}: {at / 1e6:,.0f} MB", file=sys.stderr)
 
 
