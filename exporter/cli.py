@@ -35,7 +35,9 @@ CAPACITY = (
         help="Profile (lvlm-edge devices), as NAME or NAME@JETPACK, or auto for this machine's.",
     ),
     click.Option(
-        ["--share-weights"], is_flag=True, help="Count on engines that share one copy of the weights (build)."
+        ["--share-weights"],
+        is_flag=True,
+        help="Predict memory for engines that share one copy of the weights; build does not make them yet.",
     ),
 )
 
