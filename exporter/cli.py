@@ -241,7 +241,7 @@ def build(
     """TensorRT engines of a bundle, built for a device; what is up to date stays."""
     from lvlm_edge.exporter import engine, profiles
 
-    profile = profiles.load(device)
+    profile = profiles.find(device)
     own = profile.compute_capability
     settings = engine.Settings(
         backend=profile.backend,

@@ -105,16 +105,17 @@ def _chosen(manifest: manifests.Manifest, names: Iterable[str] | None) -> list[m
 
 
 def _version(backend: str) -> str:
-    """Version of the installed TensorRT, without importing it here."""
-    from importlib import metadata
-
+    """Version that the installed TensorRT gives itself, asked in another process: it is not imported here."""
     if backend not in MODULES:
         raise UnsupportedError(f"build: backend {backend!r} has no engines; choose a device with trt or trt-rtx")
-    try:
-        return metadata.version(MODULES[backend])
-    except metadata.PackageNotFoundError as error:
+    name = MODULES[backend]
+    asked = [sys.executable, "-c", f"import {name}; print({name}.__version__)"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
         advice = "pip install tensorrt-rtx" if backend == "trt-rtx" else "install TensorRT (on a Jetson: from JetPack)"
-        raise UnsupportedError(f"build: {MODULES[backend]} is not installed here; {advice}") from error
+        last = (done.stderr.strip().splitlines() or ["it does not load"])[-1]
+        raise UnsupportedError(f"build: {name} is not installed here ({last}); {advice}")
+    return done.stdout.strip()
 
 
 def _current(entry: dict[str, Any], out: Path, graph_sha256: str) -> bool:
@@ -226,6 +227,9 @@ def work(job: dict[str, Any]) -> None:
     if job["optimisation_level"] is not None:
         config.builder_optimization_level = job["optimisation_level"]
     if job["backend"] == "trt-rtx":
+        owned = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # lets decode be captured as a CUDA graph
+        if owned is not None:
+            config.set_flag(owned)
         _target(trt, config, job["compute_capabilities"])
     config.progress_monitor = _monitor(trt)
     if not _stream(trt, builder, network, config, job["plan"]):

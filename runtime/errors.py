@@ -40,6 +40,10 @@ class BundleError(LvlmEdgeError):
     exit_code = 5
 
 
+class DeviceError(LvlmEdgeError):
+    """The GPU, its driver or TensorRT failed at something it was asked to do."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the known names, the closest first: `did you mean fastv? known: fastv, none`."""
     names = sorted(known)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, load
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, from_bfloat16, load, numpy_dtype
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
 from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UsageError
 from lvlm_edge.runtime.image import open_image, preprocess
@@ -63,13 +63,14 @@ class Pipeline:
 
         Args:
             bundle: folder made by `lvlm-edge export`.
-            backend: `ort`.
+            backend: `ort`, `trt` or `trt-rtx`.
             verify: hash every file first.
             options: the backend's own (`ort`: `threads`).
 
         Raises:
             BundleError: the bundle is damaged, altered, or not for this version.
             UnsupportedError: unknown backend, or its packages are missing.
+            DeviceError: the GPU cannot be used.
         """
         return cls(open_bundle(bundle, verify=verify), load(backend, **options))
 
@@ -204,8 +205,9 @@ class Pipeline:
         repeats = np.where(ids == image, per_image, 1)
         is_visual = np.repeat(ids == image, repeats)
         visual_index = np.flatnonzero(is_visual)
-        embeds = np.zeros((1, counts.prompt_tokens, self.manifest.embedding.hidden), self._table.dtype)
-        embeds[0, np.flatnonzero(~is_visual)] = self._table[ids[ids != image]]
+        rows = self._embedded(ids[ids != image])
+        embeds = np.zeros((1, counts.prompt_tokens, self.manifest.embedding.hidden), rows.dtype)
+        embeds[0, np.flatnonzero(~is_visual)] = rows
         embeds[0, visual_index] = image_embeds
         everywhere = np.arange(counts.prompt_tokens)
         return {
@@ -295,12 +297,17 @@ class Pipeline:
     def _decode(self, token: int, length: int) -> Array:
         """Logits after one more token, `length` rows having gone by."""
         position = length + self.manifest.decode_offset
-        self.buffer("decode", "inputs_embeds").write(self._table[token].reshape(1, 1, -1))
+        self.buffer("decode", "inputs_embeds").write(self._embedded(token).reshape(1, 1, -1))
         self.buffer("decode", "position_ids").write(np.full((1, 1), position))
         self.buffer("decode", "cache_length").write(np.full(1, length))
         self._run(self.manifest.graph("decode"), length)
         logits: Array = self.buffer("decode", "logits").read().reshape(-1)
         return logits
+
+    def _embedded(self, ids: Array | int) -> Array:
+        """Rows of the token embedding, those of bfloat16 as float32."""
+        rows: Array = self._table[ids]
+        return from_bfloat16(rows) if self.manifest.embedding.dtype == "bfloat16" else rows
 
     # What is asked of the input.
 
@@ -415,8 +422,8 @@ class Pipeline:
 
 
 def _embedding(bundle: Bundle) -> Array:
-    """The token embedding [vocab, hidden], mapped, not read."""
+    """The token embedding [vocab, hidden], mapped, not read; bfloat16 as its bits."""
     e = bundle.manifest.embedding
     shape = (e.hidden, e.vocab) if e.columns else (e.vocab, e.hidden)
-    table = np.memmap(bundle.path(e.file), np.dtype(e.dtype), "r", e.offset, shape)
+    table = np.memmap(bundle.path(e.file), numpy_dtype(e.dtype), "r", e.offset, shape)
     return table.T if e.columns else table

@@ -1,4 +1,4 @@
-"""Backends run a bundle's graphs; one file each, chosen by name (`ort`)."""
+"""Backends run a bundle's graphs; one file each, chosen by name (`ort`, `trt`, `trt-rtx`)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Buffer(Protocol):
     """Memory of a fixed shape and dtype that graphs read and write, on the host or on a device."""
 
     def write(self, values: Array) -> None:
-        """Fill the buffer from the host; `values` has its shape and dtype."""
+        """Fill the buffer from the host; `values` has its shape and is converted to its dtype."""
 
     def read(self) -> Array:
-        """The content on the host; valid until the next run."""
+        """The content on the host, float32 if the buffer is bfloat16; valid until the next run."""
 
     def copy_rows(self, rows: Buffer, slot: int) -> None:
         """Put rows [1, heads, R, D_h] into this cache [1, heads, C, D_h] from `slot` on, where both buffers live."""
@@ -55,13 +55,27 @@ def load(name: str, **options: Any) -> Backend:
     Raises:
         UnsupportedError: unknown, or its packages are not installed.
     """
-    known = [m.name for m in pkgutil.iter_modules(__path__)]
+    known = {m.name.replace("_", "-"): m.name for m in pkgutil.iter_modules(__path__)}
     if name not in known:
         raise UnsupportedError(f"backend: {name!r} is not known; {nearest(name, known)}")
-    backend: Backend = importlib.import_module(f"{__name__}.{name}").create(**options)
+    backend: Backend = importlib.import_module(f"{__name__}.{known[name]}").create(**options)
     return backend
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """`float32`, `float16` or `int64` as a numpy dtype."""
-    return np.dtype(name)
+    """A manifest's dtype as what the host holds; numpy has no bfloat16, whose bits are uint16."""
+    return np.dtype(np.uint16 if name == "bfloat16" else name)
+
+
+def to_bfloat16(values: Array) -> NDArray[np.uint16]:
+    """Numbers as the bits of bfloat16, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # rounding would carry a NaN over into an infinity or a zero
+    kept = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
+    return kept.astype(np.uint16)
+
+
+def from_bfloat16(bits: Array) -> NDArray[np.float32]:
+    """The bits of bfloat16 as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

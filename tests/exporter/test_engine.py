@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this m
 
 FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.25}
 EVERY = ("8.0", "8.6", "8.9", "12.0", "12.1")
+SAMPLE = Path(__file__).parents[2] / "samples/easyvqa/checkpoint"
 
 
 def entries(folder):
@@ -57,6 +59,19 @@ def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, optio
         assert (out / entry["file"]).read_bytes()[:4] == b"vtrt"
         assert sha256(out / entry["file"]) == entry["sha256"]
         assert entry["graph_sha256"] == manifest.files[f"{name}.onnx"].sha256
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_graph_of_the_sample_builds(export_once, options, dtype):
+    bundle = export_once(SAMPLE, dtype=dtype, **options)
+    every = ("7.5", *EVERY) if dtype == "float16" else EVERY  # 7.5 has no bfloat16
+    graphs = {graph.name for graph in open_bundle(bundle).manifest.graphs}
+
+    for targets in (every, (PORTABLE,)):
+        out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=targets))
+
+        assert set(entries(out)) == graphs
+        assert all((out / entry["file"]).read_bytes()[:4] == b"vtrt" for entry in entries(out).values())
 
 
 def test_turing_takes_float16_and_refuses_bfloat16(gqa, export_once, options):

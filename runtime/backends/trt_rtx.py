@@ -1,0 +1,10 @@
+"""TensorRT-RTX: `trt` under another name."""
+
+from __future__ import annotations
+
+from lvlm_edge.runtime.backends import trt
+
+
+def create(threads: int | None = None) -> trt.TrtBackend:
+    """The backend; see `trt.create`."""
+    return trt.create(threads, backend="trt-rtx")
