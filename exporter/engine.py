@@ -18,12 +18,11 @@ from typing import Any
 
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime import kv_cache
+from lvlm_edge.runtime.backends.trt import ENGINES as ENGINES
+from lvlm_edge.runtime.backends.trt import MODULES, SCHEMA
+from lvlm_edge.runtime.backends.trt import PORTABLE as PORTABLE
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 
-SCHEMA = 1
-ENGINES = "engines.json"
-MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
-PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
 WORKSPACE = 1 << 30  # bytes
 Progress = Callable[[str, int, int], None]
 

@@ -27,10 +27,10 @@ from lvlm_edge.runtime.backends import Array, Buffer, Session, from_bfloat16, nu
 from lvlm_edge.runtime.bundle import Graph, Manifest, TensorInfo, load_manifest
 from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
 
-SCHEMA = 1
+SCHEMA = 1  # of engines.json, which the builder writes
 ENGINES = "engines.json"
-PORTABLE = "portable"
-MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
 INSTALL = {
     "trt": "pip install tensorrt cuda-bindings (on a Jetson: TensorRT comes with JetPack)",
     "trt-rtx": "pip install tensorrt-rtx cuda-bindings",
