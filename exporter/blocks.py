@@ -146,9 +146,12 @@ def prefill_layers(
 
 def logits(parts: Parts, x: Tensor, row: Tensor) -> Tensor:
     """Logits of one row of the last hidden states, [1, 1, vocab], float32."""
-    chosen = x.index_select(1, row)
-    normed = parts.ops.rms_norm(chosen, parts.norm.weight, parts.spec.decoder.eps)
-    result: Tensor = parts.lm_head(normed).float()
+    return _head(parts, x.index_select(1, row))
+
+
+def _head(parts: Parts, x: Tensor) -> Tensor:
+    """Last norm and lm_head: hidden states [1, rows, D] to logits [1, rows, vocab], float32."""
+    result: Tensor = parts.lm_head(parts.ops.rms_norm(x, parts.norm.weight, parts.spec.decoder.eps)).float()
     return result
 
 
@@ -202,8 +205,7 @@ def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Te
         attended, outputs = parts.ops.append(inputs, i, query, key, value, slot)
         caches |= outputs
         x = finish(parts, parts.layers[i], x, attended)
-    normed = parts.ops.rms_norm(x, parts.norm.weight, parts.spec.decoder.eps)
-    return {"logits": parts.lm_head(normed).float(), **caches}
+    return {"logits": _head(parts, x), **caches}
 
 
 def _dropped(plan: Plan) -> set[int]:

@@ -43,10 +43,6 @@ class Layout:
         """Where the rows of `present.3.key` go in its cache when `length` unpruned rows have gone by."""
         return max(0, length - self.layers[int(name.split(".")[1])].dropped)
 
-    def room(self, prompt: int) -> int:
-        """Rows that decoding can still add after a prompt of that many rows."""
-        return min(c.capacity + c.dropped for c in self.layers) - prompt
-
 
 def shared_name(name: str) -> str:
     """The buffer that a graph's tensor lives in: `present.3.key` is written into `past_key_values.3.key`."""
