@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,6 +81,61 @@ def preprocess(image: Image, how: Preprocessing) -> NDArray[np.float32]:
     if how.crop is not None:
         pixels = _cropped(pixels, how.crop)
     return np.ascontiguousarray(_normalized(pixels, how).transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def best_canvas(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The canvas that shows most of a picture's pixels, and of such canvases the one with the least empty space.
+
+    Args:
+        size: (width, height) of the picture.
+        canvases: (width, height) of each; the first wins a tie.
+
+    Source: `select_best_resolution` of LLaVA-NeXT, in whole pixels as there.
+    """
+    width, height = size
+
+    def rank(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(canvases, key=rank)
+
+
+def tiled(image: Image, how: Preprocessing, canvas: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """The base view and the tiles of an any-resolution picture.
+
+    The base view is the whole picture; the tiles cut up the picture as it lies in the middle of the canvas, as large
+    as it can be in its own shape, on black.
+
+    Args:
+        image: the picture, RGB.
+        how: the steps for each view, which resize to one tile's size.
+        canvas: (width, height), from `best_canvas`.
+        grid: (rows, columns) of tiles on the canvas.
+
+    Returns:
+        `pixel_values`, [1 + rows * columns, 3, H, W], float32; tiles row by row.
+
+    Source: `process_anyres_image` of LLaVA-NeXT and ProxyV.
+    """
+    from PIL import Image
+
+    wide, high = canvas[0] / image.width, canvas[1] / image.height
+    if wide < high:
+        size = canvas[0], min(math.ceil(image.height * wide), canvas[1])
+    else:
+        size = min(math.ceil(image.width * high), canvas[0]), canvas[1]
+    sheet = Image.new("RGB", canvas)
+    resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    sheet.paste(resized, ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2))
+    width, height = canvas[0] // grid[1], canvas[1] // grid[0]
+    tiles = [
+        sheet.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
+        for row in range(grid[0])
+        for column in range(grid[1])
+    ]
+    return np.concatenate([preprocess(view, how) for view in (image, *tiles)])
 
 
 def patch_boxes(size: tuple[int, int], how: Preprocessing, grid: tuple[int, int]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lvlm_edge.runtime import image as pictures
 from lvlm_edge.runtime.bundle import ImageConfig, Manifest
+from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +40,8 @@ def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
     from PIL import Image
 
     config, tokens = manifest.image, manifest.counts.visual_tokens // manifest.counts.num_images
+    if config.tiles is not None:
+        raise UnsupportedError("overlay: does not show kept tokens of any-resolution tiles; leave it out")
     drawn = []
     for i, source in enumerate(images):
         picture = pictures.open_image(source)
