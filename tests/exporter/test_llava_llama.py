@@ -76,6 +76,21 @@ def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, 
     agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels(images=3 * images), 3, **options)
 
 
+def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, quick_tracing):
+    stock = originals.build(tmp_path / "model", **ANYRES)
+    options = {"method": "fastv", "prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8, "grid": (1, 2)}
+    ids, pixels = originals.prompt(), checkpoints.pixels(images=3)
+    tokens, logits = stock.generate(ids, pixels, 1, 3)
+
+    every = Pipeline.load(export(tmp_path / "model", tmp_path / "all", keep_ratio=1.0, **options))
+    half = Pipeline.load(export(tmp_path / "model", tmp_path / "half", keep_ratio=0.5, **options))
+
+    found = every.generate_tokens(ids, pixels, max_new_tokens=1)
+    assert found.token_ids == tokens
+    assert np.abs(found.logits - logits).max() < 1e-4
+    assert len(half.generate_tokens(ids, pixels, max_new_tokens=1).kept_visual) == 24
+
+
 @pytest.mark.parametrize("layout", ["inside", "whole CLIP", "absolute", "pickled"])
 def test_the_tower_is_found_wherever_it_is(layout, tmp_path, quick_tracing):
     folder = tmp_path / "model"
