@@ -142,6 +142,8 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     where, fit = family.pictures(config, folder)
     how = preprocess.fitted(_preprocessing(where, plan.spec.vision), fit, plan.spec.vision.image_size)
     ends = text.eos_token_ids(folder)
+    if text_config is not None:
+        ends += tuple(i for i in text.turn_end(out) if i not in ends)
     models = []
     for i, wanted in enumerate(specs):
         progress(f"tracing {wanted.name}", i, len(specs))

@@ -79,6 +79,8 @@ def _header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
+# What closes an answer, in whichever of these formats.
+ENDS = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
 TEMPLATES = {
     "v1": _vicuna("</s>"),
     # The release's evaluation gets the first token twice, from the template and the tokenizer; training had it once.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.spec import CheckpointError, read_json
-from lvlm_edge.exporter.templates import PLACEHOLDER
+from lvlm_edge.exporter.templates import ENDS, PLACEHOLDER, TEMPLATES
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 
@@ -71,6 +71,19 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
                 )
             return found
     return ()
+
+
+def turn_end(out: Path) -> tuple[int, ...]:
+    """The id of what closes an answer in a bundle's published conversation format; none for another template.
+
+    A language model's own end-of-sequence is not always it: Phi-3's answers end with `<|end|>`.
+    """
+    template = (out / TEMPLATE).read_text("utf-8")
+    if template not in TEMPLATES.values():
+        return ()
+    added = read_json(out / TOKENIZER).get("added_tokens")
+    known: dict[Any, Any] = {t.get("content"): t.get("id") for t in added or [] if isinstance(t, dict)}
+    return tuple(known[end] for end in ENDS if end in template and type(known.get(end)) is int)
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from transformers import CLIPImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 
-from lvlm_edge.exporter import preprocess
-from lvlm_edge.runtime import Pipeline, image
+from lvlm_edge.exporter import export, preprocess
+from lvlm_edge.runtime import Pipeline, image, overlay
 from lvlm_edge.runtime.errors import InputError
 from tests import originals, tiny
 
@@ -62,6 +63,44 @@ def test_tiles_are_those_of_the_release(size):
         found = image.tiled(source, HOW, canvas, (canvas[1] // SIDE, canvas[0] // SIDE))
         assert found.dtype == np.float32
         assert np.array_equal(found, reference(source, canvas))
+
+
+@pytest.mark.parametrize("size", [(100, 50), (40, 90), (112, 56)], ids=str)
+def test_boxes_lie_on_what_their_patches_show(size):
+    """A picture that names its own pixels: the mean colour of a patch is that of its box."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    colours = np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)
+    plain = image.Preprocessing(resize_to=(SIDE, SIDE))
+    canvas, tiles = (112, 112), (2, 2)
+
+    found = image.tiled(PIL.Image.fromarray(colours), plain, canvas, tiles)[1:]
+    boxes = image.tile_boxes(size, canvas, tiles, (4, 4))
+
+    assert boxes.shape == (64, 4)
+    inside = [(i, box) for i, box in enumerate(boxes) if box.min() >= 0 and box[2] <= size[0] and box[3] <= size[1]]
+    assert len(inside) >= 16
+    for i, (left, top, right, bottom) in inside:
+        tile, row, column = i // 16, i % 16 // 4, i % 4
+        shown = found[tile, :, row * 14 : row * 14 + 14, column * 14 : column * 14 + 14].mean((1, 2))
+        middle = np.array([(left + right) / 2 / size[0] * 255, (top + bottom) / 2 / size[1] * 255, 0])
+        assert np.abs(shown - middle).max() < 6  # of 255, over patches of 14 to 40
+
+
+def test_an_overlay_shows_patches_of_the_base_view_and_of_tiles(tmp_path, quick_tracing):
+    tiles = [list(canvas) for canvas in CANVASES]
+    originals.build(tmp_path / "m", image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
+    options = {"method": "fastv", "prune_layer": 1, "grid": (1, 2), "max_text_tokens": 24, "max_new_tokens": 4}
+    manifest = Pipeline.load(export(tmp_path / "m", tmp_path / "out", **options)).manifest
+    white = PIL.Image.new("RGB", (448, 224), "white")
+
+    # The last patch of the base view, and the last one of the first tile.
+    sheet = np.asarray(overlay.draw(manifest, [white], np.array([15, 31])))
+
+    clear = (sheet > 250).all(-1)
+    assert clear[180:220, 345:440].all()
+    assert clear[180:220, 180:220].all()
+    assert not clear[:160].any()
+    assert not clear[:, 230:330].any()
 
 
 def test_the_base_view_alone_is_the_whole_picture_squeezed():
@@ -124,6 +163,15 @@ def test_a_picture_and_a_question_give_the_base_view_and_its_tiles(tiles, talkin
     assert answer.prompt_tokens == len(ids) - 1 + 3 * 17
     text = (tiles / "chat_template.jinja").read_text()
     assert "ASSISTANT" in text  # the published one: the tokenizer's own knows no images
+
+
+def test_what_closes_an_answer_ends_it_whatever_the_config_says(talking, tmp_path, quick_tracing):
+    shutil.copytree(talking, tmp_path / "model")
+    tiny.change_json(tmp_path / "model" / "config.json", eos_token_id=9)
+
+    assert tiny.cli("export", tmp_path / "model", "-o", tmp_path / "out", *CAPACITY).exit_code == 0
+
+    assert Pipeline.load(tmp_path / "out").manifest.eos_token_ids == (9, 2)
 
 
 def test_answers_with_a_repetition_penalty_do_not_count_the_placeholder(tiles):
