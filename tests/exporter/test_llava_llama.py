@@ -15,8 +15,8 @@ from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError, UnsupportedError, UsageError
-from tests import checkpoints, originals, tiny
-from tests.originals import IMAGE
+from tests import checkpoints, layouts, tiny
+from tests.layouts import IMAGE
 
 LLAMA_3 = {
     "rope_parameters": {
@@ -46,14 +46,14 @@ ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": TILES}
 @pytest.fixture
 def small(tmp_path) -> Path:
     """A checkpoint to spoil, with any-resolution tiles and separators."""
-    originals.build(tmp_path / "model", proxyv=False, **ANYRES)
+    layouts.build(tmp_path / "model", proxyv=False, **ANYRES)
     return tmp_path / "model"
 
 
-def agree(folder: Path, stock: originals.Stock, out: Path, pixels: np.ndarray, crops: int = 1, **options) -> None:
+def agree(folder: Path, stock: layouts.Stock, out: Path, pixels: np.ndarray, crops: int = 1, **options) -> None:
     """A float32 bundle says what stock modules say; 1e-4 is rounding (seen: 5e-6)."""
     bundle = export(folder, out, max_text_tokens=24, max_new_tokens=8, **options)
-    ids = originals.prompt(images=len(pixels) // crops)
+    ids = layouts.prompt(images=len(pixels) // crops)
     tokens, logits = stock.generate(ids, pixels, 6, crops)
     found = Pipeline.load(bundle).generate_tokens(ids, pixels, max_new_tokens=6, ignore_eos=True)
     assert found.token_ids == tokens
@@ -62,7 +62,7 @@ def agree(folder: Path, stock: originals.Stock, out: Path, pixels: np.ndarray, c
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_bundle_equals_stock_modules_for(variant, tmp_path, quick_tracing):
-    stock = originals.build(tmp_path / "model", **VARIANTS[variant])
+    stock = layouts.build(tmp_path / "model", **VARIANTS[variant])
 
     agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels())
 
@@ -70,16 +70,16 @@ def test_a_bundle_equals_stock_modules_for(variant, tmp_path, quick_tracing):
 @pytest.mark.parametrize("fork", [True, False], ids=["with separators", "without"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, quick_tracing):
-    stock = originals.build(tmp_path / "model", **ANYRES, **({"proxyv": False} if fork else {}))
+    stock = layouts.build(tmp_path / "model", **ANYRES, **({"proxyv": False} if fork else {}))
 
     options = {"grid": (1, 2), "num_images": images}
     agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels(images=3 * images), 3, **options)
 
 
 def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, quick_tracing):
-    stock = originals.build(tmp_path / "model", **ANYRES)
+    stock = layouts.build(tmp_path / "model", **ANYRES)
     options = {"method": "fastv", "prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8, "grid": (1, 2)}
-    ids, pixels = originals.prompt(), checkpoints.pixels(images=3)
+    ids, pixels = layouts.prompt(), checkpoints.pixels(images=3)
     tokens, logits = stock.generate(ids, pixels, 1, 3)
 
     every = Pipeline.load(export(tmp_path / "model", tmp_path / "all", keep_ratio=1.0, **options))
@@ -94,8 +94,8 @@ def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path
 @pytest.mark.parametrize("layout", ["inside", "whole CLIP", "absolute", "pickled"])
 def test_the_tower_is_found_wherever_it_is(layout, tmp_path, quick_tracing):
     folder = tmp_path / "model"
-    stock = originals.build(folder)
-    beside = folder / originals.TOWER / "model.safetensors"
+    stock = layouts.build(folder)
+    beside = folder / layouts.TOWER / "model.safetensors"
     tower = {k if k.startswith("vision_model.") else f"vision_model.{k}": v for k, v in load_file(beside).items()}
     if layout == "inside":
         own = load_file(folder / "model.safetensors")
@@ -117,7 +117,7 @@ def test_the_tower_is_found_wherever_it_is(layout, tmp_path, quick_tracing):
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
 def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, quick_tracing):
-    stock = originals.build(tmp_path / "model", decoder="phi3")
+    stock = layouts.build(tmp_path / "model", decoder="phi3")
     if stored.endswith("bin"):
         torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / stored)
         (tmp_path / "model" / "model.safetensors").unlink()
@@ -138,7 +138,7 @@ def yopo(oracles) -> tuple[Path, list[int], np.ndarray]:
 
 def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, export_once):
     folder, ids, pixels = yopo
-    tokens, logits = originals.load(folder).generate(ids, pixels, 16)
+    tokens, logits = layouts.load(folder).generate(ids, pixels, 16)
 
     found = Pipeline.load(export_once(folder, method="none")).generate_tokens(ids, pixels, ignore_eos=True)
 
@@ -148,7 +148,7 @@ def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, export_on
 
 def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, export_once):
     folder, ids, pixels = yopo
-    model = originals.as_hub(originals.load(folder), 511)
+    model = layouts.as_hub(layouts.load(folder), 511)
     assert 511 not in ids
     known = [511 if i == IMAGE else i for i in ids]
     config = {"prune_layer": 2, "keep_ratio": 0.25, "keep_tokens": None}
@@ -167,7 +167,7 @@ def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, o
     path = oracles / "proxyv" / f"{case}.json"
     ids, pixels = json.loads(path.read_text())["prompt_token_ids"], load_file(path.with_suffix(".safetensors"))
     pixels = pixels["pixel_values"].numpy()
-    tokens, logits = originals.load(oracles / "proxyv_f2").generate(ids, pixels, 16, len(pixels))
+    tokens, logits = layouts.load(oracles / "proxyv_f2").generate(ids, pixels, 16, len(pixels))
 
     found = Pipeline.load(export_once(oracles / "proxyv_f2", grid=grid)).generate_tokens(ids, pixels, ignore_eos=True)
 
@@ -204,7 +204,7 @@ def test_the_original_layout_and_the_hub_layout_give_one_spec(oracles):
 
 @pytest.mark.parametrize("place", ["headmask_7b_8.npy", "headmask/headmask_13b_8.npy", "headmask/headmask.npy"])
 def test_the_head_mask_is_found_by_the_number_of_kept_heads(place, tmp_path):
-    originals.build(tmp_path / "m", attncut_w=5, layercut_num=1, mlpcut_ratio=2, headcut_num=8)
+    layouts.build(tmp_path / "m", attncut_w=5, layercut_num=1, mlpcut_ratio=2, headcut_num=8)
     (tmp_path / "m" / "headmask").mkdir()
     (tmp_path / "m" / "headmask_7b_16.npy").write_bytes(b"another")
     assert spec.load(tmp_path / "m").settings["yopo"]["head_mask"] is None
@@ -217,7 +217,7 @@ def test_the_head_mask_is_found_by_the_number_of_kept_heads(place, tmp_path):
 
 def test_released_encoders_are_known_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    originals.build(tmp_path / "m")
+    layouts.build(tmp_path / "m")
     for name, tokens in (
         ("openai/clip-vit-large-patch14-336", 576),
         ("openai/clip-vit-large-patch14", 256),
@@ -237,8 +237,8 @@ def test_the_first_releases_shared_a_name_with_the_hub_layout(small):
 
 
 def test_phi_3_sees_no_window_in_proxyvs_fork_alone(tmp_path):
-    originals.build(tmp_path / "a", decoder="phi3", text={"sliding_window": 20})
-    originals.build(tmp_path / "b", decoder="phi3", text={"sliding_window": 20}, proxyv=False)
+    layouts.build(tmp_path / "a", decoder="phi3", text={"sliding_window": 20})
+    layouts.build(tmp_path / "b", decoder="phi3", text={"sliding_window": 20}, proxyv=False)
 
     assert (spec.load(tmp_path / "a").decoder.window, spec.load(tmp_path / "b").decoder.window) == (20, None)
 
@@ -298,7 +298,7 @@ def test_a_config_that_cannot_be_is_refused(code, fields, said, small, tmp_path)
 
 
 def test_a_fused_matrix_of_other_rows_is_refused(tmp_path):
-    originals.build(tmp_path / "m", decoder="phi3")
+    layouts.build(tmp_path / "m", decoder="phi3")
     tiny.change_json(tmp_path / "m" / "config.json", num_key_value_heads=4)
 
     with pytest.raises(CheckpointError, match=r"qkv_proj.weight is \[128, 64\], config.json says \[192, 64\]"):
@@ -321,7 +321,7 @@ def test_tiles_that_the_checkpoint_does_not_have_are_refused(arguments, said, sm
 
 
 def test_tiles_are_refused_where_pictures_are_one_crop(tmp_path):
-    originals.build(tmp_path / "m")
+    layouts.build(tmp_path / "m")
 
     with pytest.raises(UsageError, match="sees every picture as one crop"):
         plan(tmp_path / "m", grid=(1, 2))
@@ -345,7 +345,7 @@ def test_an_unknown_name_of_the_fork_is_not_taken_for_another(small):
 )
 def test_a_picture_for_other_tiles_is_refused(sizes, said, small, tmp_path, quick_tracing):
     bundle = export(small, tmp_path / "bundle", grid=(1, 2), max_text_tokens=24, max_new_tokens=8)
-    pipe, ids, pixels = Pipeline.load(bundle), originals.prompt(), checkpoints.pixels(images=3)
+    pipe, ids, pixels = Pipeline.load(bundle), layouts.prompt(), checkpoints.pixels(images=3)
     pipe.generate_tokens(ids, pixels, max_new_tokens=1, image_sizes=[(200, 100)])
 
     with pytest.raises(InputError, match=said):

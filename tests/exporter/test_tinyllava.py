@@ -15,12 +15,12 @@ from lvlm_edge.exporter.families import tinyllava
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
-from tests import checkpoints, originals, tiny
+from tests import checkpoints, layouts, tiny
 
 
-def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fields) -> originals.Stock:
+def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fields) -> layouts.Stock:
     """A small random checkpoint in one file, with a projector. Its first SigLIP token is dropped."""
-    stock = originals.build(folder / "other", decoder=decoder, tower=tower)
+    stock = layouts.build(folder / "other", decoder=decoder, tower=tower)
     stock.siglip = False
     tensors = {f"language_model.{k}": v.contiguous().clone() for k, v in stock.decoder.state_dict().items()}
     seen = {k if k.startswith("vision_model.") else f"vision_model.{k}": v for k, v in stock.tower.state_dict().items()}
@@ -43,7 +43,7 @@ def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fiel
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
 def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, quick_tracing):
     stock = build(tmp_path, decoder=decoder, tower=tower)
-    ids, pixels = originals.prompt(), checkpoints.pixels()
+    ids, pixels = layouts.prompt(), checkpoints.pixels()
     tokens, logits = stock.generate(ids, pixels, 6)
 
     bundle = export(tmp_path, tmp_path / "bundle", max_text_tokens=24, max_new_tokens=8)

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 from lvlm_edge.exporter import export, preprocess
 from lvlm_edge.runtime import Pipeline, image, overlay
 from lvlm_edge.runtime.errors import InputError
-from tests import originals, tiny
+from tests import layouts, tiny
 
 SIDE = 56
 CANVASES = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))  # (width, height)
@@ -88,7 +88,7 @@ def test_boxes_lie_on_what_their_patches_show(size):
 
 def test_an_overlay_shows_patches_of_the_base_view_and_of_tiles(tmp_path, quick_tracing):
     tiles = [list(canvas) for canvas in CANVASES]
-    originals.build(tmp_path / "m", image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
+    layouts.build(tmp_path / "m", image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
     options = {"method": "fastv", "prune_layer": 1, "grid": (1, 2), "max_text_tokens": 24, "max_new_tokens": 4}
     manifest = Pipeline.load(export(tmp_path / "m", tmp_path / "out", **options)).manifest
     white = PIL.Image.new("RGB", (448, 224), "white")
@@ -129,7 +129,7 @@ def talking(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("talking") / "model"
     tiles = [list(canvas) for canvas in CANVASES]
-    originals.build(folder, proxyv=False, image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
+    layouts.build(folder, proxyv=False, image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 160))]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -157,7 +157,7 @@ def test_a_picture_and_a_question_give_the_base_view_and_its_tiles(tiles, talkin
     ids, pixels = pipe.prepare("w5 w6 <image>?", [source])
     answer = pipe.generate("w5 w6 <image>?", [source])
 
-    assert ids.count(originals.IMAGE) == 1
+    assert ids.count(layouts.IMAGE) == 1
     assert np.array_equal(pixels, reference(source, (112, 56)))
     assert (pipe.manifest.counts.crops, pipe.manifest.counts.separators) == (3, 3)
     assert answer.prompt_tokens == len(ids) - 1 + 3 * 17
