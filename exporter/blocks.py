@@ -200,24 +200,31 @@ def _head(parts: Parts, x: Tensor) -> Tensor:
 
 
 def vision_graph(plan: Plan) -> GraphSpec:
-    """pixel_values of one image to the tower's features and their projection."""
+    """pixel_values of one crop to the tower's features, and their projection with the crop's separator.
+
+    A model without a projector has the features alone.
+    """
     v = plan.spec.vision
     wide = len(v.feature_layers) * v.hidden
+    features = TensorInfo("image_features", plan.dtype, (1, v.tokens, wide))
+    embeds = TensorInfo("image_embeds", plan.dtype, (1, v.tokens + plan.spec.newline, plan.spec.decoder.hidden))
     return GraphSpec(
         name="vision",
         role="image",
         inputs=(TensorInfo("pixel_values", plan.dtype, (1, v.channels, v.image_size, v.image_size)),),
-        outputs=(
-            TensorInfo("image_features", plan.dtype, (1, v.tokens, wide)),
-            TensorInfo("image_embeds", plan.dtype, (1, v.tokens, plan.spec.decoder.hidden)),
-        ),
+        outputs=(features,) if plan.spec.projector_act is None else (features, embeds),
         body=_vision,
     )
 
 
 def _vision(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     features = parts.vision(inputs["pixel_values"])
-    return {"image_features": features, "image_embeds": parts.projector(features)}
+    if plan.spec.projector_act is None:
+        return {"image_features": features}
+    embeds = parts.projector(features)
+    if plan.spec.newline:
+        embeds = concat([embeds[0], parts.newline[None]])[None]
+    return {"image_features": features, "image_embeds": embeds}
 
 
 def prefill_graph(

@@ -20,12 +20,13 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: file, key in it, shape and dtype."""
+    """Where a tensor lies: file, key in it, shape and dtype; `rows` (first, end) of what is stored, None for all."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    rows: tuple[int, int] | None = None
 
 
 def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -43,7 +44,7 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
         raise CheckpointError(f"{source}: is no folder; give a checkpoint folder or a Hugging Face id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.model", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.model", "*.npy", *(["*.safetensors"] if weights else [])]
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
         if weights and not any((Path(found) / name).exists() for name in _SAFETENSORS):
@@ -116,12 +117,14 @@ def _pickled(file: Path) -> Iterable[tuple[str, Tensor]]:
 
 def read(stored: Stored) -> Tensor:
     """One tensor, mapped from its file; the mapping goes with the tensor."""
+    rows = slice(*stored.rows) if stored.rows else slice(None)
     if stored.file.suffix == ".bin":
-        return dict(_pickled(stored.file))[stored.key]
+        whole = dict(_pickled(stored.file))[stored.key]
+        return whole[rows] if stored.rows else whole
     from safetensors import safe_open
 
     with safe_open(stored.file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(stored.key)
+        tensor: Tensor = opened.get_slice(stored.key)[rows] if stored.rows else opened.get_tensor(stored.key)
         return tensor
 
 

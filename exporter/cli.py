@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -17,6 +18,16 @@ import click
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError, nearest
 
 AT_LEAST_1, FROM_0 = click.IntRange(min=1), click.IntRange(min=0)
+
+
+def _pair(value: str) -> tuple[int, int]:
+    """Two whole numbers above 0, from `WxH` or `RxC`."""
+    found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not two numbers above 0 like 672x336")
+    return int(found[1]), int(found[2])
+
+
 CAPACITY = (
     click.Option(["--num-images"], default=1, show_default=True, help="Images in a prompt."),
     click.Option(
@@ -25,6 +36,10 @@ CAPACITY = (
         show_default=True,
         help="Text tokens of a prompt before and after the images, begin-of-sequence included.",
     ),
+    click.Option(
+        ["--image-size"], type=_pair, metavar="WxH", help="Size of the pictures to come, for any-resolution tiles."
+    ),
+    click.Option(["--grid"], type=_pair, metavar="RxC", help="Rows and columns of any-resolution tiles instead."),
     click.Option(["--max-new-tokens"], default=128, show_default=True, help="Tokens of an answer."),
     click.Option(["--dtype"], help="float32, float16 or bfloat16.  [default: the device's]"),
     click.Option(["--lowering"], help="modern (opset 24) or legacy (opset 18).  [default: the device's]"),

@@ -206,7 +206,11 @@ def _activations(plan: Plan) -> int:
 
     scratch = [graph(v.positions, v.positions, v.hidden, v.heads, max(3 * v.hidden, 2 * v.ffn))]
     scratch += [graph(s.queries, s.keys, d.hidden, d.heads, max(dq + 2 * dkv, 3 * d.ffn)) for s in plan.stages]
-    images = plan.num_images * (v.channels * v.image_size**2 * width + plan.spec.visual_tokens * d.hidden * width)
+    images = (
+        plan.num_images
+        * plan.crops
+        * (v.channels * v.image_size**2 * width + plan.spec.visual_tokens * d.hidden * width)
+    )
     handed = images + plan.prompt_tokens * d.hidden * width + 4 * d.vocab
     handed += sum(s.queries * d.hidden * width for s in plan.stages[:-1])
     if legacy:
@@ -313,6 +317,7 @@ def _again(case: _Case, method: str, options: dict[str, Any], text_tokens: int) 
             num_images=plan.num_images,
             max_text_tokens=text_tokens,
             max_new_tokens=plan.new_tokens,
+            grid=plan.grid,
         )
     except (UsageError, UnsupportedError):
         return None

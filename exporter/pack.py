@@ -55,6 +55,8 @@ def export(
     num_images: int = 1,
     max_text_tokens: int = 256,
     max_new_tokens: int = 128,
+    image_size: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -71,6 +73,8 @@ def export(
         share_weights: prompt and decode run in the same graphs, of which an engine holds one copy of the weights.
         max_graph_gb: GB of weights that one decoder graph may hold; the decoder is split into as many as it takes.
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
+        image_size: (width, height) of the pictures to come, for any-resolution checkpoints.
+        grid: (rows, columns) of any-resolution tiles instead; with neither an image is its base view.
         force: replace an existing bundle.
 
     Returns:
@@ -98,6 +102,8 @@ def export(
         lowering=lowering,
         share_weights=share_weights,
         max_graph_gb=max_graph_gb,
+        image_size=image_size,
+        grid=grid,
     )
     provenance = manifests.Provenance(
         source=str(source),
@@ -138,8 +144,13 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     traced = [wanted for wanted in specs if wanted.file is None]
     sources = _sources(folder, plan, known, family)
     _check_room(out, planning.weights_bytes(plan))
-    text_config = text.copy(folder, out, family, plan.spec.image_token_id)
-    how, ends = _preprocessing(folder, plan.spec.vision), text.eos_token_ids(folder)
+    config = spec.read_json(folder / "config.json")
+    text_config = text.copy(folder, out, family.chat_template(config), plan.spec.image_token_id)
+    where, fit = family.pictures(config, folder)
+    how = preprocess.fitted(_preprocessing(where, plan.spec.vision), fit, plan.spec.vision.image_size)
+    ends = text.eos_token_ids(folder)
+    if text_config is not None:
+        ends += tuple(i for i in text.turn_end(out) if i not in ends)
     models = []
     for i, wanted in enumerate(traced):
         progress(f"tracing {wanted.name}", i, len(traced))
@@ -175,7 +186,7 @@ def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any)
     d = plan.spec.decoder
     wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
     wanted["embed.weight"] = (d.vocab, d.hidden)
-    stored = checkpoint.index(folder)
+    stored = family.tensors(spec.read_json(folder / "config.json"), folder, plan.spec)
     if d.tied:
         del wanted["lm_head.weight"]
         stored = {k: v for k, v in stored.items() if family.rename(k) != "lm_head.weight"}
@@ -285,7 +296,9 @@ def _manifest(
         lowering=plan.lowering,
         counts=manifests.Counts(
             num_images=plan.num_images,
+            crops=plan.crops,
             visual_tokens=plan.visual_tokens,
+            separators=plan.separators,
             kept_tokens=plan.kept_tokens,
             text_tokens=plan.text_tokens,
             prompt_tokens=plan.prompt_tokens,
@@ -320,6 +333,9 @@ def _manifest(
             grid=(v.grid, v.grid),
             leading_tokens=int(class_token and not v.drop_first),
             missing_patches=int(not class_token and v.drop_first),
+            tiles=plan.grid,
+            canvas=plan.grid and (plan.grid[1] * v.image_size, plan.grid[0] * v.image_size),
+            pinpoints=plan.spec.pinpoints,
         ),
         text=text_config,
         image_token_id=plan.spec.image_token_id,

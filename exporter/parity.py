@@ -120,7 +120,7 @@ def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
         ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
         before = min(before, text - 1)
         prompt = [*ids[:before], *[manifest.image_token_id] * images, *ids[before:]]
-        pixels = rng.standard_normal((images, *wanted[1:])).astype(np.float32)
+        pixels = rng.standard_normal((images * manifest.counts.crops, *wanted[1:])).astype(np.float32)
         found.append(Case(name=name, prompt=tuple(int(i) for i in prompt), pixels=pixels))
     return found
 

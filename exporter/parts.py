@@ -141,11 +141,11 @@ class Vision(nn.Module):
 class Projector(nn.Module):
     """Linear, activation, linear: vision features to visual tokens."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, act: str) -> None:
         super().__init__()
         wide, d = len(spec.vision.feature_layers) * spec.vision.hidden, spec.decoder.hidden
         self.linear_1, self.linear_2 = Linear(wide, d, spec.projector_bias), Linear(d, d, spec.projector_bias)
-        self.act = activation(spec.projector_act)
+        self.act = activation(act)
 
     def forward(self, features: Tensor) -> Tensor:
         tokens: Tensor = self.linear_2(self.act(self.linear_1(features)))
@@ -170,12 +170,17 @@ class Parts(nn.Module):
     """Everything a graph may use. The token embedding is not here: the runtime looks tokens up itself."""
 
     layers: Any  # a ModuleList of DecoderLayer
+    newline: nn.Parameter  # the separator after every crop [D], where the model has one
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         spec, d, positions = plan.spec, plan.spec.decoder, plan.positions
         self.spec, self.act, self.ops = spec, activation(d.mlp_act), lowerings.load(plan.lowering)
-        self.vision, self.projector = Vision(spec.vision, self.ops), Projector(spec)
+        self.vision = Vision(spec.vision, self.ops)
+        if spec.projector_act is not None:
+            self.projector = Projector(spec, spec.projector_act)
+        if spec.newline:
+            self.newline = nn.Parameter(torch.empty(d.hidden))
         self.layers = nn.ModuleList(DecoderLayer(d) for _ in range(d.layers))
         self.norm, self.lm_head = Norm(d.hidden), Linear(d.hidden, d.vocab)
         self.rope_cos = nn.Parameter(torch.empty(positions, d.head_dim // 2))

@@ -6,13 +6,14 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
 from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
 from lvlm_edge.runtime.bundle import WIDTHS, TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+from lvlm_edge.runtime.image import best_canvas
 from lvlm_edge.runtime.kv_cache import PRESENT
 
 BYTES = WIDTHS
@@ -24,6 +25,8 @@ CAPACITIES = (
     "lowering",
     "share_weights",
     "max_graph_gb",
+    "image_size",
+    "grid",
 )
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 
@@ -79,7 +82,9 @@ class Plan:
         max_graph_bytes: weights that one decoder graph may hold; more are split into several.
         text_tokens: capacity for text tokens of the prompt, begin-of-sequence included.
         new_tokens: capacity for generated tokens.
-        visual_tokens: of all images together.
+        grid: (rows, columns) of any-resolution tiles that come with the base view of an image; None for one crop.
+        visual_tokens: of all images together, without separators.
+        separators: learned vectors after the visual tokens of each crop, of all images together.
         kept_tokens: visual tokens left after the last reduction.
     """
 
@@ -94,19 +99,29 @@ class Plan:
     lowering: str = "modern"
     share_weights: bool = False
     max_graph_bytes: int = round(MAX_GRAPH_GB * 1e9)
+    grid: tuple[int, int] | None = None
+
+    @property
+    def crops(self) -> int:
+        """Pictures that the encoder sees of each image."""
+        return crops_of(self.grid)
 
     @property
     def visual_tokens(self) -> int:
-        return self.spec.visual_tokens * self.num_images
+        return self.spec.visual_tokens * self.num_images * self.crops
+
+    @property
+    def separators(self) -> int:
+        return self.num_images * self.crops if self.spec.newline else 0
 
     @property
     def kept_tokens(self) -> int:
-        return self.stages[-1].cached - self.text_tokens
+        return self.stages[-1].cached - self.text_tokens - self.separators
 
     @property
     def prompt_tokens(self) -> int:
         """Rows of the padded prompt."""
-        return self.visual_tokens + self.text_tokens
+        return self.visual_tokens + self.separators + self.text_tokens
 
     @property
     def positions(self) -> int:
@@ -175,6 +190,11 @@ class Plan:
         return sum(row * len(group.kv_heads) * self.capacity(group) for group in self.all_groups())
 
 
+def crops_of(grid: tuple[int, int] | None) -> int:
+    """The base view, and the tiles of a grid where there is one."""
+    return 1 if grid is None else grid[0] * grid[1] + 1
+
+
 def method_names() -> list[str]:
     from lvlm_edge.exporter import methods
 
@@ -221,12 +241,20 @@ def make(
     lowering: str = "modern",
     share_weights: bool = False,
     max_graph_gb: float = MAX_GRAPH_GB,
+    image_size: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan of a model under a method.
 
+    Args:
+        image_size: (width, height) of the pictures to come, which decides the grid of any-resolution tiles.
+        grid: (rows, columns) of the tiles instead; with neither the base view stands alone.
+
     Raises:
-        PlanError: a count is out of range or the positions exceed what the model was trained for.
-        UnsupportedError: unknown method or dtype, or a sliding window shorter than the prompt.
+        PlanError: a count is out of range, the model has no such grid, or the positions exceed what the model was
+            trained for.
+        UnsupportedError: unknown method or dtype, a method that the checkpoint cannot do without its own, or a
+            sliding window shorter than the prompt.
     """
     if dtype not in BYTES:
         raise UnsupportedError(f"dtype: {dtype!r} is not supported; {nearest(dtype, BYTES)}")
@@ -245,12 +273,21 @@ def make(
             "--share-weights or choose --lowering modern"
         )
     config = configure(method_name, options or {})
-    visual = spec.visual_tokens * num_images
+    if spec.projector_act is None and method_name not in spec.settings:
+        raise UnsupportedError(
+            f"{method_name}: this checkpoint has no projector, its decoder's layers read the encoder's features; use "
+            f"--method {' or '.join(spec.settings)}"
+        )
+    grid = _grid(spec, image_size, grid)
+    tiles = num_images * crops_of(grid)
+    visual = spec.visual_tokens * tiles
+    # Separators are no visual tokens, and to the counts of a method they are as good as text.
+    others = max_text_tokens + tiles * spec.newline
     plan = Plan(
         spec=spec,
         method=method_name,
         config=config,
-        stages=method(method_name).stages(spec, config, visual, max_text_tokens),
+        stages=method(method_name).stages(spec, config, visual, others),
         num_images=num_images,
         text_tokens=max_text_tokens,
         new_tokens=max_new_tokens,
@@ -258,12 +295,13 @@ def make(
         lowering=lowering,
         share_weights=share_weights,
         max_graph_bytes=round(max_graph_gb * 1e9),
+        grid=grid,
     )
     limit = spec.decoder.max_positions
     if plan.positions > limit:
         raise PlanError(
-            f"plan: {visual} visual + {max_text_tokens} text + {max_new_tokens} new tokens make {plan.positions} "
-            f"positions, but the model has {limit}; lower --max-text-tokens or --max-new-tokens"
+            f"plan: {visual + plan.separators} visual + {max_text_tokens} text + {max_new_tokens} new tokens make "
+            f"{plan.positions} positions, but the model has {limit}; lower --max-text-tokens or --max-new-tokens"
         )
     window = spec.decoder.window
     if window is not None and plan.positions > window:
@@ -274,11 +312,50 @@ def make(
     return plan
 
 
+def dense(plan: Plan) -> Plan:
+    """The plan of the same prompt without reduction, whether or not the model could run it."""
+    module = method("none")
+    stages = module.stages(plan.spec, module.Config(), plan.visual_tokens, plan.text_tokens + plan.separators)
+    return replace(plan, method="none", config=module.Config(), stages=stages)
+
+
+def _grid(spec: ModelSpec, image_size: tuple[int, int] | None, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """(rows, columns) of the tiles.
+
+    Raises:
+        PlanError: both are given, the model has no tiles, or not these.
+    """
+    if image_size is None and grid is None:
+        return None
+    if image_size is not None and grid is not None:
+        raise PlanError("plan: --image-size and --grid both decide the tiles; give one of them")
+    if not spec.pinpoints:
+        raise PlanError(
+            f"plan: {'--grid' if image_size is None else '--image-size'} is for any-resolution checkpoints, but this "
+            "one sees every picture as one crop; leave it out"
+        )
+    side = spec.vision.image_size
+    known = [(height // side, width // side) for width, height in spec.pinpoints]
+    if image_size is not None:
+        if min(image_size) < 1:
+            raise PlanError(f"plan: --image-size is {image_size[0]}x{image_size[1]}; give width x height in pixels")
+        width, height = best_canvas(image_size, spec.pinpoints)
+        return height // side, width // side
+    if grid not in known:
+        assert grid is not None
+        names = ", ".join(f"{rows}x{columns}" for rows, columns in known)
+        raise PlanError(
+            f"plan: --grid is {grid[0]}x{grid[1]}, which is not among the checkpoint's image_grid_pinpoints; choose "
+            f"one of {names} (rows x columns)"
+        )
+    return grid
+
+
 # FLOPs: 2 x multiply-accumulate of matrix products and convolutions; full attention rectangles, also where masked.
 
 
 def vision_flops(spec: ModelSpec) -> int:
-    """FLOPs of the vision encoder for one image, up to the highest feature layer."""
+    """FLOPs of the vision encoder for one crop, up to the highest feature layer."""
     v = spec.vision
     patches = v.grid**2 * v.patch_size**2 * v.channels * v.hidden
     n = v.positions
@@ -287,7 +364,9 @@ def vision_flops(spec: ModelSpec) -> int:
 
 
 def projector_flops(spec: ModelSpec) -> int:
-    """FLOPs of the two-layer projector for one image."""
+    """FLOPs of the two-layer projector for one crop; none where there is no projector."""
+    if spec.projector_act is None:
+        return 0
     wide, d = len(spec.vision.feature_layers) * spec.vision.hidden, spec.decoder.hidden
     return 2 * spec.visual_tokens * (wide * d + d * d)
 
@@ -320,6 +399,7 @@ class Weights:
 
     Attributes:
         vision: the encoder up to the highest feature layer.
+        projector: with the separator, where there is one.
         matrices: of the matrices of one decoder layer, the part that weight formats such as int4 are for.
         vectors: of the norms and biases of one decoder layer.
         norm: the last norm.
@@ -343,9 +423,12 @@ def weights(spec: ModelSpec) -> Weights:
     wide = len(v.feature_layers) * v.hidden
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     biases = d.qkv_bias * (dq + 2 * dkv) + d.o_bias * d.hidden + d.mlp_bias * (2 * d.ffn + d.hidden)
+    projector = wide * d.hidden + d.hidden**2 + (2 * spec.projector_bias + spec.newline) * d.hidden
+    if spec.projector_act is None:
+        projector = 0
     return Weights(
         vision=vision,
-        projector=wide * d.hidden + d.hidden**2 + spec.projector_bias * 2 * d.hidden,
+        projector=projector,
         matrices=d.hidden * (2 * dq + 2 * dkv + 3 * d.ffn),
         vectors=2 * d.hidden + biases,
         norm=d.hidden,
@@ -363,14 +446,7 @@ def weights_bytes(plan: Plan) -> int:
 def report(plan: Plan) -> dict[str, Any]:
     """The plan as `plan --json` prints it (`interface`: method, model, stages, bytes, flops, paper)."""
     d = plan.spec.decoder
-    dense = make(
-        plan.spec,
-        num_images=plan.num_images,
-        max_text_tokens=plan.text_tokens,
-        max_new_tokens=plan.new_tokens,
-        dtype=plan.dtype,
-    )
-    module = method(plan.method)
+    unreduced, module, pictures = dense(plan), method(plan.method), plan.num_images * plan.crops
     return {
         "method": plan.method,
         "config": asdict(plan.config),
@@ -386,6 +462,8 @@ def report(plan: Plan) -> dict[str, Any]:
         },
         "dtype": plan.dtype,
         "num_images": plan.num_images,
+        "crops": plan.crops,
+        "separators": plan.separators,
         "visual_tokens": plan.visual_tokens,
         "kept_visual_tokens": plan.kept_tokens,
         "removed_share": 1 - plan.kept_tokens / plan.visual_tokens,
@@ -402,12 +480,12 @@ def report(plan: Plan) -> dict[str, Any]:
         ],
         "weights_bytes": weights_bytes(plan),
         "kv_cache_bytes": plan.kv_cache_bytes(),
-        "kv_cache_bytes_dense": dense.kv_cache_bytes(),
+        "kv_cache_bytes_dense": unreduced.kv_cache_bytes(),
         "flops": {
-            "vision": vision_flops(plan.spec) * plan.num_images,
-            "projector": projector_flops(plan.spec) * plan.num_images,
+            "vision": vision_flops(plan.spec) * pictures,
+            "projector": projector_flops(plan.spec) * pictures,
             "prefill": prefill_flops(plan),
-            "prefill_dense": prefill_flops(dense),
+            "prefill_dense": prefill_flops(unreduced),
             "decode_per_token": decode_flops(plan),
         },
         "paper": module.paper(plan),

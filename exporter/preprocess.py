@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
@@ -80,6 +81,23 @@ def for_config_only(image_size: int, tower: Literal["clip", "siglip"]) -> Prepro
             f"config.json: vision encoder {tower!r} has no known image processor; {nearest(tower, kinds)}"
         )
     return read({"image_processor_type": kinds[tower]}, default_size=image_size)
+
+
+def fitted(how: Preprocessing, fit: str, size: int) -> Preprocessing:
+    """The steps of an image processor, and what is done to a picture before it.
+
+    Args:
+        fit: `processor` for nothing; `pad` to a square of the mean colour; `resize` to the encoder's square whatever
+            the picture's shape, bicubic.
+        size: side of the vision encoder's input in pixels.
+    """
+    if fit == "pad":
+        red, green, blue = (int(255 * channel) for channel in how.mean or (0.0, 0.0, 0.0))
+        return replace(how, pad_to_square=(red, green, blue))
+    if fit == "resize":
+        return replace(how, pad_to_square=None, shortest_edge=None, resize_to=(size, size), resample=3, crop=None)
+    assert fit == "processor"
+    return how
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -13,6 +13,11 @@ from typing import Any
 
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
 
+# What stands for an image in the original LLaVA layouts, whose tokenizers have no token for it.
+PLACEHOLDER_ID = -200
+# Names that another family's module serves.
+ALIASES = dict.fromkeys(("llava_qwen", "llava_phi", "llava_phi3", "llava_mistral"), "llava_llama")
+
 
 class CheckpointError(LvlmEdgeError):
     """A checkpoint's files are missing, damaged, or do not fit each other."""
@@ -55,7 +60,7 @@ class VisionSpec:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens per image."""
+        """Visual tokens per picture that the encoder sees."""
         return self.positions - self.drop_first
 
 
@@ -90,18 +95,29 @@ class DecoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A vision-language model: encoder, two-layer projector, decoder, and the token ids that matter."""
+    """A vision-language model: encoder, two-layer projector, decoder, and the token ids that matter.
+
+    Attributes:
+        projector_act: None for a model without a projector, whose decoder reads the encoder's features.
+        image_token_id: `PLACEHOLDER_ID` where the tokenizer has no image token.
+        newline: a learned vector, the separator, comes after the visual tokens of every crop.
+        pinpoints: (width, height) of the canvases of any-resolution pictures; empty for pictures of one crop.
+        settings: what the checkpoint's config says of reduction methods, by method and the method's field.
+    """
 
     family: str
     vision: VisionSpec
-    projector_act: str
+    projector_act: str | None
     projector_bias: bool
     decoder: DecoderSpec
     image_token_id: int
+    newline: bool = False
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image."""
+        """Visual tokens per crop; an image is one crop unless any-resolution tiles come with it."""
         return self.vision.tokens
 
 
@@ -129,9 +145,10 @@ def family(name: str) -> ModuleType:
     from lvlm_edge.exporter import families
 
     known = [m.name for m in pkgutil.iter_modules(families.__path__)]
-    if name not in known:
+    if ALIASES.get(name, name) not in known:
+        known += ALIASES
         raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {nearest(name, known)}")
-    return importlib.import_module(f"lvlm_edge.exporter.families.{name}")
+    return importlib.import_module(f"lvlm_edge.exporter.families.{ALIASES.get(name, name)}")
 
 
 def load(folder: Path) -> ModelSpec:
@@ -150,7 +167,9 @@ def load(folder: Path) -> ModelSpec:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {key} is {type(value).__name__}, expected a JSON object; restore the file"
             )
-    spec = family(name).read_spec(config)
+    if name == "llava" and "mm_vision_tower" in config and "text_config" not in config:
+        name = "llava_llama"  # LLaVA-1.5's first releases had the name that the hub layout has now
+    spec = family(name).read_spec(config, folder)
     assert isinstance(spec, ModelSpec)
     _check_sizes(spec, folder / "config.json")
     return spec
@@ -168,7 +187,7 @@ def _check_sizes(spec: ModelSpec, path: Path) -> None:
         ("text_config's rms_norm_eps", d.eps, float),
         ("vision_config's hidden_act", v.mlp_act, str),
         ("text_config's hidden_act", d.mlp_act, str),
-        ("projector_hidden_act", spec.projector_act, str),
+        ("projector_hidden_act", spec.projector_act or "", str),
         ("rope_parameters' rope_theta", d.rope.get("rope_parameters", {}).get("rope_theta", 1.0), float),
     ):
         if type(value) not in (kind, int) or (kind is str and type(value) is int):
@@ -194,5 +213,5 @@ def _check_sizes(spec: ModelSpec, path: Path) -> None:
         raise CheckpointError(
             f"{path}: patches of {v.patch_size} do not fit into pictures of {v.image_size}; correct it"
         )
-    if spec.image_token_id < 0:
+    if spec.image_token_id < 0 and spec.image_token_id != PLACEHOLDER_ID:
         raise CheckpointError(f"{path}: image_token_index is {spec.image_token_id}, expected a token id; correct it")

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.spec import CheckpointError, read_json
+from lvlm_edge.exporter.templates import ENDS, PLACEHOLDER, TEMPLATES
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
-def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfig | None:
+def copy(folder: Path, out: Path, published: str, image_token_id: int) -> TextConfig | None:
     """Copy tokenizer and chat template into a bundle; None for a checkpoint without tokenizer.json.
 
-    A checkpoint without a template gets its family's published one.
+    Args:
+        published: template for a checkpoint that has none, or one that is its language model's and knows no images.
+        image_token_id: below 0 where the tokenizer has no image token.
 
     Raises:
         CheckpointError: a file is damaged, or the tokenizer does not know the image token's id.
@@ -25,14 +28,17 @@ def copy(folder: Path, out: Path, family: Any, image_token_id: int) -> TextConfi
         return None
     config = _optional(folder / "tokenizer_config.json")
     special = _optional(folder / "special_tokens_map.json") | config
-    image_token = _token(read_json(folder / TOKENIZER), image_token_id)
+    tokenizer, own = read_json(folder / TOKENIZER), _template(folder, config)
+    image_token = PLACEHOLDER if image_token_id < 0 else _token(tokenizer, image_token_id)
     if image_token is None:
         raise CheckpointError(
             f"{folder / TOKENIZER}: has no added token with the id {image_token_id} that config.json gives to images; "
             "use the tokenizer that belongs to this checkpoint"
         )
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
-    (out / TEMPLATE).write_text(_template(folder, config) or family.CHAT_TEMPLATE, "utf-8")
+    if image_token_id < 0 and own is not None and PLACEHOLDER not in own:
+        own = None
+    (out / TEMPLATE).write_text(own or published, "utf-8")
     text = TextConfig(
         tokenizer=TOKENIZER,
         chat_template=TEMPLATE,
@@ -65,6 +71,19 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
                 )
             return found
     return ()
+
+
+def turn_end(out: Path) -> tuple[int, ...]:
+    """The id of what closes an answer in a bundle's published conversation format; none for another template.
+
+    A language model's own end-of-sequence is not always it: Phi-3's answers end with `<|end|>`.
+    """
+    template = (out / TEMPLATE).read_text("utf-8")
+    if template not in TEMPLATES.values():
+        return ()
+    added = read_json(out / TOKENIZER).get("added_tokens")
+    known: dict[Any, Any] = {t.get("content"): t.get("id") for t in added or [] if isinstance(t, dict)}
+    return tuple(known[end] for end in ENDS if end in template and type(known.get(end)) is int)
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -74,10 +74,15 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the export fixed. `prompt_tokens` = `visual_tokens` + `text_tokens` rows, the prompt's capacity."""
+    """What the export fixed. `prompt_tokens` = `visual_tokens` + `separators` + `text_tokens` rows, its capacity.
+
+    `crops` pictures are seen of each image; where there are separators, one row comes after the tokens of each crop.
+    """
 
     num_images: int
+    crops: int
     visual_tokens: int
+    separators: int
     kept_tokens: int
     text_tokens: int
     prompt_tokens: int
@@ -102,12 +107,18 @@ class ImageConfig:
 
     `leading_tokens` visual tokens (a class token) come before the grid's and belong to no patch; `missing_patches`
     patches at the front of the grid have no token.
+
+    With `tiles` (rows, columns) an image is its base view and the tiles of a `canvas` (width, height), each
+    preprocessed by itself; the canvas must be the best of `pinpoints` for the image.
     """
 
     preprocessing: Preprocessing
     grid: tuple[int, int]
     leading_tokens: int
     missing_patches: int
+    tiles: tuple[int, int] | None
+    canvas: tuple[int, int] | None
+    pinpoints: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +251,11 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     """What running a bundle takes for granted, each as what is wrong when it does not hold, and whether it holds."""
     c, names = m.counts, [g.name for g in m.graphs]
     yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
-    yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", min(dataclasses.astuple(c)) > 0
-    yield f"prompt_tokens is {c.prompt_tokens}, not visual + text", c.prompt_tokens == c.visual_tokens + c.text_tokens
-    yield f"{c.visual_tokens} visual tokens are not {c.num_images} times as many", c.visual_tokens % c.num_images == 0
+    yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", _positive(c)
+    rows, crops = c.visual_tokens + c.separators + c.text_tokens, max(1, c.num_images * c.crops)
+    yield f"prompt_tokens is {c.prompt_tokens}, not visual + text", c.prompt_tokens == rows
+    yield f"{c.visual_tokens} visual tokens are not {crops} times as many", c.visual_tokens % crops == 0
+    yield f"{c.separators} separators for {crops} crops, expected none or one for each", c.separators in (0, crops)
     yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
     yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
     yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
@@ -252,7 +265,15 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     caches = [c.name for c in m.cache]
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
+    tiles, canvas = m.image.tiles or (1, 0), m.image.canvas
+    whole = canvas is None or (canvas in m.image.pinpoints and min(*canvas, *tiles) > 0)
+    made = c.crops == tiles[0] * tiles[1] + 1 and (canvas is None) == (m.image.tiles is None) and whole
+    yield f"{c.crops} crops are not a base view and tiles of {m.image.tiles} on {canvas}", made
     yield from _tensor_beliefs(m)
+
+
+def _positive(c: Counts) -> bool:
+    return c.separators >= 0 and min(dataclasses.astuple(dataclasses.replace(c, separators=1))) > 0
 
 
 def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
@@ -264,7 +285,7 @@ def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     image, first, decode = (next(g for g in m.graphs if g.role == role) for role in ("image", "prefill", "decode"))
     last, decoded = ([g for g in m.graphs if g.role == role][-1] for role in ("prefill", "decode"))
     c, table, channels = m.counts, m.embedding, 3
-    each = c.visual_tokens // c.num_images
+    each = (c.visual_tokens + c.separators) // (c.num_images * c.crops)
     row, prompt = (1, 1, table.hidden), (1, c.prompt_tokens, table.hidden)
     for graph, tensors, name, shape in (
         (image, image.inputs, "pixel_values", (1, channels, *_pixels(image))),

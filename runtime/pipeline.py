@@ -14,7 +14,7 @@ from lvlm_edge.runtime import kv_cache
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, from_bfloat16, load, numpy_dtype
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
 from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UsageError
-from lvlm_edge.runtime.image import open_image, preprocess
+from lvlm_edge.runtime.image import best_canvas, open_image, preprocess, tiled
 from lvlm_edge.runtime.prompt import Text
 from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
 
@@ -119,7 +119,7 @@ class Pipeline:
             yield piece
 
     def prepare(self, prompt: str, images: Sequence[Any], *, system: str | None = None) -> tuple[list[int], Array]:
-        """What `generate_tokens` takes: prompt tokens with one image token per image, and pixels [images, 3, H, W]."""
+        """What `generate_tokens` takes: prompt tokens with one image token per image, and pixels [crops, 3, H, W]."""
         if not prompt.strip():
             raise InputError("prompt: is empty; ask something")
         text, pixels = self._load_text(), self._pixels(images)
@@ -151,16 +151,19 @@ class Pipeline:
 
         Args:
             prompt_token_ids: the image token stands once per image.
-            pixel_values: float32 [images, 3, H, W], preprocessed.
+            pixel_values: float32 [images * crops, 3, H, W], preprocessed.
             max_new_tokens: at most the bundle's capacity, which is the default.
             ignore_eos: go on after end-of-sequence.
-            image_sizes: for any-resolution checkpoints; others do not look at it.
+            image_sizes: (width, height) of the originals; a bundle with any-resolution tiles checks that they are
+                what its tiles are for, others do not look at it.
             replace: values that take the place of prefill graphs' outputs, by name, before later graphs read them:
                 another selection policy than the model's is `{"score": ...}`.
 
         Raises:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
         """
+        if image_sizes is not None:
+            self._check_sizes(image_sizes)
         result = Result()
         rows: list[Array] = []
         for _ in self._tokens(
@@ -194,14 +197,14 @@ class Pipeline:
         """What the host hands to the prefill graphs, by name: the padded prompt and where its parts stand.
 
         Args:
-            image_embeds: projected visual tokens of all images in prompt order, [V, D].
+            image_embeds: projected visual tokens and separators of all images in prompt order, [V, D].
 
         Raises:
             InputError: see `generate_tokens`.
         """
         ids, image = self._checked(prompt_token_ids), self.manifest.image_token_id
         counts = self.manifest.counts
-        per_image = counts.visual_tokens // counts.num_images
+        per_image = (counts.visual_tokens + counts.separators) // counts.num_images
         repeats = np.where(ids == image, per_image, 1)
         is_visual = np.repeat(ids == image, repeats)
         visual_index = np.flatnonzero(is_visual)
@@ -236,7 +239,7 @@ class Pipeline:
         replace: Mapping[str, Array] | None = None,
     ) -> Iterator[int]:
         limit = self._limit(max_new_tokens)
-        sampler, seen = Sampler(sampling or Sampling()), [int(i) for i in prompt]
+        sampler, seen = Sampler(sampling or Sampling()), [int(i) for i in prompt if i >= 0]
         began = time.perf_counter() if began is None else began
         logits = self._prefill(result, prompt, pixels, replace or {})
         length = result.prompt_tokens
@@ -280,7 +283,7 @@ class Pipeline:
         return logits
 
     def _see(self, result: Result, pixels: Array | None) -> Array:
-        """Projected visual tokens of every image, [V, D]."""
+        """Projected visual tokens of every crop of every image, separators among them, [V, D]."""
         checked = self._checked_pixels(pixels)
         found = []
         began = time.perf_counter()
@@ -349,7 +352,7 @@ class Pipeline:
 
     def _checked_pixels(self, pixels: Array | None) -> Array:
         wanted = next(g for g in self.manifest.graphs if g.role == "image").inputs[0]
-        shape = (self.manifest.counts.num_images, *wanted.shape[1:])
+        shape = (self.manifest.counts.num_images * self.manifest.counts.crops, *wanted.shape[1:])
         found = None if pixels is None else np.asarray(pixels)
         if found is None or found.shape != shape:
             given = "nothing" if found is None else list(found.shape)
@@ -365,8 +368,41 @@ class Pipeline:
                 f"images: {len(images)} given, the bundle is planned for {planned}; give {planned}, or export with "
                 f"--num-images {max(len(images), 1)}"
             )
-        how = self.manifest.image.preprocessing
-        return np.concatenate([preprocess(open_image(image), how) for image in images])
+        return np.concatenate([self._views(open_image(image)) for image in images])
+
+    def _views(self, picture: Any) -> Array:
+        """What the encoder sees of one picture, [crops, 3, H, W]."""
+        config = self.manifest.image
+        if config.tiles is None or config.canvas is None:
+            return preprocess(picture, config.preprocessing)
+        self._check_canvas(picture.size)
+        return tiled(picture, config.preprocessing, config.canvas, config.tiles)
+
+    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        if len(sizes) != self.manifest.counts.num_images:
+            raise InputError(
+                f"image_sizes: has {len(sizes)} entries, the bundle is planned for {self.manifest.counts.num_images} "
+                "image(s); give (width, height) of each"
+            )
+        if self.manifest.image.tiles is not None:
+            for width, height in sizes:
+                self._check_canvas((width, height))
+
+    def _check_canvas(self, size: tuple[int, int]) -> None:
+        """Raise InputError for a picture that belongs on other tiles than the bundle's."""
+        config = self.manifest.image
+        if config.tiles is None or config.canvas is None:
+            return
+        if min(size) < 1:
+            raise InputError(f"image_sizes: holds {size[0]}x{size[1]}, expected width and height of the picture")
+        best = best_canvas(size, config.pinpoints)
+        if best != config.canvas:
+            tile = config.canvas[0] // config.tiles[1], config.canvas[1] // config.tiles[0]
+            raise InputError(
+                f"picture: {size[0]}x{size[1]} goes on tiles of {best[1] // tile[1]}x{best[0] // tile[0]}, the bundle "
+                f"has {config.tiles[0]}x{config.tiles[1]} (rows x columns); export another with --image-size "
+                f"{size[0]}x{size[1]}"
+            )
 
     def _limit(self, max_new_tokens: int | None) -> int:
         room = self.manifest.counts.new_tokens

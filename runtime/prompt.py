@@ -32,7 +32,7 @@ class TextConfig:
     tokenizer: str  # tokenizer.json of the tokenizers library, all added tokens included
     chat_template: str  # a Jinja template
     image_token: str  # stands for all visual tokens of one picture
-    image_token_id: int
+    image_token_id: int  # below 0: the tokenizer does not know the image token, the text is cut up where it stands
     bos_token: str  # "" if the model has none
     eos_token: str  # "" if the model has none
 
@@ -68,7 +68,10 @@ class Text:
         source = _read(folder / config.chat_template)
         text = cls(tokenizer, _compile(source, folder / config.chat_template), source, config)
         token = text._added.get(config.image_token_id)
-        if token is None or token.content != config.image_token:
+        if config.image_token_id < 0:
+            if not config.image_token:
+                raise BundleError(f"{folder}: the manifest names no image token; export the bundle again")
+        elif token is None or token.content != config.image_token:
             found = "no added token" if token is None else repr(token.content)
             raise BundleError(
                 f"{folder / config.tokenizer}: token {config.image_token_id} is {found}, the manifest says "
@@ -101,7 +104,9 @@ class Text:
         # A template that writes the first token itself gets no second one, as in transformers' processors.
         bos = self._config.bos_token
         bare = bool(bos) and rendered.startswith(bos)
-        if stand_ins:
+        if self._config.image_token_id < 0:
+            ids = self._encode_around(rendered, stand_ins, bare)
+        elif stand_ins:
             before, after = ((), ()) if bare else self._frame
             ids = [*before, *self._encode_disguised(rendered, stand_ins), *after]
         else:
@@ -131,7 +136,8 @@ class Text:
     def _reserved(self) -> frozenset[str]:
         """What a user cannot write: special tokens, and other added tokens that the template uses."""
         named = {self._config.image_token, self._config.bos_token, self._config.eos_token}
-        return frozenset(
+        unknown = {self._config.image_token} if self._config.image_token_id < 0 else set()
+        return frozenset(unknown) | frozenset(
             token.content
             for token in self._added.values()
             if not token.content.isspace()
@@ -216,6 +222,22 @@ class Text:
             if content in self._reserved and content not in text[first:last]:
                 # Every character, since other reserved tokens may begin inside.
                 yield from ((index, index + 1) for index in range(first, last))
+
+    def _encode_around(self, rendered: str, stand_ins: Mapping[str, str], bare: bool) -> list[int]:
+        """Token ids of the pieces around the image tokens, each encoded by itself, and the image token's id between.
+
+        Source: `tokenizer_image_token` of LLaVA.
+        """
+        before, after = ((), ()) if bare else self._frame
+        ids = [*before]
+        for i, piece in enumerate(rendered.split(self._config.image_token)):
+            if i:
+                ids.append(self._config.image_token_id)
+            if stand_ins:
+                ids.extend(self._encode_disguised(piece, stand_ins))
+            else:
+                ids.extend(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+        return [*ids, *after]
 
     def _encode_disguised(self, rendered: str, stand_ins: Mapping[str, str]) -> list[int]:
         """Token ids of rendered text: reserved tokens where it spells them, disguised text in between."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_edge.exporter import blocks
 from lvlm_edge.exporter.planning import Plan, PlanError, Stage
 from lvlm_edge.exporter.spec import ModelSpec
+from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,12 @@ def stages(spec: ModelSpec, config: Config, visual_tokens: int, text_tokens: int
 
     Raises:
         PlanError: the prune layer is not inside the model, or the kept count is out of range.
+        UnsupportedError: separators stand among the visual tokens.
     """
+    if spec.newline:
+        raise UnsupportedError(
+            "fastv: ranks no tokens of a checkpoint with separators after its crops; use --method none"
+        )
     k, layers = config.prune_layer, spec.decoder.layers
     if not 0 < k < layers:
         raise PlanError(f"fastv: prune_layer is {k}, but the model has layers 0..{layers - 1}; choose 1..{layers - 1}")

@@ -306,8 +306,8 @@ def _vision_layer(patch):
     """features of one vision layer too many."""
     right = llava.read_spec
 
-    def read_spec(config):
-        spec = right(config)
+    def read_spec(config, folder):
+        spec = right(config, folder)
         layers = tuple(layer + 1 for layer in spec.vision.feature_layers)
         return dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, feature_layers=layers))
 
@@ -318,7 +318,7 @@ def _vision_layer(patch):
 def _projector_act(patch):
     """another activation in the projector."""
     right = llava.read_spec
-    patch.setattr(llava, "read_spec", lambda config: dataclasses.replace(right(config), projector_act="quick_gelu"))
+    patch.setattr(llava, "read_spec", lambda *a: dataclasses.replace(right(*a), projector_act="quick_gelu"))
 
 
 @mutation("head")

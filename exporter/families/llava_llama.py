@@ -1,0 +1,306 @@
+"""LLaVA's original layout (`model_type: llava_llama`), as LLaVA-1.5, YOPO and ProxyV's fork of LLaVA-NeXT write it.
+
+The decoder's fields stand at the top of config.json, and the vision encoder is mostly another checkpoint, named by
+`mm_vision_tower`. ProxyV's fork, known by its field `proxyv`, puts a learned vector after the tokens of every crop.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.exporter import checkpoint, configs
+from lvlm_edge.exporter.checkpoint import Stored
+from lvlm_edge.exporter.spec import PLACEHOLDER_ID, CheckpointError, DecoderSpec, ModelSpec, VisionSpec, read_json
+from lvlm_edge.exporter.templates import TEMPLATES
+from lvlm_edge.runtime.errors import UnsupportedError, nearest
+
+ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaPhiForCausalLM": "phi3",
+    "LlavaPhi3ForCausalLM": "phi3",
+    "LlavaQwenForCausalLM": "qwen2",
+}
+MODEL_TYPES = {"llava_mistral": "mistral", "llava_phi": "phi3", "llava_phi3": "phi3", "llava_qwen": "qwen2"}
+CHATS = {"llama": "v1", "mistral": "v1", "phi3": "phi3_instruct", "qwen2": "qwen_1_5"}
+LLAMA_3 = 128000  # the first id that Llama 3's vocabulary has and Llama 2's lacks
+
+# Encoders that checkpoints name, so that reading a config needs no network.
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "patch_size": 14}  # fmt: skip
+ENCODERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": {**_CLIP, "image_size": 336},
+    "openai/clip-vit-large-patch14": {**_CLIP, "image_size": 224},
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "patch_size": 14, "image_size": 384,
+    },
+}  # fmt: skip
+_WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # a checkpoint that has a text encoder too
+
+FITS = {None: "processor", "square": "processor", "pad": "pad", "resize": "resize", "anyres": "resize"}
+
+_NAMES = (
+    (r"^model\.vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision."),
+    (r"^vision\.(embeddings|encoder)\.", "vision."),
+    (r"^model\.mm_projector\.0\.", "projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "projector.linear_2."),
+    (r"^model\.embed_tokens\.", "embed."),
+    (r"^model\.image_newline$", "newline"),
+    (r"^model\.", ""),
+    (r"(?<=\.)(self_attn|mlp)\.", ""),
+)
+_UNUSED = re.compile(
+    r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.|"
+    r"^newline$|^(vision_mlp_layers|proxyv_initializer)\."
+)
+_FUSED = re.compile(r"^model\.layers\.\d+\.(self_attn\.(qkv)_proj|mlp\.(gate_up)_proj)\.weight$")
+
+
+def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
+    """The spec from config.json, and from that of the vision encoder where it is another checkpoint.
+
+    Raises:
+        UnsupportedError: a tower, projector, decoder, RoPE or way of fitting pictures that is not known.
+        CheckpointError: fields that are not valid or contradict each other.
+    """
+    projector = config.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise UnsupportedError(f"llava_llama: mm_projector_type is {projector!r}; known: mlp2x_gelu")
+    kind = decoder_kind(config)
+    text = configs.completed("llava_llama: config.json", config, configs.DECODERS, kind)
+    try:
+        vision, decoder = _vision(config, folder), configs.decoder("llava_llama", text)
+        if kind == "phi3" and "proxyv" in config:  # its prefill and decode masks know no window
+            decoder = _without_window(decoder)
+        spec = ModelSpec(
+            family="llava_llama",
+            vision=vision,
+            projector_act="gelu",
+            projector_bias=True,
+            decoder=decoder,
+            image_token_id=PLACEHOLDER_ID,
+            newline="proxyv" in config,
+            pinpoints=_pinpoints(config, vision.image_size),
+            settings=_settings(config, folder),
+        )
+        _agree(config, spec)
+        return spec
+    except TypeError as error:  # sums with a field that is no number
+        raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
+
+
+def decoder_kind(config: dict[str, Any]) -> str:
+    """The decoder, from the name of the model's class or, where that says nothing, from `model_type`."""
+    named = [ARCHITECTURES[a] for a in config.get("architectures") or () if a in ARCHITECTURES]
+    return named[0] if named else MODEL_TYPES.get(config["model_type"], "llama")
+
+
+def chat_template(config: dict[str, Any]) -> str:
+    """The published conversation format that belongs to the decoder, or that the config names as `version`."""
+    kind, named = decoder_kind(config), config.get("version")
+    if kind == "llama" and config.get("vocab_size", 0) > LLAMA_3:
+        return TEMPLATES["llava_llama_3"]
+    return TEMPLATES[named if named in TEMPLATES else CHATS[kind]]
+
+
+def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
+    """Where `preprocessor_config.json` is, the encoder's where the checkpoint has none, and how pictures are fitted.
+
+    `pad` pads to a square of the mean colour. `resize`, which is also what any-resolution makes of the base view and
+    does not keep the picture's shape, resizes to the encoder's square; `processor` leaves it to the image processor.
+    """
+    fit = FITS[config.get("image_aspect_ratio")]
+    if (folder / "preprocessor_config.json").is_file():
+        return folder, fit
+    return _encoder_folder(config, folder), fit
+
+
+def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
+    """Every tensor by its name, with those of the vision encoder's own checkpoint, and Phi-3's fused ones cut up."""
+    stored = checkpoint.index(folder)
+    if not any(name.startswith("model.vision_tower.") for name in stored):
+        found = checkpoint.index(_encoder_folder(config, folder))
+        whole = any(name.startswith("vision_model.") for name in found)
+        inside = {name: t for name, t in found.items() if not whole or name.startswith("vision_model.")}
+        stored |= {f"model.vision_tower.{name}": t for name, t in inside.items()}
+    return {name: t for key, whole_tensor in stored.items() for name, t in _cut(key, whole_tensor, spec.decoder)}
+
+
+def rename(key: str) -> str:
+    """A checkpoint's tensor name as the name it has in `Parts`."""
+    for pattern, to in _NAMES:
+        key = re.sub(pattern, to, key)
+    return key
+
+
+def unused(name: str) -> bool:
+    """Whether a (renamed) tensor may be there without being read: buffers, last tower layers, a method's own."""
+    return bool(_UNUSED.search(name))
+
+
+def _vision(config: dict[str, Any], folder: Path) -> VisionSpec:
+    """The encoder. LLaVA takes SigLIP's last layer off and reads what is left as it is, whatever the config says."""
+    given = _encoder_config(config, folder)
+    tower = configs.completed("llava_llama: mm_vision_tower", given, configs.TOWERS)
+    select = config.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        known = nearest(str(select), ("patch", "cls_patch"))
+        raise UnsupportedError(f"llava_llama: mm_vision_select_feature is {select!r}; {known}")
+    siglip = tower["model_type"] == "siglip_vision_model"
+    layer = -2 if siglip else config.get("mm_vision_select_layer", -2)
+    return configs.vision(tower, layer, drop_first=select == "patch" and not siglip, name="mm_vision_select_layer")
+
+
+def _encoder_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    name = _encoder_name(config)
+    here = _local(name, folder)
+    if here is None:
+        known = next((known for known in ENCODERS if Path(known).name == Path(name).name), None)
+        if known is not None:
+            return ENCODERS[known]
+        here = checkpoint.resolve(name, weights=False)
+    found = read_json(here / "config.json")
+    inner = found.get("vision_config")
+    if isinstance(inner, dict):
+        return {"model_type": _WHOLE.get(str(found.get("model_type"))), **inner}
+    return found
+
+
+def _encoder_folder(config: dict[str, Any], folder: Path) -> Path:
+    """The vision encoder's checkpoint: beside the model, anywhere on the disk, or from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: it is nowhere.
+    """
+    name = _encoder_name(config)
+    here = _local(name, folder)
+    if here is not None:
+        return here
+    known = next((known for known in ENCODERS if Path(known).name == Path(name).name), name)
+    return checkpoint.resolve(known)
+
+
+def _encoder_name(config: dict[str, Any]) -> str:
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"config.json: mm_vision_tower is {name!r}, expected a folder or a name; correct it")
+    return name
+
+
+def _local(name: str, folder: Path) -> Path | None:
+    found = folder / name  # an absolute name stays what it is
+    return found if (found / "config.json").is_file() else None
+
+
+def _pinpoints(config: dict[str, Any], size: int) -> tuple[tuple[int, int], ...]:
+    """Canvases of any-resolution pictures, (width, height).
+
+    Raises:
+        UnsupportedError: a way of fitting pictures, or of putting tiles together, that is not known.
+        CheckpointError: canvases that are not made of whole tiles.
+    """
+    ratio, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
+    if ratio not in FITS:
+        known = nearest(str(ratio), (fit for fit in FITS if fit))
+        raise UnsupportedError(f"llava_llama: image_aspect_ratio is {ratio!r}; {known}")
+    newline = config.get("mm_newline_position", "one_token")
+    if "proxyv" in config and newline != "one_token":
+        raise UnsupportedError(f"llava_llama: mm_newline_position is {newline!r}; known: one_token")
+    if ratio != "anyres":
+        return ()
+    if "proxyv" not in config and merge != "flat":
+        raise UnsupportedError(
+            f"llava_llama: tiles are put together as {merge!r}, which is not supported; known: flat, and ProxyV's way"
+        )
+    given: Any = config.get("image_grid_pinpoints")
+    try:
+        found = tuple(
+            (width, height) for width, height in (ast.literal_eval(given) if isinstance(given, str) else given)
+        )
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json: image_grid_pinpoints is {given!r}, expected pairs of width and height; correct it"
+        ) from error
+    if not found or any(type(n) is not int or n < 1 or n % size for pair in found for n in pair):
+        raise CheckpointError(
+            f"config.json: image_grid_pinpoints is {given!r}, expected multiples of {size}, the encoder's input; "
+            "correct it"
+        )
+    return found
+
+
+def _settings(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """What the config says of ProxyV and YOPO, by the names of their settings."""
+    found: dict[str, dict[str, Any]] = {}
+    if config.get("proxyv"):
+        found["proxyv"] = {
+            "start_layer": config.get("proxyv_start_layer"),
+            "reduce_factor": config.get("proxyv_reduce_factor"),
+            "learn_proxy": bool(config.get("learn_proxy", False)),
+        }
+    if config.get("attncut_w") is not None:
+        found["yopo"] = {
+            "window": config["attncut_w"],
+            "cutoff": config.get("layercut_num"),
+            "ffn_ratio": config.get("mlpcut_ratio"),
+            "prefix_tokens": config.get("sprompt_len", 35),
+            "head_mask": _head_mask(folder, config.get("headcut_num")),
+        }
+    return found
+
+
+def _head_mask(folder: Path, kept: Any) -> str | None:
+    """YOPO's file of heads that stay active, `kept` of a layer on average; None where the folder has none."""
+    for place in (folder, folder / "headmask"):
+        names = [place / "headmask.npy", *sorted(place.glob(f"headmask_*_{kept}.npy"))]
+        for path in names:
+            if path.is_file():
+                return str(path.resolve())
+    return None
+
+
+def _agree(config: dict[str, Any], spec: ModelSpec) -> None:
+    """Raise CheckpointError where config.json says of the encoder what the encoder's own says otherwise."""
+    for key, value in (
+        ("mm_hidden_size", spec.vision.hidden),
+        ("per_crop_token_len", spec.visual_tokens if "proxyv" in config else None),
+    ):
+        given = config.get(key, value)
+        if value is not None and given != value:
+            raise CheckpointError(
+                f"config.json: {key} is {given!r}, but its vision encoder has {value}; correct it, or mm_vision_tower"
+            )
+
+
+def _without_window(decoder: DecoderSpec) -> DecoderSpec:
+    import dataclasses
+
+    return dataclasses.replace(decoder, window=None)
+
+
+def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:
+    """A tensor under its name; one that holds several matrices, one above the other, as each of them.
+
+    Raises:
+        CheckpointError: it does not have their rows.
+    """
+    found = _FUSED.match(key)
+    if found is None:
+        return [(key, tensor)]
+    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    parts = {"q": queries, "k": keys, "v": keys} if found[2] else {"gate": d.ffn, "up": d.ffn}
+    rows = sum(parts.values())
+    if tensor.shape != (rows, d.hidden):
+        raise CheckpointError(
+            f"{tensor.file}: {key} is {list(tensor.shape)}, config.json says {[rows, d.hidden]}; correct config.json"
+        )
+    cut, start = [], 0
+    for name, count in parts.items():
+        part = Stored(tensor.file, tensor.key, (count, d.hidden), tensor.dtype, (start, start + count))
+        cut.append((key.replace(found[2] or found[3], name), part))
+        start += count
+    return cut

@@ -1,0 +1,110 @@
+"""TinyLLaVA's layout (`model_type: tinyllava`), with a projector, or without one as HiMix writes it.
+
+HiMix is known by `vision_hidden_size` inside `text_config`: its decoder reads the encoder's features in every layer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.exporter import checkpoint, configs
+from lvlm_edge.exporter.checkpoint import Stored
+from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.templates import TEMPLATES
+from lvlm_edge.runtime.errors import UnsupportedError, nearest
+
+DECODERS = ("llama", "mistral", "qwen2")
+CHATS = {"llama": "tinyllama", "mistral": "tinyllama", "qwen2": "qwen2_base"}
+LLAMA_3 = 128000  # the first id that Llama 3's vocabulary has and Llama 2's lacks
+STRATEGIES = {"patch": True, "cls_patch": False}
+FITS = {None: "processor", "square": "processor", "pad": "pad"}
+
+_NAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.embed_tokens\.", "embed."),
+    (r"^language_model\.model\.", ""),
+    (r"^vision_tower\._vision_tower\.(vision_model\.)?", "vision."),
+    (r"^vision\.(embeddings|encoder)\.", "vision."),
+    (r"^connector\._connector\.0\.", "projector.linear_1."),
+    (r"^connector\._connector\.2\.", "projector.linear_2."),
+    (r"(?<=\.)(self_attn|mlp)\.", ""),
+)
+_UNUSED = re.compile(
+    r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.|"
+    r"^layers\.\d+\.(k_proj_img|v_proj_img|input_layernorm_img)\."
+)
+
+
+def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
+    """The spec from config.json.
+
+    Raises:
+        UnsupportedError: a tower, connector, decoder, RoPE or way of fitting pictures that is not known.
+        CheckpointError: fields that are not valid or contradict each other.
+    """
+    given, seen = config.get("text_config") or {}, config.get("vision_config") or {}
+    text = configs.completed("tinyllava: text_config", given, DECODERS)
+    tower = configs.completed("tinyllava: vision_config", seen, configs.TOWERS)
+    strategy, ratio = config.get("vision_feature_select_strategy", "patch"), config.get("image_aspect_ratio")
+    if strategy not in STRATEGIES:
+        raise UnsupportedError(
+            f"tinyllava: vision_feature_select_strategy is {strategy!r}; {nearest(str(strategy), STRATEGIES)}"
+        )
+    if ratio not in FITS:
+        known = nearest(str(ratio), (fit for fit in FITS if fit))
+        raise UnsupportedError(f"tinyllava: image_aspect_ratio is {ratio!r}; {known}")
+    himix = "vision_hidden_size" in given
+    connector = config.get("connector_type")
+    if not himix and connector != "mlp2x_gelu":
+        raise UnsupportedError(f"tinyllava: connector_type is {connector!r}; known: mlp2x_gelu, and HiMix without one")
+    try:
+        # The first token goes from SigLIP's features too, although it stands for a patch there.
+        vision = configs.vision(tower, config.get("vision_feature_layer", -2), drop_first=STRATEGIES[strategy])
+        if himix and given["vision_hidden_size"] != vision.hidden:
+            raise CheckpointError(
+                f"config.json: text_config.vision_hidden_size is {given['vision_hidden_size']!r}, but vision_config "
+                f"has {vision.hidden}; correct the one that is wrong"
+            )
+        return ModelSpec(
+            family="tinyllava",
+            vision=vision,
+            projector_act=None if himix else "gelu",
+            projector_bias=not himix,
+            decoder=configs.decoder("tinyllava", text),
+            image_token_id=config.get("image_token_index", -200),
+            settings={"himix": {}} if himix else {},
+        )
+    except TypeError as error:  # sums with a field that is no number
+        raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
+
+
+def chat_template(config: dict[str, Any]) -> str:
+    """The published conversation format that belongs to the decoder."""
+    text = config["text_config"]
+    if text["model_type"] == "llama" and text.get("vocab_size", 0) > LLAMA_3:
+        return TEMPLATES["llama-3"]
+    return TEMPLATES[CHATS[text["model_type"]]]
+
+
+def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
+    """Where `preprocessor_config.json` may be, and how pictures are fitted (see `preprocess.fitted`)."""
+    return folder, FITS[config.get("image_aspect_ratio")]
+
+
+def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
+    """Every tensor by its name."""
+    return checkpoint.index(folder)
+
+
+def rename(key: str) -> str:
+    """A checkpoint's tensor name as the name it has in `Parts`."""
+    for pattern, to in _NAMES:
+        key = re.sub(pattern, to, key)
+    return key
+
+
+def unused(name: str) -> bool:
+    """Whether a (renamed) tensor may be there without being read: buffers, last tower layers and head, HiMix's own."""
+    return bool(_UNUSED.search(name))
