@@ -361,7 +361,7 @@ def _weights(shapes: Shapes, seed: int, dtype: torch.dtype) -> dict[str, Tensor]
     torch.manual_seed(seed)
     weights = {}
     for name, shape in sorted(shapes.items()):
-        if name.endswith("embed_tokens.weight") or name.endswith("image_newline"):
+        if name.endswith(("embed_tokens.weight", "image_newline")):
             weight = torch.randn(shape) * 0.5
         elif len(shape) > 1:
             weight = torch.randn(shape) * 1.3 * (np.prod(shape[1:]) ** -0.5)
