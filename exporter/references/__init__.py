@@ -66,7 +66,7 @@ def load(folder: Path) -> Any:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if read_json(folder / "config.json").get("model_type") in original.LAYOUTS:
+        if original.known(read_json(folder / "config.json")):
             return original.load(folder)
         model = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True

@@ -17,7 +17,21 @@ from torch import Tensor, nn
 from lvlm_edge.exporter import checkpoint
 from lvlm_edge.exporter.spec import CheckpointError, read_json
 
-LAYOUTS = {"llava_llama": "llama", "llava_qwen": "qwen2", "llava_phi3": "phi3", "tinyllava": None}
+DECODERS = {
+    "llava": "llama",  # the first releases; the hub's layout, which has the name now, is not read here
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_phi": "phi3",
+    "llava_phi3": "phi3",
+    "llava_qwen": "qwen2",
+}
+CLASSES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaPhiForCausalLM": "phi3",
+    "LlavaPhi3ForCausalLM": "phi3",
+    "LlavaQwenForCausalLM": "qwen2",
+}
 OWN = ("image_newline", "vision_mlp_layers.", "proxyv_initializer.")  # tensors of `model.` that no module here takes
 HIMIX = ("k_proj_img", "v_proj_img", "input_layernorm_img")
 IMAGE = -200  # LLaVA's placeholder; its configs do not say so
@@ -219,8 +233,14 @@ def feed_forward(layer: Any, rows: Tensor, channels: int | None = None) -> Tenso
 # Loading.
 
 
+def known(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of one of the layouts read here."""
+    kind = config.get("model_type")
+    return kind == "tinyllava" or (kind in DECODERS and (kind != "llava" or "mm_vision_tower" in config))
+
+
 def load(folder: Path) -> Original:
-    """A checkpoint of one of `LAYOUTS`, every tensor accounted for.
+    """A checkpoint with every tensor accounted for; its config must be `known`.
 
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen, or transformers does not know a part.
@@ -239,16 +259,20 @@ def _llava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Or
     for prefix in OWN:
         extra |= {prefix + name: tensor for name, tensor in _take(state, "model." + prefix).items()}
     tower = _tower(folder, config["mm_vision_tower"], _take(state, "model.vision_tower.vision_tower."))
-    projector = _projector(folder, config, _take(state, "model.mm_projector."))
-    language = _module(folder, config | {"model_type": LAYOUTS[config["model_type"]]}, _take(state, ""))
+    sizes = config["hidden_size"], config["mm_hidden_size"]
+    projector = _projector(folder, config["mm_projector_type"], *sizes, _take(state, "model.mm_projector."))
+    named = [CLASSES[name] for name in config.get("architectures") or () if name in CLASSES]
+    kind = named[0] if named else DECODERS[config["model_type"]]  # releases exist whose model_type is another's
+    language = _module(folder, config | {"model_type": kind}, _take(state, ""))
+    siglip = tower.config.model_type == "siglip_vision_model"  # LLaVA takes its last layer off, and drops no token
     return Original(
         image_token_id=config.get("image_token_index", IMAGE),
         tower=tower,
         projector=projector,
         language=language,
         extra=extra,
-        select=[config["mm_vision_select_layer"]],
-        drop_first=config.get("mm_vision_select_feature", "patch") == "patch",
+        select=[-2 if siglip else config.get("mm_vision_select_layer", -2)],
+        drop_first=not siglip and config.get("mm_vision_select_feature", "patch") == "patch",
     )
 
 
@@ -256,10 +280,12 @@ def _tinyllava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -
     text = _take(state, "language_model.")
     extra = {name.removeprefix("model."): text.pop(name) for name in list(text) if any(own in name for own in HIMIX)}
     tower = _module(folder, config["vision_config"], _vision(_take(state, "vision_tower._vision_tower.")))
+    connector = _take(state, "connector._connector.")
+    wide, narrow = config["text_config"]["hidden_size"], config["vision_config"]["hidden_size"]
     return Original(
         image_token_id=config.get("image_token_index", IMAGE),
         tower=tower,
-        projector=None,
+        projector=_projector(folder, config.get("connector_type"), wide, narrow, connector) if connector else None,
         language=_module(folder, config["text_config"], text),
         extra=extra,
         select=[config["vision_feature_layer"]],
@@ -275,7 +301,7 @@ def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _vision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tower's tensors, of a vision model or of the two-sided model it is half of."""
     vision = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
-    return {k: v for k, v in vision.items() if not k.endswith("position_ids")}
+    return {k: v for k, v in (vision or state).items() if not k.endswith("position_ids")}
 
 
 def _tower(folder: Path, source: str, inside: dict[str, Tensor]) -> Any:
@@ -288,15 +314,14 @@ def _tower(folder: Path, source: str, inside: dict[str, Tensor]) -> Any:
     return _module(home, config.get("vision_config", config), _vision(inside))
 
 
-def _projector(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    if config["mm_projector_type"] != "mlp2x_gelu":
-        raise CheckpointError(f"{folder}: mm_projector_type is {config['mm_projector_type']!r}, expected 'mlp2x_gelu'")
-    wide, narrow = config["hidden_size"], config["mm_hidden_size"]
+def _projector(folder: Path, kind: Any, wide: int, narrow: int, state: dict[str, Tensor]) -> nn.Module:
+    if kind != "mlp2x_gelu":
+        raise CheckpointError(f"{folder}: the projector is {kind!r}, expected 'mlp2x_gelu'")
     projector = nn.Sequential(nn.Linear(narrow, wide), nn.GELU(), nn.Linear(wide, wide))
     try:
         projector.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: mm_projector does not fit its config ({error})") from error
+        raise CheckpointError(f"{folder}: the projector does not fit its config ({error})") from error
     return projector.eval()
 
 
@@ -306,6 +331,7 @@ def _module(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> A
 
     kinds = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
         "clip_vision_model": (transformers.CLIPVisionConfig, transformers.CLIPVisionModel),

@@ -441,7 +441,7 @@ def test_shared_key_heads_are_key_heads_twice(tmp_path, method, decoder):
 @pytest.mark.parametrize("method", ["proxyv", "yopo", "plain"])
 def test_fused_projections_are_their_parts(tmp_path, method):
     def split(tensors, config):
-        config["model_type"] = "llava_llama"
+        config |= {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
         for name in list(tensors):
             for fused, parts, sizes in (
                 ("qkv_proj", ("q_proj", "k_proj", "v_proj"), (64, 32, 32)),
@@ -456,6 +456,28 @@ def test_fused_projections_are_their_parts(tmp_path, method):
     name, case = method.replace("plain", "none"), (originals.prompt(9, 4), originals.pixels(), 3)
 
     torch.testing.assert_close(answer(folder, name, *case).logits, answer(llama, name, *case).logits, atol=1e-5, rtol=0)
+
+
+def test_the_models_class_names_the_decoder_where_model_type_is_anothers(tmp_path):
+    folder = originals.build(tmp_path / "model", decoder="phi3", model_type="llava_llama")
+
+    assert references.load(folder).language.config.model_type == "phi3"
+
+
+def test_tinyllava_may_have_a_connector(tmp_path):
+    def connected(tensors, config):
+        llava = load_file(tmp_path / "llava" / "model.safetensors")
+        names = {n: n.replace("model.mm_projector", "connector._connector") for n in llava if "mm_projector" in n}
+        config["connector_type"] = "mlp2x_gelu"
+        kept = {n: t for n, t in tensors.items() if "_img" not in n}
+        return kept | {names[n]: t for n, t in llava.items() if n in names}
+
+    originals.build(tmp_path / "llava")
+    folder = rewritten(originals.build(tmp_path / "himix", method="himix"), tmp_path / "tinyllava", connected)
+
+    found = answer(folder, "none", originals.prompt(9, 4), originals.pixels(), 2)
+
+    assert found.image_embeds.shape == (15, 64)
 
 
 @pytest.fixture
