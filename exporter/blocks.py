@@ -73,11 +73,25 @@ def arange(count: int) -> Tensor:
     return torch.arange(count)
 
 
-def concat(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along their first axis."""
+def constant(values: Sequence[int]) -> Tensor:
+    """Numbers known at export, [n], int64."""
     import torch
 
-    return torch.cat(list(tensors))
+    return torch.tensor(list(values))
+
+
+def concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Tensors joined along an axis."""
+    import torch
+
+    return torch.cat(list(tensors), axis)
+
+
+def where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Elements of one or the other tensor."""
+    import torch
+
+    return torch.where(condition, yes, no)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -104,9 +118,22 @@ def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     """Some heads of [1, heads, rows, D_h], in that order; the tensor itself where that is all of them."""
     if heads == tuple(range(x.shape[1])):
         return x
-    import torch
+    return x.index_select(1, constant(heads))
 
-    return x.index_select(1, torch.tensor(heads))
+
+def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What the layers' caches need as inputs of a prefill graph."""
+    return tuple(lowerings.load(plan.lowering).prefill_inputs(plan, layers))
+
+
+def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What a graph returns that fills the layers' caches before the prompt's rows."""
+    return tuple(lowerings.load(plan.lowering).beside_outputs(plan, layers))
+
+
+def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What a prefill graph returns for the layers' caches."""
+    return tuple(lowerings.load(plan.lowering).prefill_outputs(plan, layers))
 
 
 @dataclass(frozen=True)
@@ -150,6 +177,14 @@ def project(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> 
     query = ops.rotate(split_heads(layer.q_proj(normed), d.heads), *tables, positions)
     key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), *tables, positions)
     return query, key, split_heads(layer.v_proj(normed), d.kv_heads)
+
+
+def keys_and_values(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values, [1, H_kv, rows, D_h] each, of rows [1, rows, D] that ask for nothing."""
+    d, ops = parts.spec.decoder, parts.ops
+    normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
+    key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), parts.rope_cos, parts.rope_sin, positions)
+    return key, split_heads(layer.v_proj(normed), d.kv_heads)
 
 
 def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
@@ -367,14 +402,12 @@ def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: Seg
 
 def merged(groups: Sequence[CacheGroup], attended: Sequence[Tensor]) -> Tensor:
     """Results of a layer's groups, [1, queries, rows, D_h] each, as one tensor with the heads in their order."""
-    import torch
-
     if len(groups) == 1:
         return attended[0]
     computed = [(head, group.owned) for group in groups for head in group.queries]
     heads = range(max(head for head, _ in computed) + 1)
     order = [next(i for i, (h, owned) in enumerate(computed) if h == head and head in owned) for head in heads]
-    return pick(torch.cat(list(attended), 1), tuple(order))
+    return pick(concat(attended, 1), tuple(order))
 
 
 def _dropped(plan: Plan, layers: Iterable[int]) -> set[int]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvlm_edge.exporter import blocks, lowerings
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import Plan, method
 from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
@@ -185,6 +185,9 @@ class Parts(nn.Module):
         self.norm, self.lm_head = Norm(d.hidden), Linear(d.hidden, d.vocab)
         self.rope_cos = nn.Parameter(torch.empty(positions, d.head_dim // 2))
         self.rope_sin = nn.Parameter(torch.empty(positions, d.head_dim // 2))
+        extend = getattr(method(plan.method), "extend", None)
+        if extend is not None:  # weights of the method's own
+            extend(self, plan)
 
 
 def fake(plan: Plan) -> tuple[Parts, Any]:

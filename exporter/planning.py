@@ -45,6 +45,7 @@ class Stage:
         keys: rows attended to.
         cached: cache rows filled by prefill.
         scored: keys scored once more for one query row by the last of these layers (0: none).
+        flops: of all these layers together; None where every row is projected, fed forward, and meets every key.
     """
 
     layers: range
@@ -52,6 +53,7 @@ class Stage:
     keys: int
     cached: int
     scored: int = 0
+    flops: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,14 @@ class Plan:
         return self.stages[-1].cached - self.text_tokens - self.separators
 
     @property
+    def image_rows(self) -> int:
+        """Rows of the prompt that images take: none where the layers read their features directly."""
+        return 0 if self.spec.projector_act is None else self.visual_tokens + self.separators
+
+    @property
     def prompt_tokens(self) -> int:
         """Rows of the padded prompt."""
-        return self.visual_tokens + self.separators + self.text_tokens
+        return self.image_rows + self.text_tokens
 
     @property
     def positions(self) -> int:
@@ -152,7 +159,7 @@ class Plan:
         return (CacheGroup(name=str(layer), kv_heads=kv_heads, queries=every, owned=every, dropped=dropped),)
 
     def filled(self, group: CacheGroup) -> int:
-        """Cache rows that a full prompt takes."""
+        """Cache rows that a full prompt takes, with what is cached of images beside it."""
         return self.prompt_tokens - group.dropped
 
     def capacity(self, group: CacheGroup) -> int:
@@ -167,8 +174,12 @@ class Plan:
         return self._cache_tensors(layers, prefix, self.capacity)
 
     def prompt_rows(self, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
-        """A full prompt's rows for the caches of some layers: [1, heads, filled, head_dim]."""
-        return self._cache_tensors(layers, PRESENT, self.filled)
+        """A full prompt's rows for the caches of some layers: [1, heads, rows, head_dim]."""
+        return self._cache_tensors(layers, PRESENT, lambda group: min(self.filled(group), self.prompt_tokens))
+
+    def beside_rows(self, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+        """What caches of some layers hold before the prompt's rows: [1, heads, rows, head_dim]."""
+        return self._cache_tensors(layers, PRESENT, lambda group: -group.dropped)
 
     def new_rows(self, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
         """One new row for each cache of some layers: [1, heads, 1, head_dim]."""
@@ -212,8 +223,11 @@ def method(name: str) -> ModuleType:
     return importlib.import_module(f"lvlm_edge.exporter.methods.{name}")
 
 
-def configure(name: str, options: Mapping[str, Any]) -> Any:
+def configure(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """A method's `Config` from options by field name; None means not given.
+
+    Args:
+        settings: what the checkpoint says, taken for what is not given.
 
     Raises:
         UsageError: an option the method does not have.
@@ -226,7 +240,7 @@ def configure(name: str, options: Mapping[str, Any]) -> Any:
             flag, flags = "--" + key.replace("_", "-"), ["--" + k.replace("_", "-") for k in known]
             advice = nearest(flag, flags) if flags else "leave it out, or choose another --method"
             raise UsageError(f"{name}: has no option {flag}; {advice}")
-    return config(**given)
+    return config(**{key: value for key, value in settings.items() if value is not None} | given)
 
 
 def make(
@@ -272,7 +286,15 @@ def make(
             f"plan: graphs of the {lowering} lowering cannot share weights, those of modern can; leave out "
             "--share-weights or choose --lowering modern"
         )
-    config = configure(method_name, options or {})
+    module = method(method_name)
+    if share_weights and not hasattr(module, "SHARES_WEIGHTS"):
+        raise UnsupportedError(
+            f"{method_name}: a prompt's graphs are not those of decode, so they cannot share weights; leave out "
+            "--share-weights"
+        )
+    config = configure(method_name, options or {}, spec.settings.get(method_name, {}))
+    if hasattr(module, "resolve"):
+        config = module.resolve(spec, config)
     if spec.projector_act is None and method_name not in spec.settings:
         raise UnsupportedError(
             f"{method_name}: this checkpoint has no projector, its decoder's layers read the encoder's features; use "
@@ -281,13 +303,15 @@ def make(
     grid = _grid(spec, image_size, grid)
     tiles = num_images * crops_of(grid)
     visual = spec.visual_tokens * tiles
+    if hasattr(module, "ONE_IMAGE") and num_images > 1:
+        raise PlanError(f"{method_name}: {num_images} images, but it is defined for one; leave out --num-images")
     # Separators are no visual tokens, and to the counts of a method they are as good as text.
     others = max_text_tokens + tiles * spec.newline
     plan = Plan(
         spec=spec,
         method=method_name,
         config=config,
-        stages=method(method_name).stages(spec, config, visual, others),
+        stages=module.stages(spec, config, visual, others),
         num_images=num_images,
         text_tokens=max_text_tokens,
         new_tokens=max_new_tokens,
@@ -380,10 +404,14 @@ def layer_flops(d: DecoderSpec, queries: int, keys: int) -> int:
 def prefill_flops(plan: Plan) -> int:
     """FLOPs of the decoder over the padded prompt, with lm_head on the one emitted row."""
     d = plan.spec.decoder
-    layers = sum(
-        len(s.layers) * layer_flops(d, s.queries, s.keys) + 2 * s.scored * d.heads * d.head_dim for s in plan.stages
-    )
-    return layers + 2 * d.hidden * d.vocab
+    return sum(_stage_flops(d, stage) for stage in plan.stages) + 2 * d.hidden * d.vocab
+
+
+def _stage_flops(d: DecoderSpec, stage: Stage) -> int:
+    if stage.flops is not None:
+        return stage.flops
+    scores = 2 * stage.scored * d.heads * d.head_dim
+    return len(stage.layers) * layer_flops(d, stage.queries, stage.keys) + scores
 
 
 def decode_flops(plan: Plan) -> int:
@@ -440,7 +468,8 @@ def weights_bytes(plan: Plan) -> int:
     """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
     w, d = weights(plan.spec), plan.spec.decoder
     decoder = d.layers * (w.matrices + w.vectors) + w.norm + w.head * (1 if d.tied else 2)
-    return (w.vision + w.projector + decoder) * BYTES[plan.dtype]
+    own = getattr(method(plan.method), "own_weights", None)
+    return (w.vision + w.projector + decoder + (own(plan) if own else 0)) * BYTES[plan.dtype]
 
 
 def report(plan: Plan) -> dict[str, Any]:

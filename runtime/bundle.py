@@ -74,7 +74,8 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the export fixed. `prompt_tokens` = `visual_tokens` + `separators` + `text_tokens` rows, its capacity.
+    """What the export fixed. `prompt_tokens` = `visual_tokens` + `separators` + `text_tokens` rows, its capacity; or
+    `text_tokens` alone, where the decoder reads the encoder's features from its caches.
 
     `crops` pictures are seen of each image; where there are separators, one row comes after the tokens of each crop.
     """
@@ -253,15 +254,14 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
     yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", _positive(c)
     rows, crops = c.visual_tokens + c.separators + c.text_tokens, max(1, c.num_images * c.crops)
-    yield f"prompt_tokens is {c.prompt_tokens}, not visual + text", c.prompt_tokens == rows
+    yield f"prompt_tokens is {c.prompt_tokens}, not visual + text", c.prompt_tokens in (rows, c.text_tokens)
     yield f"{c.visual_tokens} visual tokens are not {crops} times as many", c.visual_tokens % crops == 0
     yield f"{c.separators} separators for {crops} crops, expected none or one for each", c.separators in (0, crops)
     yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
     yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
     yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
     roles = [g.role for g in m.graphs]
-    known = set(roles) == ROLES and roles.count("image") == 1
-    yield f"roles of the graphs are {', '.join(roles)}, expected one image, some prefill, some decode", known
+    yield f"roles of the graphs are {', '.join(roles)}, expected image, prefill and decode", set(roles) == ROLES
     caches = [c.name for c in m.cache]
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
@@ -273,7 +273,8 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
 
 
 def _positive(c: Counts) -> bool:
-    return c.separators >= 0 and min(dataclasses.astuple(dataclasses.replace(c, separators=1))) > 0
+    counts = dataclasses.replace(c, separators=1, kept_tokens=1)
+    return min(c.separators, c.kept_tokens) >= 0 and min(dataclasses.astuple(counts)) > 0
 
 
 def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
@@ -287,11 +288,11 @@ def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     c, table, channels = m.counts, m.embedding, 3
     each = (c.visual_tokens + c.separators) // (c.num_images * c.crops)
     row, prompt = (1, 1, table.hidden), (1, c.prompt_tokens, table.hidden)
+    embeds = [(image, image.outputs, "image_embeds", (1, each, table.hidden))]
     for graph, tensors, name, shape in (
         (image, image.inputs, "pixel_values", (1, channels, *_pixels(image))),
-        (image, image.outputs, "image_embeds", (1, each, table.hidden)),
+        *(embeds if c.prompt_tokens > c.text_tokens else ()),
         (first, first.inputs, "inputs_embeds", prompt),
-        (first, first.inputs, "position_ids", prompt[:2]),
         (last, last.outputs, "logits", (1, 1, table.vocab)),
         (decode, decode.inputs, "inputs_embeds", row),
         *((g, g.inputs, "position_ids", row[:2]) for g in m.graphs if g.role == "decode"),

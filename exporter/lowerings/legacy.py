@@ -50,9 +50,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None =
     return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
 
 
+def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of queries [1, H, Q, D_h] to the keys [1, H_kv, K, D_h] they see, `visible` [Q, K], bool."""
+    scores = _scores(query, key).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
+
+
 def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """Nothing: a prompt attends to itself only."""
     return ()
+
+
+def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.beside_rows(layers)
+
+
+def put(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """The rows as they are."""
+    return store(inputs, group, key, value)
 
 
 def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:

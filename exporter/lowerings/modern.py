@@ -50,9 +50,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None =
     return onnx_op("Attention", [query, key, value], query, is_causal=int(positions is not None))
 
 
+def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention of queries [1, H, Q, D_h] to the keys [1, H_kv, K, D_h] they see, `visible` [Q, K], bool."""
+    return onnx_op("Attention", [query, key, value, visible[None, None]], query)
+
+
 def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """The slot to write from (0), and the caches to write into."""
     return (_WRITE, *plan.caches(layers, PAST))
+
+
+def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What a graph returns that fills caches before the prompt's rows."""
+    return plan.caches(layers, PRESENT)
+
+
+def put(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Caches with rows written at their start."""
+    return _written(inputs, group, key, value, inputs[_WRITE.name])
 
 
 def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.parts import Parts
 
 
+SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """FastV's two knobs, the second as a share or as a count."""

@@ -10,6 +10,9 @@ from lvlm_edge.exporter.planning import Plan, Stage
 from lvlm_edge.exporter.spec import ModelSpec
 
 
+SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The baseline has no knobs."""

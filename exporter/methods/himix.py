@@ -1,0 +1,162 @@
+"""HiMix: visual tokens never enter the layers; each layer makes keys and values of the image's features itself
+(arXiv:2501.10318).
+
+Image keys carry no rotary embedding and every text token sees all of them; text counts its positions without images.
+So what the caches hold of an image depends on nothing else, is made once, and serves every prompt about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.planning import Plan, Stage, layer_flops
+from lvlm_edge.exporter.spec import ModelSpec
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.errors import UnsupportedError
+from lvlm_edge.runtime.kv_cache import PAST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lvlm_edge.exporter.parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """HiMix has no settings."""
+
+
+def resolve(spec: ModelSpec, config: Config) -> Config:
+    """The settings.
+
+    Raises:
+        UnsupportedError: the checkpoint has no weights of HiMix.
+    """
+    if "himix" not in spec.settings:
+        raise UnsupportedError("himix: this checkpoint has no weights of it; give one trained with HiMix")
+    return config
+
+
+def width(spec: ModelSpec) -> int:
+    """Width of the features that the layers read."""
+    return len(spec.vision.feature_layers) * spec.vision.hidden
+
+
+def stages(spec: ModelSpec, config: Config, visual_tokens: int, others: int) -> tuple[Stage, ...]:
+    """One stage: text asks, image and text answer."""
+    d, keys = spec.decoder, visual_tokens + others
+    layer = layer_flops(d, others, keys) + 4 * visual_tokens * width(spec) * d.kv_heads * d.head_dim
+    return (Stage(range(d.layers), others, keys, keys, flops=d.layers * layer),)
+
+
+def paper(plan: Plan) -> dict[str, Any]:
+    """The paper's column: FLOPs of the decoder at 64 text tokens, lm_head on each of them."""
+    d, m = plan.spec.decoder, 64
+    n, dkv = plan.spec.visual_tokens, d.kv_heads * d.head_dim
+    linear, attention = layer_flops(d, 1, 0), 4 * d.heads * d.head_dim
+    head = 2 * d.hidden * d.vocab
+    dense = d.layers * ((n + m) * linear + (n + m) ** 2 * attention) + (n + m) * head
+    cost = d.layers * (m * linear + 4 * n * width(plan.spec) * dkv + m * (n + m) * attention) + m * head
+    return {"name": "HiMix", "unit": "GFLOPs", "value": cost / 1e9, "ratio": cost / dense}
+
+
+def own_weights(plan: Plan) -> int:
+    """Numbers of weights that only HiMix has."""
+    d, wide = plan.spec.decoder, width(plan.spec)
+    dkv = d.kv_heads * d.head_dim
+    return d.layers * (wide + 2 * dkv * (wide + d.qkv_bias))
+
+
+def extend(parts: Parts, plan: Plan) -> None:
+    """Give the decoder's layers HiMix's weights, under the names of the release."""
+    from lvlm_edge.exporter.parts import Linear, Norm
+
+    d, wide = plan.spec.decoder, width(plan.spec)
+    for layer in parts.layers:
+        layer.input_layernorm_img = Norm(wide)
+        layer.k_proj_img = Linear(wide, d.kv_heads * d.head_dim, d.qkv_bias)
+        layer.v_proj_img = Linear(wide, d.kv_heads * d.head_dim, d.qkv_bias)
+
+
+def image_kv(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Caches with every layer's keys and values of the images' features [1, N, D_v] at their start."""
+    d, caches = plan.spec.decoder, {}
+    for i, layer in enumerate(parts.layers):
+        normed = parts.ops.rms_norm(inputs["image_features"], layer.input_layernorm_img.weight, d.eps)
+        key, value = (blocks.split_heads(p(normed), d.kv_heads) for p in (layer.k_proj_img, layer.v_proj_img))
+        (group,) = plan.groups(i)
+        caches |= parts.ops.put(inputs, group, key, value)
+    return caches
+
+
+def prefill(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+    """Text through the layers; every row sees the images, and text up to itself."""
+    x, positions = inputs[segment.entry], inputs["position_ids"]
+    before = blocks.constant([0] * plan.visual_tokens)  # images are where the first position is
+    visible = blocks.concat([before, positions[0]])[None] <= positions[0][:, None]
+    caches: dict[str, Tensor] = {}
+    for i in segment.layers:
+        layer, (group,) = parts.layers[i], plan.groups(i)
+        query, key, value = blocks.project(parts, layer, x, positions)
+        rows = [
+            blocks.concat([inputs[f"{PAST}.{group.name}.{part}"][:, :, : plan.visual_tokens], own], 2)
+            for part, own in (("key", key), ("value", value))
+        ]
+        caches |= parts.ops.store(inputs, group, key, value)
+        x = blocks.finish(parts, layer, x, parts.ops.attend_where(query, *rows, visible))
+    if segment.result is None:
+        return {"logits": blocks.logits(parts, x, inputs["last_index"]), **caches}
+    return {segment.result: x, **caches}
+
+
+def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
+    """vision, image_kv, prefill, decode."""
+    layers = range(plan.spec.decoder.layers)
+    segments = blocks.segments(plan, "prefill", layers, "inputs_embeds")
+    return (
+        blocks.vision_graph(plan),
+        _image_graph(plan, layers),
+        *(_prefill_graph(plan, segment) for segment in segments),
+        *blocks.decode_graphs(plan, ()),
+    )
+
+
+def _image_graph(plan: Plan, layers: range) -> blocks.GraphSpec:
+    return blocks.GraphSpec(
+        name="image_kv",
+        role="image",
+        inputs=(
+            TensorInfo("image_features", plan.dtype, (1, plan.visual_tokens, width(plan.spec))),
+            *blocks.prefill_inputs(plan, layers),
+        ),
+        outputs=blocks.beside_outputs(plan, layers),
+        body=image_kv,
+    )
+
+
+def _prefill_graph(plan: Plan, segment: blocks.Segment) -> blocks.GraphSpec:
+    shapes = blocks.Shapes(plan)
+    last = (shapes.index("last_index", 1),) if segment.result is None else ()
+    result = shapes.logits() if segment.result is None else shapes.hidden(segment.result, plan.text_tokens)
+    return blocks.GraphSpec(
+        name=segment.name,
+        role="prefill",
+        inputs=(
+            shapes.hidden(segment.entry, plan.text_tokens),
+            shapes.index("position_ids", 1, plan.text_tokens),
+            *last,
+            *_caches(plan, segment.layers),
+        ),
+        outputs=(result, *blocks.prefill_outputs(plan, segment.layers)),
+        body=partial(prefill, segment=segment),
+    )
+
+
+def _caches(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What the lowering wants for caches, and in any case what they hold of the images."""
+    wanted = (*blocks.prefill_inputs(plan, layers), *plan.caches(layers, PAST))
+    return tuple(dict.fromkeys(wanted))

@@ -1,0 +1,475 @@
+"""ProxyV: from the start layer on, few proxy tokens stand in for the visual tokens (arXiv:2505.15816).
+
+Visual tokens stop asking: they keep giving keys and values to the text, and a small MLP brings them what their proxies
+learnt. Where paper and released code differ, this file follows the code, which the published weights were trained with:
+proxies see no visual tokens, text sees no proxies, the separators of later crops stand one crop too early, and proxies
+take positions of their own. A cache holds every visual token, and decode is a plain decoder step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.planning import Plan, PlanError, Stage, layer_flops
+from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lvlm_edge.exporter.parts import Parts
+
+ONE_IMAGE = True  # the released code packs the crops of one image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """ProxyV's settings; a checkpoint's config has them."""
+
+    start_layer: int | None = None  # first layer with proxies; 0 is legal
+    reduce_factor: int = 4  # visual tokens per proxy, along each side of the grid
+    learn_proxy: bool = False  # proxies are learnt mixtures of a crop's tokens, not its grid made smaller
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows by kind, of all crops together: visual tokens, proxies, separators; and text."""
+
+    visual: int
+    proxies: int
+    separators: int
+    text: int
+
+    @property
+    def asking(self) -> int:
+        """Rows that have queries from the start layer on."""
+        return self.proxies + self.separators + self.text
+
+
+def resolve(spec: ModelSpec, config: Config) -> Config:
+    """The settings, if the checkpoint can run with them.
+
+    Raises:
+        UnsupportedError: the checkpoint has no weights of ProxyV.
+        PlanError: the start layer is not in the model, or the grid cannot be shared out.
+    """
+    if "proxyv" not in spec.settings or not spec.newline:
+        raise UnsupportedError("proxyv: this checkpoint has no weights of it; give one trained with ProxyV")
+    layers, side = spec.decoder.layers, math.isqrt(spec.visual_tokens)
+    if config.start_layer is None or not 0 <= config.start_layer < layers:
+        raise PlanError(f"proxyv: start_layer is {config.start_layer}, but the model has layers 0..{layers - 1}")
+    if side**2 != spec.visual_tokens or config.reduce_factor < 1 or side % config.reduce_factor:
+        raise PlanError(
+            f"proxyv: reduce_factor is {config.reduce_factor}, which does not divide a grid of {spec.visual_tokens} "
+            "tokens into squares; choose a divisor of its side"
+        )
+    return config
+
+
+def proxies(spec: ModelSpec, config: Config) -> int:
+    """Proxy tokens per crop."""
+    return spec.visual_tokens // config.reduce_factor**2
+
+
+def narrow(d: DecoderSpec) -> int:
+    """Width inside the guided update: a quarter of the decoder's, half of a decoder below 1024."""
+    return d.hidden // (4 if d.hidden >= 1024 else 2)
+
+
+def stages(spec: ModelSpec, config: Config, visual_tokens: int, others: int) -> tuple[Stage, ...]:
+    """Two stages, split at the start layer; one where that is 0."""
+    crops = visual_tokens // spec.visual_tokens
+    counts = Counts(visual_tokens, crops * proxies(spec, config), crops, others - crops)
+    first, last = config.start_layer or 0, spec.decoder.layers
+    full, asking = visual_tokens + others, counts.asking
+    dense = layer_flops(spec.decoder, full, full) + (crops > 1) * _attention_flops(spec.decoder, 1, full)
+    reduced = sum(_layer_flops(spec, config, counts, last=i == last - 1) for i in range(first, last))
+    return (
+        *([Stage(range(first), full, full, full, flops=first * dense)] if first else []),
+        Stage(
+            range(first, last),
+            asking,
+            visual_tokens + asking,
+            full,
+            flops=reduced + _creation_flops(spec, counts, config),
+        ),
+    )
+
+
+def _attention_flops(d: DecoderSpec, queries: int, keys: int) -> int:
+    return 4 * queries * keys * d.heads * d.head_dim
+
+
+def _layer_flops(spec: ModelSpec, config: Config, n: Counts, *, last: bool) -> int:
+    """FLOPs of a layer with proxies; the last one updates no visual tokens, so that its proxies need not ask."""
+    d, q = spec.decoder, narrow(spec.decoder)
+    rows, dkv = n.separators + n.text, d.kv_heads * d.head_dim
+    asking = rows if last else n.asking
+    found = layer_flops(d, asking, 0) + 2 * n.visual * 2 * d.hidden * dkv
+    found += _attention_flops(d, rows, n.visual + rows)
+    if last:
+        return found
+    found += _attention_flops(d, n.proxies, n.proxies + rows)
+    found += 2 * n.visual * (2 * d.hidden * q + 2 * q * q)
+    if not config.learn_proxy:
+        return found + 2 * n.proxies * d.hidden * q
+    return found + 2 * n.visual * (proxies(spec, config) * d.hidden + d.hidden * q)
+
+
+def _creation_flops(spec: ModelSpec, n: Counts, config: Config) -> int:
+    """FLOPs that make learnt proxies, once; pooled ones have no matrix products."""
+    if not config.learn_proxy:
+        return 0
+    d, each = spec.decoder.hidden, proxies(spec, config)
+    return 2 * n.visual * (d * narrow(spec.decoder) + each * narrow(spec.decoder) + each * d)
+
+
+def paper(plan: Plan) -> dict[str, Any]:
+    """The paper's column: share of prefill's FLOPs saved, on 5 crops and 50 text tokens.
+
+    Its convention: attention of every row to every row, also where masked, multiply-accumulates, no lm_head.
+    """
+    d, each = plan.spec.decoder, plan.spec.visual_tokens
+    q, dq, dkv = narrow(d), d.heads * d.head_dim, d.kv_heads * d.head_dim
+    nf, p, t = 5 * each, 5 * proxies(plan.spec, plan.config), 50 + 5
+    linear = 2 * d.hidden * dq + 2 * d.hidden * dkv + 3 * d.hidden * d.ffn
+    full = (nf + t) * linear + 2 * (nf + t) ** 2 * dq
+    update = nf * (2 * d.hidden * q + 2 * q * q) + p * d.hidden * q
+    reduced = nf * 2 * d.hidden * dkv + update + (p + t) * linear + 2 * (p + t) * (nf + p + t) * dq
+    cut = (d.layers - plan.config.start_layer) / d.layers * (1 - reduced / full)
+    return {"name": "ProxyV", "unit": "% of prefill FLOPs saved", "value": 100 * cut, "ratio": 1 - cut}
+
+
+# Weights.
+
+
+def own_weights(plan: Plan) -> int:
+    """Numbers of weights that only ProxyV has and the graphs read."""
+    d, q, start = plan.spec.decoder, narrow(plan.spec.decoder), plan.config.start_layer
+    update = 3 * d.hidden * q + 2 * q * q + d.hidden
+    learnt = d.hidden * q + proxies(plan.spec, plan.config) * q if plan.config.learn_proxy else 0
+    return (d.layers - start - 1) * update + learnt  # the last layer's update changes nothing that is read
+
+
+def extend(parts: Parts, plan: Plan) -> None:
+    """Give the parts ProxyV's weights, under the names of the release."""
+    import torch
+    from torch import nn
+
+    from lvlm_edge.exporter.parts import Linear, Norm, activation
+
+    d, q = plan.spec.decoder.hidden, narrow(plan.spec.decoder)
+
+    def update() -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {
+                "context_proj": Linear(d, q),
+                "input_proj": Linear(d, q),
+                "proj": nn.ModuleDict({"0": Linear(2 * q, q), "2": Linear(q, d)}),
+                "layernorm_post": Norm(d),
+            }
+        )
+
+    updates = plan.spec.decoder.layers - plan.config.start_layer
+    parts.silu = activation("silu")  # whatever the decoder's is
+    parts.vision_mlp_layers = nn.ModuleList(update() for _ in range(updates))
+    if plan.config.learn_proxy:
+        parts.proxyv_initializer = nn.Module()
+        parts.proxyv_initializer.Wk = Linear(d, q)
+        tokens = torch.empty(proxies(plan.spec, plan.config), q)
+        parts.proxyv_initializer.proxyv_tokens = nn.Parameter(tokens)
+
+
+# Where rows stand. An image's rows follow each other: the tokens of a crop, its separator, the next crop.
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of an image, by what is fixed at export: crops of `each` visual tokens and a separator."""
+
+    crops: int
+    each: int
+    proxies: int
+
+    @property
+    def rows(self) -> int:
+        return self.crops * (self.each + 1)
+
+    def visual(self) -> list[int]:
+        return [crop * (self.each + 1) + j for crop in range(self.crops) for j in range(self.each)]
+
+    def separators(self) -> list[int]:
+        return [crop * (self.each + 1) + self.each for crop in range(self.crops)]
+
+    def separator_positions(self) -> list[int]:
+        """As the released code counts: that of a later crop stands where the crop before it ends."""
+        return [max(0, crop - 1) * (self.each + 1) + self.each for crop in range(self.crops)]
+
+    def order(self) -> list[int]:
+        """The rows by position; the first two separators share one."""
+        positions = list(range(self.rows))
+        for row, position in zip(self.separators(), self.separator_positions(), strict=True):
+            positions[row] = position
+        return sorted(range(self.rows), key=lambda row: positions[row])
+
+
+def layout(plan: Plan) -> Layout:
+    return Layout(plan.crops, plan.spec.visual_tokens, proxies(plan.spec, plan.config))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions of the rows by kind, [n] int64 each."""
+
+    visual: Tensor
+    proxies: Tensor
+    rest: Tensor
+
+
+def places(plan: Plan, inputs: dict[str, Tensor]) -> Places:
+    """Positions of visual tokens, of proxies, and of separators and text."""
+    where, start = layout(plan), inputs["visual_index"][:1]
+    separators = start + blocks.constant(where.separator_positions())
+    return Places(
+        visual=start + blocks.constant(where.visual()),
+        proxies=start + blocks.arange(where.crops * where.proxies),
+        rest=blocks.concat([separators, inputs["text_index"]]),
+    )
+
+
+def by_position(plan: Plan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the prompt ordered by position: the order, its inverse, and the positions in it, [S] int64 each."""
+    where = layout(plan)
+    order = where.order()
+    inverse = sorted(range(where.rows), key=lambda i: order[i])
+    positions = list(range(where.rows))
+    for row, position in zip(where.separators(), where.separator_positions(), strict=True):
+        positions[row] = position
+    start, rows = inputs["visual_index"][:1], blocks.arange(plan.prompt_tokens)
+    inside = (rows >= start) & (rows < start + where.rows)
+    local = (rows - start).clamp(0, where.rows - 1)
+
+    def mapped(table: list[int]) -> Tensor:
+        return start + blocks.constant(table).index_select(0, local)
+
+    return tuple(  # type: ignore[return-value]
+        blocks.where(inside, mapped(table), rows) for table in (order, inverse, [positions[row] for row in order])
+    )
+
+
+# Below the start layer.
+
+
+def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+    """Ordinary layers over the whole prompt, every row seeing the positions up to its own."""
+    x, caches = inputs[segment.entry], {}
+    order, inverse, positions = by_position(plan, inputs)
+    several = plan.crops > 1
+    if several:
+        x = x.index_select(1, order)
+    for i in segment.layers:
+        layer, (group,) = parts.layers[i], plan.groups(i)
+        query, key, value = blocks.project(parts, layer, x, positions[None])
+        attended = parts.ops.attend(query, key, value, positions[None])
+        if several:
+            attended = _tied(parts, plan, inputs, attended, (query, key, value))
+        caches |= parts.ops.store(inputs, group, key, value)
+        x = blocks.finish(parts, layer, x, attended)
+    assert segment.result is not None
+    return {segment.result: x.index_select(1, inverse) if several else x, **caches}
+
+
+def _tied(
+    parts: Parts, plan: Plan, inputs: dict[str, Tensor], attended: Tensor, heads: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """The result with one row replaced: the first separator sees the second, which has its position and comes next."""
+    query, key, value = heads
+    row = inputs["visual_index"][:1] + plan.spec.visual_tokens
+    rows = blocks.arange(plan.prompt_tokens)
+    alone = parts.ops.attend_where(query.index_select(2, row), key, value, (rows <= row + 1)[None])
+    return blocks.where((rows == row)[None, None, :, None], alone, attended)
+
+
+# From the start layer on.
+
+
+def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+    """Layers in which proxies, separators and text ask; visual tokens give keys and values, and are updated."""
+    where, at = layout(plan), places(plan, inputs)
+    if segment.layers.start == plan.config.start_layer:
+        state = _start(parts, plan, inputs, inputs[segment.entry])
+    else:
+        state = {name: inputs[f"{name}.{segment.layers.start}"] for name in _state_names(plan)}
+    full, proxy, rest = state["full"], state["proxy"], state["rest"]
+    caches: dict[str, Tensor] = {}
+    for i in segment.layers:
+        layer, last, (group,) = parts.layers[i], i == plan.spec.decoder.layers - 1, plan.groups(i)
+        asking = rest if last else blocks.concat([proxy, rest], 1)
+        positions = at.rest if last else blocks.concat([at.proxies, at.rest])
+        query, key, value = blocks.project(parts, layer, asking, positions[None])
+        seen_key, seen_value = blocks.keys_and_values(parts, layer, full, at.visual[None])
+        n = 0 if last else where.crops * where.proxies
+        text_key, text_value = key[:, :, n:], value[:, :, n:]
+        stored = blocks.concat([seen_key, text_key], 2), blocks.concat([seen_value, text_value], 2)
+        attended = parts.ops.attend_where(query[:, :, n:], *stored, _before(at.rest, at.visual, at.rest))
+        if not last:
+            guides = parts.ops.attend_where(query[:, :, :n], key, value, _before(at.proxies, at.proxies, at.rest))
+            attended = blocks.concat([guides, attended], 2)
+        caches |= parts.ops.store(inputs, group, *stored)
+        asking = blocks.finish(parts, layer, asking, attended)
+        rest = asking[:, n:]
+        if not last:
+            proxy = asking[:, :n]
+            guide = partial(_learnt_guide, state["share"]) if plan.config.learn_proxy else partial(_grid_guide, plan)
+            full = update(parts, i - plan.config.start_layer, full, proxy, guide)
+    if segment.result is None:
+        row = inputs["last_index"] + (where.crops - where.rows)
+        return {"logits": blocks.logits(parts, rest, row), **caches}
+    state |= {"full": full, "proxy": proxy, "rest": rest}
+    return {f"{name}.{segment.layers.stop}": state[name] for name in _state_names(plan)} | caches
+
+
+def _before(queries: Tensor, *keys: Tensor) -> Tensor:
+    """Whether each key's position is at most each query's, [queries, keys], bool."""
+    return blocks.concat(keys)[None] <= queries[:, None]
+
+
+def _start(parts: Parts, plan: Plan, inputs: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """The kinds of rows apart, and the proxies, from the hidden states that enter the start layer."""
+    where, start = layout(plan), inputs["visual_index"][:1]
+    full = x.index_select(1, start + blocks.constant(where.visual()))
+    rest = blocks.concat([start + blocks.constant(where.separators()), inputs["text_index"]])
+    state = {"full": full, "rest": x.index_select(1, rest)}
+    if not plan.config.learn_proxy:
+        return state | {"proxy": pooled(full, where.crops, math.isqrt(where.each), plan.config.reduce_factor)}
+    proxy, share = learnt(parts, full.reshape(where.crops, where.each, -1))
+    return state | {"proxy": proxy, "share": share}
+
+
+def pooled(full: Tensor, crops: int, side: int, factor: int) -> Tensor:
+    """Each crop's grid made smaller by bilinear interpolation with half-pixel centres, [1, crops * P, D].
+
+    For an even factor that is the mean of the four tokens around the middle of a block, for an odd one the middle.
+    """
+    few, width = side // factor, full.shape[-1]
+    grid = full.reshape(crops * few, factor, few, factor, width)
+    first, count = (factor - 1) // 2, 2 - factor % 2
+    middle = grid[:, first : first + count, :, first : first + count]
+    found: Tensor = middle.mean((1, 3)) if count > 1 else middle
+    return found.reshape(1, crops * few * few, width)
+
+
+def learnt(parts: Parts, full: Tensor) -> tuple[Tensor, Tensor]:
+    """Proxies as learnt mixtures of each crop's tokens [crops, V, D]: [1, crops * P, D], and how they are spread.
+
+    The second is the association [crops, V, P], by which a token takes its guidance from the proxies.
+    """
+    tokens = parts.proxyv_initializer.proxyv_tokens
+    scores = (parts.proxyv_initializer.Wk(full) @ tokens.t()).float() * tokens.shape[1] ** -0.5  # [crops, V, P]
+    mixed = scores.transpose(1, 2).softmax(-1).to(full.dtype) @ full
+    return mixed.reshape(1, -1, full.shape[-1]), scores.softmax(-1).to(full.dtype)
+
+
+def update(parts: Parts, index: int, full: Tensor, proxy: Tensor, guide: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Visual tokens [1, V, D] after a layer's guided update by its proxies."""
+    mlp = parts.vision_mlp_layers[index]
+    inside = blocks.concat([mlp["input_proj"](full), guide(mlp["context_proj"], proxy)], -1)
+    total = mlp["proj"]["2"](parts.silu(mlp["proj"]["0"](inside))) + full
+    found: Tensor = parts.ops.rms_norm(total, mlp["layernorm_post"].weight, parts.spec.decoder.eps)
+    return found
+
+
+def _grid_guide(plan: Plan, context: Any, proxy: Tensor) -> Tensor:
+    """Every token of a block gets its proxy's context, [1, V, q]."""
+    side, factor = math.isqrt(plan.spec.visual_tokens), plan.config.reduce_factor
+    few, narrowed = side // factor, context(proxy)
+    width = narrowed.shape[-1]
+    blocks_ = narrowed.reshape(plan.crops * few, 1, few, 1, width).expand(-1, factor, -1, factor, -1)
+    found: Tensor = blocks_.reshape(1, plan.crops * side * side, width)
+    return found
+
+
+def _learnt_guide(share: Tensor, context: Any, proxy: Tensor) -> Tensor:
+    """Every token gets its share [crops, V, P] of the crop's proxies, [1, V, q]."""
+    spread = share @ proxy.reshape(share.shape[0], share.shape[2], -1)
+    found: Tensor = context(spread.reshape(1, -1, proxy.shape[-1]))
+    return found
+
+
+def _state_names(plan: Plan) -> tuple[str, ...]:
+    return ("full", "proxy", "rest", *(("share",) if plan.config.learn_proxy else ()))
+
+
+def _state(plan: Plan, layer: int) -> tuple[TensorInfo, ...]:
+    """What passes between graphs of the tail, named after the layer that it enters."""
+    where, d = layout(plan), plan.spec.decoder.hidden
+    shapes = {
+        "full": (1, where.crops * where.each, d),
+        "proxy": (1, where.crops * where.proxies, d),
+        "rest": (1, where.crops + plan.text_tokens, d),
+        "share": (where.crops, where.each, where.proxies),
+    }
+    return tuple(TensorInfo(f"{name}.{layer}", plan.dtype, shapes[name]) for name in _state_names(plan))
+
+
+def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
+    """vision, prefill_head (layers below the start layer), prefill_tail, decode."""
+    shapes = blocks.Shapes(plan)
+    first, layers = plan.config.start_layer, plan.spec.decoder.layers
+    visual = shapes.index("visual_index", plan.visual_tokens + plan.separators)
+    heads = blocks.segments(plan, "prefill_head", range(first), "inputs_embeds", "hidden") if first else ()
+    tails = blocks.segments(plan, "prefill_tail", range(first, layers), "hidden" if first else "inputs_embeds")
+    return (
+        blocks.vision_graph(plan),
+        *(_head_graph(plan, segment, visual) for segment in heads),
+        *(_tail_graph(plan, segment, visual) for segment in tails),
+        *blocks.decode_graphs(plan, ()),
+    )
+
+
+def _head_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> blocks.GraphSpec:
+    shapes = blocks.Shapes(plan)
+    assert segment.result is not None
+    return blocks.GraphSpec(
+        name=segment.name,
+        role="prefill",
+        inputs=(
+            shapes.hidden(segment.entry, plan.prompt_tokens),
+            visual,
+            *blocks.prefill_inputs(plan, segment.layers),
+        ),
+        outputs=(
+            shapes.hidden(segment.result, plan.prompt_tokens),
+            *blocks.prefill_outputs(plan, segment.layers),
+        ),
+        body=partial(head, segment=segment),
+    )
+
+
+def _tail_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> blocks.GraphSpec:
+    shapes = blocks.Shapes(plan)
+    starts = segment.layers.start == plan.config.start_layer
+    entry = (shapes.hidden(segment.entry, plan.prompt_tokens),) if starts else _state(plan, segment.layers.start)
+    last = (shapes.index("last_index", 1),) if segment.result is None else ()
+    return blocks.GraphSpec(
+        name=segment.name,
+        role="prefill",
+        inputs=(
+            *entry,
+            visual,
+            shapes.index("text_index", plan.text_tokens),
+            *last,
+            *blocks.prefill_inputs(plan, segment.layers),
+        ),
+        outputs=(
+            *((shapes.logits(),) if segment.result is None else _state(plan, segment.layers.stop)),
+            *blocks.prefill_outputs(plan, segment.layers),
+        ),
+        body=partial(tail, segment=segment),
+    )
