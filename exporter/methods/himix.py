@@ -84,7 +84,8 @@ def extend(parts: Parts, plan: Plan) -> None:
 
 def image_kv(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Caches with every layer's keys and values of the images' features [1, N, D_v] at their start."""
-    d, caches = plan.spec.decoder, {}
+    d = plan.spec.decoder
+    caches: dict[str, Tensor] = {}
     for i, layer in enumerate(parts.layers):
         normed = parts.ops.rms_norm(inputs["image_features"], layer.input_layernorm_img.weight, d.eps)
         key, value = (blocks.split_heads(p(normed), d.kv_heads) for p in (layer.k_proj_img, layer.v_proj_img))

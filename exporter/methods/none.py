@@ -9,7 +9,6 @@ from lvlm_edge.exporter import blocks
 from lvlm_edge.exporter.planning import Plan, Stage
 from lvlm_edge.exporter.spec import ModelSpec
 
-
 SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
 
 

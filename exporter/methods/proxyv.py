@@ -9,7 +9,7 @@ take positions of their own. A cache holds every visual token, and decode is a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -154,10 +154,10 @@ def own_weights(plan: Plan) -> int:
     d, q, start = plan.spec.decoder, narrow(plan.spec.decoder), plan.config.start_layer
     update = 3 * d.hidden * q + 2 * q * q + d.hidden
     learnt = d.hidden * q + proxies(plan.spec, plan.config) * q if plan.config.learn_proxy else 0
-    return (d.layers - start - 1) * update + learnt  # the last layer's update changes nothing that is read
+    return int((d.layers - start - 1) * update + learnt)  # the last layer's update changes nothing that is read
 
 
-def extend(parts: Parts, plan: Plan) -> None:
+def extend(parts: Any, plan: Plan) -> None:
     """Give the parts ProxyV's weights, under the names of the release."""
     import torch
     from torch import nn
@@ -268,7 +268,8 @@ def by_position(plan: Plan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 
 def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
     """Ordinary layers over the whole prompt, every row seeing the positions up to its own."""
-    x, caches = inputs[segment.entry], {}
+    x = inputs[segment.entry]
+    caches: dict[str, Tensor] = {}
     order, inverse, positions = by_position(plan, inputs)
     several = plan.crops > 1
     if several:
@@ -365,7 +366,7 @@ def pooled(full: Tensor, crops: int, side: int, factor: int) -> Tensor:
     return found.reshape(1, crops * few * few, width)
 
 
-def learnt(parts: Parts, full: Tensor) -> tuple[Tensor, Tensor]:
+def learnt(parts: Any, full: Tensor) -> tuple[Tensor, Tensor]:
     """Proxies as learnt mixtures of each crop's tokens [crops, V, D]: [1, crops * P, D], and how they are spread.
 
     The second is the association [crops, V, P], by which a token takes its guidance from the proxies.
@@ -376,7 +377,7 @@ def learnt(parts: Parts, full: Tensor) -> tuple[Tensor, Tensor]:
     return mixed.reshape(1, -1, full.shape[-1]), scores.softmax(-1).to(full.dtype)
 
 
-def update(parts: Parts, index: int, full: Tensor, proxy: Tensor, guide: Callable[[Any, Tensor], Tensor]) -> Tensor:
+def update(parts: Any, index: int, full: Tensor, proxy: Tensor, guide: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """Visual tokens [1, V, D] after a layer's guided update by its proxies."""
     mlp = parts.vision_mlp_layers[index]
     inside = blocks.concat([mlp["input_proj"](full), guide(mlp["context_proj"], proxy)], -1)

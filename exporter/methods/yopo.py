@@ -2,8 +2,8 @@
 
 The release is a simulation by masks, and it zeroes attention to visual tokens after the softmax, where their share is
 already taken. Two semantics follow: `released` computes just that, so that published checkpoints say what they say in
-PyTorch, and saves little; `dropped` removes what the simulation stands for: from the cutoff layer on there are no visual
-tokens, below it they have the kept heads and the first FFN channels alone, and pruned heads see only text.
+PyTorch, and saves little; `dropped` removes what the simulation stands for: from the cutoff layer on there are no
+visual tokens, below it they have the kept heads and the first FFN channels alone, and pruned heads see only text.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
         x = inputs[segment.entry]
         visual, text = (x.index_select(1, inputs[name]) for name in ("visual_index", "text_index"))
     else:
-        visual, text = inputs.get(f"visual.{first}"), inputs[f"text.{first}"]
+        text = inputs[f"text.{first}"]
+        visual = inputs.get(f"visual.{first}", text)  # nobody reads it where there is none
     sees = seen(plan, inputs) if first < limit(plan) else None
     caches: dict[str, Tensor] = {}
     for i in segment.layers:
@@ -261,7 +262,9 @@ def _dropped(
     layer, found, last = parts.layers[i], heads(plan, i), i == limit(plan) - 1
     groups, at = plan.groups(i), inputs["text_index"][None]
     query, key, value = blocks.project(parts, layer, text, at)
-    results, written, attended = [], {}, None
+    results: list[tuple[tuple[int, ...], Tensor]] = []
+    written: dict[str, Tensor] = {}
+    attended = None
     if found.kept:
         asked, *own = _visual_heads(parts, layer, visual, inputs["visual_index"][None], found, asks=not last)
         rows = [blocks.concat([o, blocks.pick(x, found.kept_kv)], 2) for o, x in zip(own, (key, value), strict=True)]
@@ -340,7 +343,7 @@ def _finish_visual(
     """Output projection of the kept heads, residual, the first FFN channels, residual."""
     n, out = channels(plan.spec, plan.config), layer.o_proj
     if attended is not None:
-        weight = out.weight
+        weight: Tensor = out.weight
         if len(kept) < plan.spec.decoder.heads:
             by_head = weight.reshape(plan.spec.decoder.heads, -1, weight.shape[1]).index_select(
                 0, blocks.constant(kept)

@@ -1,0 +1,204 @@
+"""ProxyV, YOPO and HiMix as bundles, against their released code's outputs and PyTorch references."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from lvlm_edge.exporter import references
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.kv_cache import Layout
+from tests import originals
+
+CHECKPOINTS = {"proxyv": "proxyv_f2", "yopo": "yopo_w7", "himix": "himix_mha"}
+GRIDS = {1: None, 3: (1, 2), 4: (3, 1), 5: (2, 2)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with `method_oracle` runs once per public case of the three methods."""
+    if "method_oracle" in metafunc.fixturenames:
+        from tests.conftest import ORACLES
+
+        cases = [(m, path.stem) for m in CHECKPOINTS for path in sorted((ORACLES / m).glob("*.json"))]
+        metafunc.parametrize("method_oracle", cases or [("proxyv", "missing")])
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """`originals.build`, each checkpoint once."""
+    made: dict[str, Path] = {}
+
+    def build(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
+        return made[key]
+
+    return build
+
+
+@pytest.mark.parametrize("lowering", ["modern", "legacy"])
+def test_the_bundle_gives_the_released_codes_tokens_and_logits(method_oracle, oracles, export_once, lowering):
+    method, name = method_oracle
+    case = json.loads((oracles / method / f"{name}.json").read_text())
+    tensors = load_file(oracles / method / f"{name}.safetensors")
+    options = {"grid": GRIDS[case["num_crops"]]} if method == "proxyv" else {}
+    checkpoint = oracles / CHECKPOINTS[method]
+    pipe = Pipeline.load(export_once(checkpoint, method=method, lowering=lowering, **options))
+
+    expected = case["expected_new_token_ids"]
+    found = pipe.generate_tokens(
+        case["prompt_token_ids"], tensors["pixel_values"], max_new_tokens=len(expected), ignore_eos=True
+    )
+
+    assert found.token_ids == expected
+    assert np.abs(found.logits - tensors["step_logits"]).max() < 1e-3
+    lengths = list(Layout(pipe.manifest.cache, pipe.manifest.dtype).lengths(found.prompt_tokens))
+    assert lengths == case.get("cache_lengths_after_prefill", lengths)
+
+
+PROXYV = {
+    "gqa": ({"kv_heads": 2}, 3),
+    "one crop": ({}, 1),
+    "four crops": ({"kv_heads": 1}, 4),
+    "more proxies than tokens of a crop": ({}, 5),  # 5 x 4 > 16: proxies see separators
+    "start layer 0": ({"start_layer": 0}, 3),
+    "start layer 0, one crop": ({"start_layer": 0}, 1),
+    "last layer only": ({"start_layer": 3}, 3),
+    "factor 4 on 8 x 8": ({"side": 8, "reduce_factor": 4}, 3),
+    "odd factor": ({"side": 6, "reduce_factor": 3}, 5),
+    "factor 1": ({"reduce_factor": 1}, 3),
+    "learnt": ({"learn_proxy": True}, 1),
+    "learnt, five crops, gqa": ({"learn_proxy": True, "kv_heads": 2}, 5),
+    "learnt from layer 0": ({"learn_proxy": True, "start_layer": 0}, 3),
+    "qwen2": ({"decoder": "qwen2", "kv_heads": 2}, 3),
+    "phi3": ({"decoder": "phi3"}, 3),
+}
+PLACES = ((12, 5), (30, 1), (3, 2), (40, 35))  # text tokens, and how many come before the image
+
+
+@pytest.mark.parametrize("lowering", ["modern", "legacy"])
+@pytest.mark.parametrize("name", PROXYV)
+def test_proxyv_says_what_its_reference_says(original, export_once, name, lowering):
+    options, crops = PROXYV[name]
+    checkpoint = original(method="proxyv", **options)
+    bundle = export_once(checkpoint, method="proxyv", grid=GRIDS[crops], lowering=lowering)
+
+    side = options.get("side", 4)
+    agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels(side, crops=crops)) for at in PLACES])
+
+
+YOPO = {
+    "uneven heads": {},
+    "gqa, uneven within groups": {"kv_heads": 2, "head_mask": ["1111", "1111", "1000", "0111", "0101", "0011"]},
+    "gqa, whole groups": {"kv_heads": 2, "head_mask": ["1111", "1100", "0011", "0000", "1100", "1111"]},
+    "no head kept": {"head_mask": ["0000"] * 6},
+    "all heads kept, no cutoff": {"head_mask": ["1111"] * 6, "cutoff": 6},
+    "uneven heads, no cutoff": {"cutoff": 6, "kv_heads": 1},
+    "cutoff 1": {"cutoff": 1},
+    "wide window": {"window": 7, "cutoff": 5},
+    "window 1": {"window": 1, "cutoff": 4},
+    "ratio 1.5": {"ffn_ratio": 1.5, "cutoff": 4},
+    "qwen2": {"decoder": "qwen2", "kv_heads": 2, "cutoff": 4},
+    "phi3": {"decoder": "phi3", "cutoff": 4},
+}
+
+
+@pytest.mark.parametrize("semantics", ["released", "dropped"])
+@pytest.mark.parametrize(("name", "lowering"), [(n, "modern") for n in YOPO] + [(n, "legacy") for n in list(YOPO)[:4]])
+def test_yopo_says_what_its_reference_says(original, export_once, name, semantics, lowering):
+    checkpoint = original(method="yopo", layers=6, **YOPO[name])
+    bundle = export_once(checkpoint, method="yopo", semantics=semantics, lowering=lowering)
+
+    agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels()) for at in PLACES], semantics=semantics)
+
+
+HIMIX = {
+    "mha": ({}, 1),
+    "gqa": ({"kv_heads": 2}, 1),
+    "two images": ({"kv_heads": 1}, 2),
+    "qwen2, which has biases": ({"decoder": "qwen2", "kv_heads": 2}, 1),
+    "tied": ({"tied": True}, 3),
+}
+
+
+@pytest.mark.parametrize("lowering", ["modern", "legacy"])
+@pytest.mark.parametrize("name", HIMIX)
+def test_himix_says_what_its_reference_says(original, export_once, name, lowering):
+    options, images = HIMIX[name]
+    checkpoint = original(method="himix", **options)
+    bundle = export_once(checkpoint, method="himix", num_images=images, lowering=lowering)
+
+    cases = [(originals.prompt(*at, images=images), originals.pixels(crops=images)) for at in PLACES]
+    agree(bundle, checkpoint, cases)
+
+
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_a_graph_per_layer_says_the_same(original, export_once, method):
+    checkpoint = original(method=method, layers=6)
+    more = {"proxyv": {"grid": (1, 2)}, "yopo": {"semantics": "dropped"}, "himix": {}}[method]
+    bundle = export_once(checkpoint, method=method, max_graph_gb=1e-6, **more)
+
+    crops = 3 if method == "proxyv" else 1
+    changed = {"semantics": "dropped"} if method == "yopo" else {}
+    agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels(crops=crops))], **changed)
+
+
+def test_learnt_proxies_pass_from_graph_to_graph(original, export_once):
+    checkpoint = original(method="proxyv", learn_proxy=True)
+    bundle = export_once(checkpoint, method="proxyv", max_graph_gb=1e-6)
+
+    agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels())])
+
+
+@pytest.mark.parametrize("grid", [None, (1, 2)])
+def test_a_checkpoint_of_proxyv_runs_without_it(original, export_once, grid):
+    checkpoint = original(method="proxyv")
+    bundle = export_once(checkpoint, method="none", grid=grid)
+
+    crops = 1 if grid is None else 3
+    agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels(crops=crops)) for at in PLACES])
+
+
+def agree(bundle: Path, checkpoint: Path, cases: list[tuple[list[int], torch.Tensor]], **changed: Any) -> None:
+    """Tokens equal and logits within 1e-4 of the reference, all prompts through one pipeline, the longest first too."""
+    pipe, model = Pipeline.load(bundle), references.load(checkpoint)
+    config = originals.method_config(checkpoint, **changed) if pipe.manifest.method != "none" else {}
+    run = references.module(pipe.manifest.method).run
+    for prompt, pixels in itertools.chain(cases, cases[:1]):
+        expected = run(model, config, prompt, pixels, 6)
+
+        found = pipe.generate_tokens(prompt, pixels.numpy(), max_new_tokens=6, ignore_eos=True)
+
+        assert found.token_ids == expected.tokens
+        np.testing.assert_allclose(found.logits, expected.logits.numpy(), atol=1e-4)
+
+
+def test_himix_looks_at_an_image_once_for_several_prompts(original, export_once):
+    pipe = Pipeline.load(export_once(original(method="himix"), method="himix"))
+    pixels = originals.pixels().numpy()
+    pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
+    ran = []
+    pipe._sessions = {  # type: ignore[assignment]
+        name: dataclasses.make_dataclass("Counted", ["run"])(lambda n=name, s=session: (ran.append(n), s.run()))
+        for name, session in pipe._sessions.items()
+    }
+
+    again = pipe.generate_tokens(originals.prompt(20, 3, seed=1), pixels, max_new_tokens=4)
+    seen = set(ran)
+    other = pipe.generate_tokens(originals.prompt(20, 3, seed=1), -pixels, max_new_tokens=4)
+
+    assert seen == {"prefill", "decode"}
+    assert set(ran) == {"vision", "image_kv", "prefill", "decode"}
+    fresh = Pipeline.load(pipe.bundle.folder)
+    first = fresh.generate_tokens(originals.prompt(20, 3, seed=1), pixels, max_new_tokens=4)
+    np.testing.assert_array_equal(again.logits, first.logits)
+    assert np.abs(other.logits - first.logits).max() > 1e-3
