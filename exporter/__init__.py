@@ -18,7 +18,6 @@ def plan(
     method: str = "none",
     device: str | Profile | None = None,
     weights: str = "as-is",
-    share_weights: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Stages, token counts, FLOPs and bytes of a checkpoint under a method, as `plan --json`; reads config.json only.
@@ -28,7 +27,6 @@ def plan(
         method: token reduction.
         device: profile to predict the fit on, under `fit`.
         weights: format of the decoder's matrices in that prediction: as-is, int8 or int4.
-        share_weights: predict engines that share one copy of the weights.
         options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
     """
     from lvlm_edge.exporter import fit, planning, profiles
@@ -37,13 +35,11 @@ def plan(
     report = planning.report(made)
     if device is not None:
         profile = profiles.find(device) if isinstance(device, str) else device
-        report["fit"] = fit.report(made, profile, weights=weights, share_weights=share_weights)
+        report["fit"] = fit.report(made, profile, weights=weights)
     return report
 
 
-def check_fit(
-    source: str | Path, device: str | Profile, *, method: str = "none", share_weights: bool = False, **options: Any
-) -> None:
+def check_fit(source: str | Path, device: str | Profile, *, method: str = "none", **options: Any) -> None:
     """Nothing, if a checkpoint exported that way can be built and run on a device; reads config.json only.
 
     Raises:
@@ -52,7 +48,7 @@ def check_fit(
     from lvlm_edge.exporter import fit, profiles
 
     profile = profiles.find(device) if isinstance(device, str) else device
-    fit.check(_make(source, method, options), profile, share_weights=share_weights)
+    fit.check(_make(source, method, options), profile)
 
 
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:

@@ -6,18 +6,23 @@ Torch is imported when a function runs, so that reading a method's settings does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter import lowerings
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import CacheGroup, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lvlm_edge.exporter.parts import DecoderLayer, Parts
+
+
+Body = Callable[[Any, Plan, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +32,19 @@ class GraphSpec:
     Attributes:
         role: `image`, `prefill` or `decode` (see the manifest).
         body: (parts, plan, inputs by name) -> outputs by name.
+        dynamic_rows: the graph takes any number of rows up to this one; None where its shapes are fixed.
+        file: name of the graph that is traced, where this one runs it with other shapes.
+        names: what that graph calls a tensor, where the name differs.
     """
 
     name: str
     role: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    body: Callable[[Any, Plan, dict[str, Any]], dict[str, Any]]
+    body: Body
+    dynamic_rows: int | None = None
+    file: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,39 @@ def ascending(indices: Tensor) -> Tensor:
     return values.long()
 
 
-def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
-    """What the layers' caches need as inputs of a prefill graph."""
-    return tuple(lowerings.load(plan.lowering).prefill_inputs(plan, layers))
+def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of [1, heads, rows, D_h], in that order; the tensor itself where that is all of them."""
+    if heads == tuple(range(x.shape[1])):
+        return x
+    import torch
+
+    return x.index_select(1, torch.tensor(heads))
 
 
-def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
-    """What a prefill graph returns for the layers' caches after that many rows."""
-    return tuple(lowerings.load(plan.lowering).prefill_outputs(plan, layers, rows))
+@dataclass(frozen=True)
+class Segment:
+    """A run of layers that is one graph.
+
+    Attributes:
+        entry: name of the hidden states it reads.
+        result: name of those it returns; None where it returns logits.
+    """
+
+    name: str
+    layers: range
+    entry: str
+    result: str | None
+
+
+def segments(plan: Plan, name: str, layers: range, entry: str, result: str | None = None) -> tuple[Segment, ...]:
+    """Layers as graphs no larger than the plan allows; numbered where they are several."""
+    runs = plan.segments(layers)
+    names = [name] if len(runs) == 1 else [f"{name}.{i}" for i in range(len(runs))]
+    states = [entry, *(f"hidden.{run.start}" for run in runs[1:]), result]
+    return tuple(
+        Segment(names[i], run, str(states[i]), states[i + 1])  # only the last state can be None
+        for i, run in enumerate(runs)
+    )
 
 
 def project(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,22 +161,30 @@ def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Te
 
 
 def prefill_layers(
-    parts: Parts, plan: Plan, layers: Iterable[int], inputs: dict[str, Tensor], entry: str
+    parts: Parts, plan: Plan, layers: Iterable[int], inputs: dict[str, Tensor], x: Tensor, positions: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """Layers over fresh rows with causal attention; right padding needs no mask of its own.
+    """Layers over the rows of a prompt, with causal attention; right padding needs no mask of its own.
 
     Args:
-        inputs: `entry` [1, S, D], `position_ids` [1, S], and what `prefill_inputs` names.
+        inputs: what the lowering wants for caches (`prefill_inputs`, or `shared_inputs` where weights are shared).
+        x: hidden states, [1, S, D].
+        positions: [1, S], ascending.
 
     Returns:
-        hidden states after the last layer, its rotated (query, key), and the caches' outputs by name.
+        hidden states after the last layer, its rotated query and the rotated keys, and the caches' outputs by name.
     """
-    x, positions = inputs[entry], inputs["position_ids"]
     caches: dict[str, Tensor] = {}
     for i in layers:
+        (group,) = plan.groups(i)
         query, key, value = project(parts, parts.layers[i], x, positions)
-        caches |= parts.ops.store(inputs, i, key, value)
-        x = finish(parts, parts.layers[i], x, parts.ops.attend(query, key, value, positions))
+        if plan.share_weights:
+            attended, written = parts.ops.extend(inputs, group, query, key, value, positions)
+            key = written[f"{PRESENT}.{group.name}.key"]
+        else:
+            attended = parts.ops.attend(query, key, value, positions)
+            written = parts.ops.store(inputs, group, key, value)
+        caches |= written
+        x = finish(parts, parts.layers[i], x, attended)
     return x, (query, key), caches
 
 
@@ -183,37 +227,155 @@ def _vision(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Te
     return {"image_features": features, "image_embeds": embeds}
 
 
-def decode_graph(plan: Plan) -> GraphSpec:
-    """One token through every layer, each with its own cache capacity, from one cache length."""
+def prefill_graph(
+    plan: Plan,
+    segment: Segment,
+    rows: int,
+    *,
+    kept: str = "",
+    inputs: tuple[TensorInfo, ...] = (),
+    outputs: tuple[TensorInfo, ...] = (),
+    body: Body | None = None,
+) -> GraphSpec:
+    """A segment over the rows of a prompt.
+
+    Args:
+        kept: prefix of the names of positions and last row, `kept_` after a reduction.
+        inputs: further ones, for a `body` of its own.
+        body: by default the layers with causal attention, and logits at the end.
+    """
     shapes, ops = Shapes(plan), lowerings.load(plan.lowering)
-    layers = range(plan.spec.decoder.layers)
+    positions, last = f"{kept}position_ids", f"{kept}last_index"
+    ends = segment.result is None
+    wanted = (shapes.index(last, 1),) if ends or inputs else ()
+    before = ops.shared_inputs if plan.share_weights else ops.prefill_inputs
     return GraphSpec(
-        name="decode",
-        role="decode",
+        name=segment.name,
+        role="prefill",
         inputs=(
-            shapes.hidden("inputs_embeds", 1),
-            shapes.index("position_ids", 1, 1),
-            shapes.index("cache_length", 1),
-            *ops.decode_inputs(plan, layers),
+            shapes.hidden(segment.entry, rows),
+            shapes.index(positions, 1, rows),
+            *wanted,
+            *inputs,
+            *before(plan, segment.layers),
         ),
-        outputs=(shapes.logits(), *ops.decode_outputs(plan, layers)),
-        body=_decode,
+        outputs=(
+            shapes.logits() if segment.result is None else shapes.hidden(segment.result, rows),
+            *outputs,
+            *ops.prefill_outputs(plan, segment.layers),
+        ),
+        body=body or partial(_prefill, segment=segment, positions=positions, last=last),
+        dynamic_rows=rows if plan.share_weights else None,
     )
 
 
-def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    x, positions = inputs["inputs_embeds"], inputs["position_ids"]
+def _prefill(
+    parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: Segment, positions: str, last: str
+) -> dict[str, Tensor]:
+    x, _, caches = prefill_layers(parts, plan, segment.layers, inputs, inputs[segment.entry], inputs[positions])
+    if segment.result is None:
+        return {"logits": logits(parts, x, inputs[last]), **caches}
+    return {segment.result: x, **caches}
+
+
+def decode_graphs(plan: Plan, prefill: Sequence[GraphSpec]) -> tuple[GraphSpec, ...]:
+    """One token through every layer, each cache with its own capacity, from one cache length.
+
+    Args:
+        prefill: the graphs of a prompt, in order; where weights are shared they are those of decode too.
+    """
+    if plan.share_weights:
+        return _shared_decode(plan, [graph for graph in prefill if graph.dynamic_rows])
+    shapes, ops = Shapes(plan), lowerings.load(plan.lowering)
+    return tuple(
+        GraphSpec(
+            name=segment.name,
+            role="decode",
+            inputs=(
+                shapes.hidden(segment.entry, 1),
+                shapes.index("position_ids", 1, 1),
+                shapes.index("cache_length", 1),
+                *ops.decode_inputs(plan, segment.layers),
+            ),
+            outputs=(
+                shapes.logits() if segment.result is None else shapes.hidden(segment.result, 1),
+                *ops.decode_outputs(plan, segment.layers),
+            ),
+            body=partial(_decode, segment=segment),
+        )
+        for segment in segments(plan, "decode", range(plan.spec.decoder.layers), "inputs_embeds")
+    )
+
+
+def _shared_decode(plan: Plan, graphs: Sequence[GraphSpec]) -> tuple[GraphSpec, ...]:
+    """The graphs of a prompt once more, for one row; each reads the hidden states that the one before returns."""
+    found: list[GraphSpec] = []
+    state = graphs[0].inputs[0].name
+    for graph in graphs:
+        rows = graph.dynamic_rows
+        assert rows is not None
+        names = {graph.inputs[0].name: state} | {t.name: t.name.removeprefix("kept_") for t in graph.inputs[1:]}
+        single = [
+            tuple(replace(t, name=names.get(t.name, t.name), shape=one_row(t, rows)) for t in tensors)
+            for tensors in (graph.inputs, graph.outputs)
+        ]
+        found.append(
+            replace(
+                graph,
+                name="decode" if len(graphs) == 1 else f"decode.{len(found)}",
+                role="decode",
+                inputs=single[0],
+                outputs=single[1],
+                file=graph.name,
+                names={to: name for name, to in names.items() if to != name},
+            )
+        )
+        state = graph.outputs[0].name
+    return tuple(found)
+
+
+def one_row(info: TensorInfo, rows: int) -> tuple[int, ...]:
+    """Shape of a tensor of a graph with a number of rows given at run time, when that number is 1."""
+    axis = row_axis(info, rows)
+    return info.shape if axis is None else (*info.shape[:axis], 1, *info.shape[axis + 1 :])
+
+
+def row_axis(info: TensorInfo, rows: int) -> int | None:
+    """The axis of a tensor along which a prompt's rows lie; None for caches and what has one value per prompt."""
+    cache = info.name.startswith((PAST, PRESENT))
+    return 1 if len(info.shape) in (2, 3) and info.shape[1] == rows and not cache and info.name != "score" else None
+
+
+def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: Segment) -> dict[str, Tensor]:
+    x, positions, length = inputs[segment.entry], inputs["position_ids"], inputs["cache_length"]
     caches: dict[str, Tensor] = {}
     # One length input: two independent ones stop TensorRT-RTX's compiler, a derived one does not.
-    slots = {n: inputs["cache_length"] - n if n else inputs["cache_length"] for n in sorted(_dropped(plan))}
-    for i in range(plan.spec.decoder.layers):
-        slot = slots[plan.dropped(i)]
+    slots = {n: length - n if n else length for n in sorted(_dropped(plan, segment.layers))}
+    for i in segment.layers:
         query, key, value = project(parts, parts.layers[i], x, positions)
-        attended, outputs = parts.ops.append(inputs, i, query, key, value, slot)
-        caches |= outputs
-        x = finish(parts, parts.layers[i], x, attended)
-    return {"logits": _head(parts, x), **caches}
+        attended = []
+        for group in plan.groups(i):
+            heads = pick(query, group.queries), pick(key, group.kv_heads), pick(value, group.kv_heads)
+            result, outputs = parts.ops.append(inputs, group, *heads, slots[group.dropped])
+            attended.append(result)
+            caches |= outputs
+        x = finish(parts, parts.layers[i], x, merged(plan.groups(i), attended))
+    if segment.result is None:
+        return {"logits": _head(parts, x), **caches}
+    return {segment.result: x, **caches}
 
 
-def _dropped(plan: Plan) -> set[int]:
-    return {plan.dropped(i) for i in range(plan.spec.decoder.layers)}
+def merged(groups: Sequence[CacheGroup], attended: Sequence[Tensor]) -> Tensor:
+    """Results of a layer's groups, [1, queries, rows, D_h] each, as one tensor with the heads in their order."""
+    import torch
+
+    if len(groups) == 1:
+        return attended[0]
+    computed = [(head, group.owned) for group in groups for head in group.queries]
+    heads = range(max(head for head, _ in computed) + 1)
+    order = [next(i for i, (h, owned) in enumerate(computed) if h == head and head in owned) for head in heads]
+    return pick(torch.cat(list(attended), 1), tuple(order))
+
+
+def _dropped(plan: Plan, layers: Iterable[int]) -> set[int]:
+    return {group.dropped for layer in layers for group in plan.groups(layer)}

@@ -52,7 +52,12 @@ CAPACITY = (
     click.Option(
         ["--share-weights"],
         is_flag=True,
-        help="Predict memory for engines that share one copy of the weights; build does not make them yet.",
+        help="Prompt and decode run in the same graphs: engines hold one copy of the weights, for small boards.",
+    ),
+    click.Option(
+        ["--max-graph-gb"],
+        type=float,
+        help="GB of weights that one decoder graph may hold; more are split into several.  [default: 8]",
     ),
 )
 
@@ -144,15 +149,13 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def plan(
-    checkpoint: str, method: str, revision: str | None, weights: str, as_json: bool, share_weights: bool, **options: Any
-) -> None:
+def plan(checkpoint: str, method: str, revision: str | None, weights: str, as_json: bool, **options: Any) -> None:
     """Print stages, token counts, FLOPs, cache and weight bytes; reads config.json only."""
     from lvlm_edge.exporter import plan as planned
 
     device = _device(options)
-    ways = {"device": device, "weights": weights, "share_weights": share_weights}
-    report = planned(checkpoint, method=method, revision=revision, **ways, **_settings(options, device))
+    settings = _settings(options, device)
+    report = planned(checkpoint, method=method, revision=revision, device=device, weights=weights, **settings)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -175,7 +178,6 @@ def export(
     force: bool,
     quiet: bool,
     as_json: bool,
-    share_weights: bool,
     **options: Any,
 ) -> None:
     """Checkpoint to bundle: static-shape graphs, weights, tokenizer, manifest."""
@@ -184,7 +186,7 @@ def export(
     if device.kind != "cpu" or _given("device"):  # the bundle may be for another machine than this one
         from lvlm_edge.exporter import check_fit
 
-        check_fit(checkpoint, device, method=method, revision=revision, share_weights=share_weights, **settings)
+        check_fit(checkpoint, device, method=method, revision=revision, **settings)
     from lvlm_edge.exporter import export as exported
 
     with _progress(quiet) as progress:

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,23 +84,24 @@ def build(
     record = _read(out / ENGINES)
     if {key: record.get(key) for key in common} != common:
         record = {**common, "engines": {}}
-    for i, graph in enumerate(wanted):
+    for i, file in enumerate(wanted):
         if progress:
-            progress(f"building {graph.name}", i, len(wanted))
-        entry = record["engines"].get(graph.name)
-        if entry is None or not _current(entry, out, opened.manifest.files[graph.file].sha256):
-            record["engines"][graph.name] = _build_one(opened, graph, out, settings, progress)
+            progress(f"building {file}", i, len(wanted))
+        entry = record["engines"].get(file)
+        if entry is None or not _current(entry, out, opened.manifest.files[file].sha256):
+            record["engines"][file] = _build_one(opened, file, out, settings, progress)
             _write(out / ENGINES, record)
     _write(out / ENGINES, record)
     return out
 
 
-def _chosen(manifest: manifests.Manifest, names: Iterable[str] | None) -> list[manifests.Graph]:
-    known = {graph.name: graph for graph in manifest.graphs}
+def _chosen(manifest: manifests.Manifest, names: Iterable[str] | None) -> list[str]:
+    """Files of the graphs, each once: graphs of one file are one engine."""
+    known = {graph.name: graph.file for graph in manifest.graphs}
     for name in names or ():
         if name not in known:
             raise UsageError(f"build: graph {name!r} is not in the bundle; its graphs: {', '.join(known)}")
-    return [known[name] for name in names] if names else list(known.values())
+    return list(dict.fromkeys(known[name] for name in names or known))
 
 
 def _version(backend: str) -> str:
@@ -124,12 +125,13 @@ def _current(entry: dict[str, Any], out: Path, graph_sha256: str) -> bool:
 
 
 def _build_one(
-    bundle: manifests.Bundle, graph: manifests.Graph, out: Path, settings: Settings, progress: Progress | None
+    bundle: manifests.Bundle, file: str, out: Path, settings: Settings, progress: Progress | None
 ) -> dict[str, Any]:
     """Build one engine in a process of its own; its entry for `engines.json`."""
-    plan = out / f"{graph.name}.engine"
+    graphs = bundle.manifest.graphs_of(file)
+    plan = out / f"{Path(file).stem}.engine"
     partial = plan.with_suffix(".partial")
-    job = {"onnx": str(bundle.path(graph.file)), "plan": str(partial), **asdict(settings)}
+    job = {"onnx": str(bundle.path(file)), "plan": str(partial), "profiles": _profiles(graphs), **asdict(settings)}
     worker = subprocess.Popen(
         [sys.executable, "-m", __name__, json.dumps(job)],
         stdout=subprocess.PIPE,
@@ -143,7 +145,7 @@ def _build_one(
         for line in worker.stdout:
             said = json.loads(line) if line.startswith("{") else said
             if progress and "done" in said:
-                progress(f"building {graph.name}: {said['phase']}", said["done"], said["total"])
+                progress(f"building {file}: {said['phase']}", said["done"], said["total"])
         noise = worker.stderr.read()
         status = worker.wait()
     finally:
@@ -157,7 +159,7 @@ def _build_one(
             # What TensorRT-RTX falls back to without a GPU; its own log does not say what made it.
             reason += "; without a GPU it says this when memory ran out or a head size has no attention kernel"
         raise LvlmEdgeError(
-            f"{bundle.path(graph.file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
+            f"{bundle.path(file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
             "`lvlm-edge devices` for dtypes and lowerings, or export with --lowering legacy"
         )
     os.chmod(partial, 0o600)
@@ -166,8 +168,8 @@ def _build_one(
         "file": plan.name,
         "size": plan.stat().st_size,
         "sha256": manifests.sha256(plan),
-        "graph_sha256": bundle.manifest.files[graph.file].sha256,
-        "aliases": _aliases(graph),
+        "graph_sha256": bundle.manifest.files[file].sha256,
+        "aliases": _aliases(graphs[0]),
         "peak_bytes": said["peak"],
         "seconds": said["seconds"],
     }
@@ -179,6 +181,19 @@ def _aliases(graph: manifests.Graph) -> dict[str, str]:
     pairs = {info.name: kv_cache.shared_name(info.name) for info in graph.outputs}
     shapes = {info.name: info.shape for info in graph.outputs}
     return {o: i for o, i in pairs.items() if o != i and inputs.get(i) == shapes[o]}
+
+
+def _profiles(graphs: Sequence[manifests.Graph]) -> list[dict[str, list[list[int]]]]:
+    """An optimization profile per graph of a file: of each input whose shape differs, the least, usual and most.
+
+    All reach from the smallest to the largest shape: profiles of one exact shape each would be two copies of the
+    weights, in two layouts, where these are one.
+    """
+    shapes = [{g.names.get(t.name, t.name): t.shape for t in g.inputs} for g in graphs]
+    open_ = [name for name, shape in shapes[0].items() if any(other[name] != shape for other in shapes)]
+    least = {name: [min(sizes) for sizes in zip(*(s[name] for s in shapes), strict=True)] for name in open_}
+    most = {name: [max(sizes) for sizes in zip(*(s[name] for s in shapes), strict=True)] for name in open_}
+    return [{name: [least[name], list(own[name]), most[name]] for name in open_} for own in shapes] if open_ else []
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -222,6 +237,11 @@ def work(job: dict[str, Any]) -> None:
     if not parser.parse_from_file(job["onnx"]):
         _fail(" ".join(parser.get_error(i).desc() for i in range(parser.num_errors)), errors)
     config = builder.create_builder_config()
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, most) in shapes.items():
+            profile.set_shape(name, least, usual, most)
+        config.add_optimization_profile(profile)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     if job["optimisation_level"] is not None:
         config.builder_optimization_level = job["optimisation_level"]

@@ -105,10 +105,9 @@ class _Case:
     plan: Plan
     profile: Profile
     weight_format: str
-    share_weights: bool
 
     def fit(self) -> Fit:
-        return predict(self.plan, self.profile, weights=self.weight_format, share_weights=self.share_weights)
+        return predict(self.plan, self.profile, weights=self.weight_format)
 
 
 @dataclass(frozen=True)
@@ -119,21 +118,18 @@ class _Change:
     apply: Callable[[_Case], _Case | None]
 
 
-def predict(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> Fit:
+def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     """What a plan needs of a device.
 
     Args:
         weights: format of the decoder's matrices: as-is, int8, int4 or fp8.
-        share_weights: prompt and decode run in the same engines, with one copy of the weights.
 
     Raises:
-        UsageError: an unknown weight format, or a device whose engines cannot share weights.
+        UsageError: an unknown weight format.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
-    if share_weights and profile.backend == "ort":
-        raise UsageError(f"fit: {profile.name} runs without engines, which could share weights; leave that out")
-    engines = engine_bytes(plan, weights=weights, share_weights=share_weights)
+    engines = engine_bytes(plan, weights=weights)
     built = profile.backend != "ort"
     memory = _memory(profile)
     usable = None if memory is None else round(memory * profile.usable_share.value)
@@ -147,7 +143,7 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weigh
         lowering=plan.lowering,
         dtype=plan.dtype,
         weight_format=weights,
-        share_weights=share_weights,
+        share_weights=plan.share_weights,
         weights=sum(engines) + (ENGINE * len(engines) if built else 0),
         caches=plan.kv_cache_bytes(),
         activations=_activations(plan),
@@ -160,18 +156,20 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weigh
     )
 
 
-def engine_bytes(plan: Plan, *, weights: str = "as-is", share_weights: bool = False) -> tuple[int, ...]:
-    """Weight bytes of each engine: vision with projector, one per stage of the prompt, and decode.
+def engine_bytes(plan: Plan, *, weights: str = "as-is") -> tuple[int, ...]:
+    """Weight bytes of each engine: vision with projector, those of the prompt's stages, and those of decode.
 
-    With `share_weights` the stages' engines serve decode too.
+    Where weights are shared, the stages' engines serve decode too.
     """
     width = BYTES[plan.dtype]
     count = planning.weights(plan.spec)
     layer = count.matrices * (WEIGHTS[weights] or width) + count.vectors * width
-    stages = [len(stage.layers) * layer for stage in plan.stages]
-    stages[-1] += (count.norm + count.head) * width
-    decode = [] if share_weights else [sum(stages)]
-    return tuple(round(size) for size in [(count.vision + count.projector) * width, *stages, *decode])
+    every = range(plan.spec.decoder.layers)
+    runs = [run for stage in plan.stages for run in plan.segments(stage.layers)]
+    runs += [] if plan.share_weights else plan.segments(every)
+    end = (count.norm + count.head) * width
+    decoder = [len(run) * layer + (end if run.stop == every.stop else 0) for run in runs]
+    return tuple(round(size) for size in [(count.vision + count.projector) * width, *decoder])
 
 
 def workspace_bytes(profile: Profile) -> int:
@@ -243,14 +241,12 @@ def _problems(plan: Plan, profile: Profile, weights: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def remedies(
-    plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False
-) -> tuple[Remedy, ...]:
+def remedies(plan: Plan, profile: Profile, *, weights: str = "as-is") -> tuple[Remedy, ...]:
     """The smallest sets of changes under which a plan fits, at most four; empty where none does.
 
     Tried: shared weights, a smaller keep ratio, fewer text tokens, a newer JetPack, quantised decoder matrices.
     """
-    start = _Case(plan, profile, weights, share_weights)
+    start = _Case(plan, profile, weights)
     kinds = [kind for kind in _changes(start) if kind]
     for size in range(1, len(kinds) + 1):
         found = []
@@ -274,15 +270,20 @@ def _fit_after(case: _Case | None, changes: tuple[_Change, ...]) -> Fit | None:
 
 def _changes(start: _Case) -> list[list[_Change]]:
     """Changes that could help, by kind, the mildest of a kind first."""
-    share = _Change("--share-weights", lambda c: replace(c, share_weights=True))
+    share = _Change("--share-weights", _shared)
     newest = start.profile.jetpacks[-1].version if start.profile.jetpacks else None
     return [
-        [share] if not start.share_weights and start.profile.backend != "ort" else [],
         [_keep(start.plan, ratio) for ratio in (0.5, 0.25, 0.1)],
         [_text(n) for n in (128, 64, 32) if n < start.plan.text_tokens],
         [_jetpack(start.profile.name, newest)] if newest and newest != start.profile.jetpack else [],
+        [share] if not start.plan.share_weights and start.profile.backend != "ort" else [],
         [_weights(kind) for kind in ("int8", "int4") if _smaller(kind, start)],
     ]
+
+
+def _shared(case: _Case) -> _Case | None:
+    """The case with one copy of the weights, which only the modern lowering can have."""
+    return replace(case, plan=replace(case.plan, share_weights=True)) if case.plan.lowering == "modern" else None
 
 
 def _keep(plan: Plan, ratio: float) -> _Change:
@@ -322,7 +323,8 @@ def _again(case: _Case, method: str, options: dict[str, Any], text_tokens: int) 
         return None
     if made.kept_tokens > plan.kept_tokens:
         return None
-    return replace(case, plan=replace(made, dtype=plan.dtype, lowering=plan.lowering))
+    same = {key: getattr(plan, key) for key in ("dtype", "lowering", "share_weights", "max_graph_bytes")}
+    return replace(case, plan=replace(made, **same))
 
 
 def _jetpack(name: str, version: str) -> _Change:
@@ -344,14 +346,14 @@ def _smaller(kind: str, case: _Case) -> bool:
     return kind in case.profile.quantised.value and size < before
 
 
-def check(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> Fit:
+def check(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     """The prediction, if the plan fits.
 
     Raises:
         FitError: a dtype or lowering that the device does not have, or more memory than it has, to run or to build;
             the message says by how much, and what would fit.
     """
-    fit = predict(plan, profile, weights=weights, share_weights=share_weights)
+    fit = predict(plan, profile, weights=weights)
     if fit.problems:
         raise FitError(f"fit: {profile.name} {fit.problems[0]}")
     over = []
@@ -365,12 +367,12 @@ def check(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights
         return fit
     raise FitError(
         f"fit: {profile.name} has {_gb(fit.available or 0)} for a process, but {plan.method} in {plan.dtype} needs "
-        f"{' and '.join(over)}; {_advice(_Case(plan, profile, weights, share_weights))}"
+        f"{' and '.join(over)}; {_advice(_Case(plan, profile, weights))}"
     )
 
 
 def _advice(case: _Case) -> str:
-    found = remedies(case.plan, case.profile, weights=case.weight_format, share_weights=case.share_weights)
+    found = remedies(case.plan, case.profile, weights=case.weight_format)
     if found:
         return "would fit: " + " | ".join(f"{' and '.join(r.changes)} ({_gb(r.run)})" for r in found)
     strongest = tuple(kind[-1] for kind in _changes(case) if kind)
@@ -386,10 +388,10 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def report(plan: Plan, profile: Profile, *, weights: str = "as-is", share_weights: bool = False) -> dict[str, Any]:
+def report(plan: Plan, profile: Profile, *, weights: str = "as-is") -> dict[str, Any]:
     """The prediction as `plan --json` prints it under `fit`; bytes."""
-    fit = predict(plan, profile, weights=weights, share_weights=share_weights)
-    helps = () if fit.fits else remedies(plan, profile, weights=weights, share_weights=share_weights)
+    fit = predict(plan, profile, weights=weights)
+    helps = () if fit.fits else remedies(plan, profile, weights=weights)
     return asdict(fit) | {
         "run": fit.run,
         "fits_run": fit.fits_run,

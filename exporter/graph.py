@@ -74,11 +74,11 @@ def check(model: ir.Model, spec: GraphSpec, opset: int) -> None:
         ("input", model.graph.inputs, spec.inputs),
         ("output", model.graph.outputs, spec.outputs),
     ):
-        found = [describe(value) for value in values]
+        found = [describe(value, spec.dynamic_rows) for value in values]
         problems += [f"{kind} {f}, planned {w}" for f, w in zip(found, wanted, strict=True) if f != w]
     for node in model.graph:
         for value in node.outputs:
-            if value.shape is None or any(not isinstance(d, int) for d in value.shape):
+            if spec.dynamic_rows is None and (value.shape is None or not value.shape.is_static()):
                 problems.append(f"{node.op_type} output {value.name} of shape {value.shape}")
     if problems:
         raise AssertionError(f"{spec.name}: the traced graph has {'; '.join(problems[:5])}")
@@ -88,10 +88,11 @@ def _extra_outputs(node: ir.Node) -> bool:
     return node.op_type == "Attention" and len(node.outputs) > 1
 
 
-def describe(value: ir.Value) -> TensorInfo:
-    """Name, dtype and shape of a graph's input or output."""
+def describe(value: ir.Value, rows: int | None = None) -> TensorInfo:
+    """Name, dtype and shape of a graph's input or output; `rows` stands for a size given at run time."""
     assert value.name is not None and value.dtype is not None and value.shape is not None
-    return TensorInfo(value.name, _DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape.numpy()))
+    shape = tuple(size if isinstance(size, int) else rows or -1 for size in value.shape)
+    return TensorInfo(value.name, _DTYPES.get(value.dtype, str(value.dtype)), shape)
 
 
 def weight_names(model: ir.Model, known: Mapping[str, object]) -> list[str]:

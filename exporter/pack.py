@@ -50,6 +50,8 @@ def export(
     method: str = "none",
     dtype: str = "float32",
     lowering: str = "modern",
+    share_weights: bool = False,
+    max_graph_gb: float = planning.MAX_GRAPH_GB,
     num_images: int = 1,
     max_text_tokens: int = 256,
     max_new_tokens: int = 128,
@@ -68,6 +70,8 @@ def export(
         method: token reduction; its settings are `options` (`prune_layer=2, keep_ratio=0.5`).
         dtype: `float32`, `float16` or `bfloat16` (TensorRT only), of weights, activations and caches.
         lowering: `modern` (opset 24) or `legacy` (opset 18, for TensorRT 10.3).
+        share_weights: prompt and decode run in the same graphs, of which an engine holds one copy of the weights.
+        max_graph_gb: GB of weights that one decoder graph may hold; the decoder is split into as many as it takes.
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
         image_size: (width, height) of the pictures to come, for any-resolution checkpoints.
         grid: (rows, columns) of any-resolution tiles instead; with neither an image is its base view.
@@ -96,6 +100,8 @@ def export(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         lowering=lowering,
+        share_weights=share_weights,
+        max_graph_gb=max_graph_gb,
         image_size=image_size,
         grid=grid,
     )
@@ -135,6 +141,7 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     family = spec.family(plan.spec.family)
     d = plan.spec.decoder
     specs = planning.method(plan.method).graphs(plan)
+    traced = [wanted for wanted in specs if wanted.file is None]
     sources = _sources(folder, plan, known, family)
     _check_room(out, planning.weights_bytes(plan))
     config = spec.read_json(folder / "config.json")
@@ -145,15 +152,15 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
     models = []
-    for i, wanted in enumerate(specs):
-        progress(f"tracing {wanted.name}", i, len(specs))
+    for i, wanted in enumerate(traced):
+        progress(f"tracing {wanted.name}", i, len(traced))
         models.append(trace.trace(wanted, built, plan, mode))
     used = {name for model in models for name in graph.weight_names(model, known)}
     table = "lm_head.weight" if d.tied else "embed.weight"
     order = [name for name in known if name in used] + ([] if d.tied else ["embed.weight"])
     placed = _place(order, known | {"embed.weight": parts.Weight((d.vocab, d.hidden), False)}, sources, plan.dtype)
     offsets = {name: p.offset for name, p in placed.items()}
-    for wanted, model in zip(specs, models, strict=True):
+    for wanted, model in zip(traced, models, strict=True):
         graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, offsets), out / f"{wanted.name}.onnx")
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
     files = {WEIGHTS: write_weights(out / WEIGHTS, placed, ropes, parts.DTYPES[plan.dtype], progress)}
@@ -300,14 +307,25 @@ def _manifest(
         decode_offset=0,
         stages=tuple(report["stages"]),
         graphs=tuple(
-            manifests.Graph(name=s.name, file=f"{s.name}.onnx", role=s.role, inputs=s.inputs, outputs=s.outputs)
+            manifests.Graph(
+                name=s.name,
+                file=f"{s.file or s.name}.onnx",
+                role=s.role,
+                inputs=s.inputs,
+                outputs=s.outputs,
+                names=dict(s.names),
+            )
             for s in specs
         ),
         cache=tuple(
-            manifests.CacheLayer(
-                kv_heads=d.kv_heads, head_dim=d.head_dim, capacity=plan.capacity(i), dropped=plan.dropped(i)
+            manifests.Cache(
+                name=group.name,
+                heads=len(group.kv_heads),
+                head_dim=d.head_dim,
+                capacity=plan.capacity(group),
+                dropped=group.dropped,
             )
-            for i in range(d.layers)
+            for group in plan.all_groups()
         ),
         embedding=embedding,
         image=manifests.ImageConfig(

@@ -166,9 +166,12 @@ def _separated(pipe: Pipeline, embeds: Array) -> Array:
 def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str, Array]) -> tuple[list[Row], Array]:
     """Head, scores and kept indices, from PyTorch's own image embeddings."""
     assert expected.hidden is not None and expected.score is not None and expected.kept is not None
-    head = pipe.run_graph("prefill_head", _named(pipe, "prefill_head", inputs))
+    graphs = [g for g in pipe.manifest.graphs if g.role == "prefill"]
+    chooses = next(i for i, g in enumerate(graphs) if "kept_visual" in {t.name for t in g.outputs})
+    for graph in graphs[:chooses]:
+        head = pipe.run_graph(graph.name, _named(graph, inputs))
     real = int(inputs["last_index"][0]) + 1
-    select = pipe.run_graph("select", _named(pipe, "select", inputs))
+    select = pipe.run_graph(graphs[chooses].name, _named(graphs[chooses], inputs))
     kept, score, reference = select["kept_visual"], head["score"][0], expected.score.numpy()
     error = float(np.abs(score - reference).max())
     bound = SCORE_TOLERANCE[pipe.manifest.dtype] * float(reference.max())
@@ -234,8 +237,8 @@ def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch
     return Row(case=case.name, stage=stage, figure=error, bound=bound, passed=bool(error <= bound))
 
 
-def _named(pipe: Pipeline, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
-    return {t.name: inputs[t.name] for t in pipe.manifest.graph(graph).inputs if t.name in inputs}
+def _named(graph: manifests.Graph, inputs: dict[str, Array]) -> dict[str, Array]:
+    return {t.name: inputs[t.name] for t in graph.inputs if t.name in inputs}
 
 
 def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, seed: int, verdict: Verdict) -> None:

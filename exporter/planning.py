@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,18 @@ from lvlm_edge.runtime.image import best_canvas
 from lvlm_edge.runtime.kv_cache import PRESENT
 
 BYTES = WIDTHS
-CAPACITIES = ("num_images", "max_text_tokens", "max_new_tokens", "dtype", "lowering", "image_size", "grid")
+CAPACITIES = (
+    "num_images",
+    "max_text_tokens",
+    "max_new_tokens",
+    "dtype",
+    "lowering",
+    "share_weights",
+    "max_graph_gb",
+    "image_size",
+    "grid",
+)
+MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 
 
 class PlanError(UsageError):
@@ -43,10 +55,31 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheGroup:
+    """KV heads of a layer that share a cache, because the same rows are cached for them.
+
+    Attributes:
+        name: as in `past_key_values.NAME.key`.
+        kv_heads: KV heads of the layer, one per head of the cache.
+        queries: query heads that read it, a whole number per head of the cache, in order.
+        owned: those of `queries` whose result counts; the others are read for nothing, and only while decoding.
+        dropped: prompt rows that it does not hold; negative where it holds rows that no prompt has.
+    """
+
+    name: str
+    kv_heads: tuple[int, ...]
+    queries: tuple[int, ...]
+    owned: tuple[int, ...]
+    dropped: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything an export fixes: counts, stages and precision. Where an image stands is run-time data.
 
     Attributes:
+        share_weights: prompt and decode run in the same graphs, each with a number of rows given at run time.
+        max_graph_bytes: weights that one decoder graph may hold; more are split into several.
         text_tokens: capacity for text tokens of the prompt, begin-of-sequence included.
         new_tokens: capacity for generated tokens.
         grid: (rows, columns) of any-resolution tiles that come with the base view of an image; None for one crop.
@@ -64,6 +97,8 @@ class Plan:
     new_tokens: int
     dtype: str
     lowering: str = "modern"
+    share_weights: bool = False
+    max_graph_bytes: int = round(MAX_GRAPH_GB * 1e9)
     grid: tuple[int, int] | None = None
 
     @property
@@ -96,34 +131,63 @@ class Plan:
     def stage_of(self, layer: int) -> Stage:
         return next(stage for stage in self.stages if layer in stage.layers)
 
-    def capacity(self, layer: int) -> int:
-        """Cache rows of a layer."""
-        return self.stage_of(layer).cached + self.new_tokens
+    def segments(self, layers: range) -> tuple[range, ...]:
+        """The layers in runs of about equal length, as few as keep each run's weights below `max_graph_bytes`."""
+        w, width = weights(self.spec), BYTES[self.dtype]
+        size = (len(layers) * (w.matrices + w.vectors) + w.norm + w.head) * width
+        count = min(len(layers), -(-size // self.max_graph_bytes))
+        borders = [layers.start + round(len(layers) * i / count) for i in range(count + 1)]
+        return tuple(range(start, stop) for start, stop in itertools.pairwise(borders))
 
-    def dropped(self, layer: int) -> int:
-        """Prompt rows that a layer's cache does not hold: slot = unpruned length - dropped."""
-        return self.prompt_tokens - self.stage_of(layer).cached
+    def groups(self, layer: int) -> tuple[CacheGroup, ...]:
+        """The caches of a layer; one, unless the method says otherwise."""
+        special = getattr(method(self.method), "cache_groups", None)
+        if special is not None:
+            found: tuple[CacheGroup, ...] = special(self, layer)
+            return found
+        d = self.spec.decoder
+        every = tuple(range(d.heads))
+        dropped = self.prompt_tokens - self.stage_of(layer).cached
+        kv_heads = tuple(range(d.kv_heads))
+        return (CacheGroup(name=str(layer), kv_heads=kv_heads, queries=every, owned=every, dropped=dropped),)
+
+    def filled(self, group: CacheGroup) -> int:
+        """Cache rows that a full prompt takes."""
+        return self.prompt_tokens - group.dropped
+
+    def capacity(self, group: CacheGroup) -> int:
+        """Rows of a cache."""
+        return self.filled(group) + self.new_tokens
+
+    def all_groups(self) -> tuple[CacheGroup, ...]:
+        return tuple(group for layer in range(self.spec.decoder.layers) for group in self.groups(layer))
 
     def caches(self, layers: Iterable[int], prefix: str) -> tuple[TensorInfo, ...]:
-        """Whole caches of some layers as tensors of a graph: [1, kv_heads, capacity, head_dim]."""
-        return self._cache_tensors(layers, prefix, None)
+        """Whole caches of some layers as tensors of a graph: [1, heads, capacity, head_dim]."""
+        return self._cache_tensors(layers, prefix, self.capacity)
 
-    def cache_rows(self, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
-        """New rows for the caches of some layers: [1, kv_heads, rows, head_dim]."""
-        return self._cache_tensors(layers, PRESENT, rows)
+    def prompt_rows(self, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+        """A full prompt's rows for the caches of some layers: [1, heads, filled, head_dim]."""
+        return self._cache_tensors(layers, PRESENT, self.filled)
 
-    def _cache_tensors(self, layers: Iterable[int], prefix: str, rows: int | None) -> tuple[TensorInfo, ...]:
-        d = self.spec.decoder
+    def new_rows(self, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+        """One new row for each cache of some layers: [1, heads, 1, head_dim]."""
+        return self._cache_tensors(layers, PRESENT, lambda _: 1)
+
+    def _cache_tensors(
+        self, layers: Iterable[int], prefix: str, rows: Callable[[CacheGroup], int]
+    ) -> tuple[TensorInfo, ...]:
+        size = self.spec.decoder.head_dim
         return tuple(
-            TensorInfo(f"{prefix}.{i}.{part}", self.dtype, (1, d.kv_heads, rows or self.capacity(i), d.head_dim))
-            for i in layers
+            TensorInfo(f"{prefix}.{group.name}.{part}", self.dtype, (1, len(group.kv_heads), rows(group), size))
+            for layer in layers
+            for group in self.groups(layer)
             for part in ("key", "value")
         )
 
     def kv_cache_bytes(self) -> int:
-        decoder = self.spec.decoder
-        row = 2 * decoder.kv_heads * decoder.head_dim * BYTES[self.dtype]
-        return sum(row * self.capacity(layer) for layer in range(decoder.layers))
+        row = 2 * self.spec.decoder.head_dim * BYTES[self.dtype]
+        return sum(row * len(group.kv_heads) * self.capacity(group) for group in self.all_groups())
 
 
 def crops_of(grid: tuple[int, int] | None) -> int:
@@ -175,6 +239,8 @@ def make(
     max_new_tokens: int = 128,
     dtype: str = "float32",
     lowering: str = "modern",
+    share_weights: bool = False,
+    max_graph_gb: float = MAX_GRAPH_GB,
     image_size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Plan:
@@ -199,6 +265,13 @@ def make(
     ):
         if value < 1:
             raise PlanError(f"plan: {name} is {value}, expected at least 1; raise --{name.replace('_', '-')}")
+    if not max_graph_gb > 0:
+        raise PlanError(f"plan: max_graph_gb is {max_graph_gb:g}, expected more than 0; raise --max-graph-gb")
+    if share_weights and lowering != "modern":
+        raise UnsupportedError(
+            f"plan: graphs of the {lowering} lowering cannot share weights, those of modern can; leave out "
+            "--share-weights or choose --lowering modern"
+        )
     config = configure(method_name, options or {})
     if spec.projector_act is None and method_name not in spec.settings:
         raise UnsupportedError(
@@ -220,6 +293,8 @@ def make(
         new_tokens=max_new_tokens,
         dtype=dtype,
         lowering=lowering,
+        share_weights=share_weights,
+        max_graph_bytes=round(max_graph_gb * 1e9),
         grid=grid,
     )
     limit = spec.decoder.max_positions
@@ -314,7 +389,8 @@ def prefill_flops(plan: Plan) -> int:
 def decode_flops(plan: Plan) -> int:
     """FLOPs of one decoded token, attending to full caches."""
     d = plan.spec.decoder
-    return sum(layer_flops(d, 1, plan.capacity(i)) for i in range(d.layers)) + 2 * d.hidden * d.vocab
+    attended = sum(4 * len(g.queries) * d.head_dim * plan.capacity(g) for g in plan.all_groups())
+    return d.layers * layer_flops(d, 1, 0) + attended + 2 * d.hidden * d.vocab
 
 
 @dataclass(frozen=True)

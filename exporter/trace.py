@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.blocks import GraphSpec
+from lvlm_edge.exporter.blocks import GraphSpec, row_axis
 from lvlm_edge.exporter.parts import DTYPES, Parts
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.bundle import TensorInfo
@@ -37,7 +37,7 @@ def trace(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
         inputs = tuple(_empty(info) for info in graph.inputs)
     module = _Traced(graph, parts, plan).eval()
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module, inputs, strict=False)
+        program = torch.export.export(module, inputs, dynamic_shapes=_dynamic(graph), strict=False)
         exported = torch.onnx.export(
             program,
             (),
@@ -73,6 +73,15 @@ def _optimise(model: ir.Model) -> ir.Model:
             value.const_value = content
             graph.register_initializer(value)
     return model
+
+
+def _dynamic(graph: GraphSpec) -> Any:
+    """Which axes have their size given at run time; None where none has."""
+    if graph.dynamic_rows is None:
+        return None
+    rows = torch.export.Dim("rows", min=2, max=graph.dynamic_rows)
+    axes = [row_axis(info, graph.dynamic_rows) for info in graph.inputs]
+    return {"tensors": tuple({} if axis is None else {axis: rows} for axis in axes)}
 
 
 def _empty(info: TensorInfo) -> Tensor:

@@ -20,7 +20,7 @@ from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of
@@ -42,7 +42,11 @@ class TensorInfo:
 class Graph:
     """One graph. Roles: `image` runs once per image, `prefill` in order once per prompt, `decode` once per token.
 
-    Tensors of equal name and shape are one buffer, over all graphs: an output feeds the inputs named like it.
+    Tensors of equal name and shape are one buffer, over all graphs: an output feeds the inputs named like it. Several
+    graphs may run one file, each with its own shapes: the file then leaves a number of rows open.
+
+    Attributes:
+        names: what the file calls a tensor, where that is not the tensor's name here.
     """
 
     name: str
@@ -50,16 +54,19 @@ class Graph:
     role: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    names: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheLayer:
-    """Key and value cache of one decoder layer, [1, kv_heads, capacity, head_dim] each.
+class Cache:
+    """A key and a value cache, [1, heads, capacity, head_dim] each: those of a decoder layer, or of some of its heads.
 
-    `dropped` prompt rows never enter it: the next slot is the unpruned length minus `dropped`.
+    Its tensors are named `past_key_values.NAME.key` and `.value`. `dropped` prompt rows never enter it (or, negative,
+    so many more than the prompt has): the next slot is the prompt's length, and what was decoded, minus `dropped`.
     """
 
-    kv_heads: int
+    name: str
+    heads: int
     head_dim: int
     capacity: int
     dropped: int
@@ -139,7 +146,7 @@ class Manifest:
     Attributes:
         method_config: the method's resolved settings.
         decode_offset: position of the first decoded token = prompt tokens (visual and text) + this.
-        cache: one entry per decoder layer.
+        cache: one entry per decoder layer, or several where its heads hold different rows.
         text: None when the checkpoint had no tokenizer.
     """
 
@@ -154,7 +161,7 @@ class Manifest:
     decode_offset: int
     stages: tuple[dict[str, Any], ...]
     graphs: tuple[Graph, ...]
-    cache: tuple[CacheLayer, ...]
+    cache: tuple[Cache, ...]
     embedding: Embedding
     image: ImageConfig
     text: TextConfig | None
@@ -166,6 +173,10 @@ class Manifest:
 
     def graph(self, name: str) -> Graph:
         return next(g for g in self.graphs if g.name == name)
+
+    def graphs_of(self, file: str) -> tuple[Graph, ...]:
+        """The graphs that run a file; more than one where the file leaves sizes open."""
+        return tuple(g for g in self.graphs if g.file == file)
 
 
 @dataclass(frozen=True)
@@ -249,10 +260,10 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
     yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
     roles = [g.role for g in m.graphs]
-    once = roles.count("image") == roles.count("decode") == 1 and "prefill" in roles and set(roles) <= ROLES
-    yield f"roles of the graphs are {', '.join(roles)}, expected one image, some prefill, one decode", once
-    decode = next(g.name for g in m.graphs if g.role == "decode")
-    yield f"the graph of role decode is named {decode!r}, expected 'decode'", decode == "decode"
+    known = set(roles) == ROLES and roles.count("image") == 1
+    yield f"roles of the graphs are {', '.join(roles)}, expected one image, some prefill, some decode", known
+    caches = [c.name for c in m.cache]
+    yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
     tiles, canvas = m.image.tiles or (1, 0), m.image.canvas
     whole = canvas is None or (canvas in m.image.pinpoints and min(*canvas, *tiles) > 0)
@@ -271,12 +282,11 @@ def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
         for tensor in (*graph.inputs, *graph.outputs):
             known = tensor.dtype in {*WIDTHS, "int64"} and all(0 < size < 1 << 40 for size in tensor.shape)
             yield f"{graph.name} has {tensor}, which is no dtype or shape of a tensor", known
-    image, decode = (next(g for g in m.graphs if g.role == role) for role in ("image", "decode"))
-    last = [g for g in m.graphs if g.role == "prefill"][-1]
+    image, first, decode = (next(g for g in m.graphs if g.role == role) for role in ("image", "prefill", "decode"))
+    last, decoded = ([g for g in m.graphs if g.role == role][-1] for role in ("prefill", "decode"))
     c, table, channels = m.counts, m.embedding, 3
     each = (c.visual_tokens + c.separators) // (c.num_images * c.crops)
     row, prompt = (1, 1, table.hidden), (1, c.prompt_tokens, table.hidden)
-    first = next(g for g in m.graphs if g.role == "prefill")
     for graph, tensors, name, shape in (
         (image, image.inputs, "pixel_values", (1, channels, *_pixels(image))),
         (image, image.outputs, "image_embeds", (1, each, table.hidden)),
@@ -284,9 +294,9 @@ def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
         (first, first.inputs, "position_ids", prompt[:2]),
         (last, last.outputs, "logits", (1, 1, table.vocab)),
         (decode, decode.inputs, "inputs_embeds", row),
-        (decode, decode.inputs, "position_ids", row[:2]),
-        (decode, decode.inputs, "cache_length", (1,)),
-        (decode, decode.outputs, "logits", (1, 1, table.vocab)),
+        *((g, g.inputs, "position_ids", row[:2]) for g in m.graphs if g.role == "decode"),
+        *((g, g.inputs, "cache_length", (1,)) for g in m.graphs if g.role == "decode"),
+        (decoded, decoded.outputs, "logits", (1, 1, table.vocab)),
     ):
         found = [t.shape for t in tensors if t.name == name]
         yield f"{graph.name} has {name} of shape {found}, expected {shape}", found == [shape]

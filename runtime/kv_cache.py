@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lvlm_edge.runtime.bundle import WIDTHS, CacheLayer, Counts, TensorInfo
+from lvlm_edge.runtime.bundle import WIDTHS, Cache, Counts, TensorInfo
 from lvlm_edge.runtime.errors import BundleError
 
 PAST, PRESENT = "past_key_values", "present"
@@ -17,31 +17,32 @@ PAST, PRESENT = "past_key_values", "present"
 
 @dataclass(frozen=True)
 class Layout:
-    """The caches of a bundle, by layer."""
+    """The caches of a bundle."""
 
-    layers: tuple[CacheLayer, ...]
+    caches: tuple[Cache, ...]
     dtype: str
 
     def buffers(self) -> tuple[TensorInfo, ...]:
-        """One buffer per layer and part, named as the graphs' inputs: [1, kv_heads, capacity, head_dim]."""
+        """One buffer per cache and part, named as the graphs' inputs: [1, heads, capacity, head_dim]."""
         return tuple(
-            TensorInfo(f"{PAST}.{i}.{part}", self.dtype, (1, layer.kv_heads, layer.capacity, layer.head_dim))
-            for i, layer in enumerate(self.layers)
+            TensorInfo(f"{PAST}.{cache.name}.{part}", self.dtype, (1, cache.heads, cache.capacity, cache.head_dim))
+            for cache in self.caches
             for part in ("key", "value")
         )
 
     def bytes(self) -> int:
         """Memory of all buffers."""
         width = WIDTHS[self.dtype]
-        return sum(2 * width * c.kv_heads * c.capacity * c.head_dim for c in self.layers)
+        return sum(2 * width * c.heads * c.capacity * c.head_dim for c in self.caches)
 
     def lengths(self, unpruned: int) -> tuple[int, ...]:
-        """Filled slots per layer when `unpruned` rows (visual, text, decoded) have gone by."""
-        return tuple(unpruned - layer.dropped for layer in self.layers)
+        """Filled slots per cache when `unpruned` rows (visual, text, decoded) have gone by."""
+        return tuple(unpruned - cache.dropped for cache in self.caches)
 
     def slot(self, name: str, length: int) -> int:
         """Where the rows of `present.3.key` go in its cache when `length` unpruned rows have gone by."""
-        return max(0, length - self.layers[int(name.split(".")[1])].dropped)
+        cache = next(c for c in self.caches if name.rpartition(".")[0] == f"{PRESENT}.{c.name}")
+        return max(0, length - cache.dropped)
 
 
 def shared_name(name: str) -> str:
@@ -57,14 +58,14 @@ def are_rows(info: TensorInfo, cache: TensorInfo) -> bool:
     return fewer and info.shape[:2] == cache.shape[:2] and info.shape[3] == cache.shape[3]
 
 
-def check_layout(layers: Sequence[CacheLayer], counts: Counts) -> None:
-    """Check what the planner promised: every layer can hold a full prompt's rows and every new token.
+def check_layout(caches: Sequence[Cache], counts: Counts) -> None:
+    """Check what the planner promised: every cache can hold a full prompt's rows and every new token.
 
     Raises:
-        BundleError: a layer cannot.
+        BundleError: one cannot.
     """
     wanted = counts.prompt_tokens + counts.new_tokens
-    for i, layer in enumerate(layers):
-        rows = layer.capacity + layer.dropped
-        if min(layer.kv_heads, layer.head_dim, layer.capacity) < 1 or layer.dropped < 0 or rows < wanted:
-            raise BundleError(f"manifest: {layer} of layer {i} cannot hold {wanted} rows; export the bundle again")
+    for cache in caches:
+        rows = cache.capacity + cache.dropped
+        if min(cache.heads, cache.head_dim, cache.capacity) < 1 or rows < wanted:
+            raise BundleError(f"manifest: {cache} cannot hold {wanted} rows; export the bundle again")

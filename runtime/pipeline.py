@@ -218,6 +218,7 @@ class Pipeline:
             "position_ids": everywhere[None],
             "last_index": np.array([len(is_visual) - 1]),
             "write_index": np.zeros(1, np.int64),
+            "cache_length": np.zeros(1, np.int64),
             "visual_index": visual_index,
             "text_index": np.setdiff1d(everywhere, visual_index),
         }
@@ -267,11 +268,9 @@ class Pipeline:
         inputs = self.prefill_inputs(prompt, embeds)
         result.prompt_tokens = int(inputs["last_index"][0]) + 1
         graphs = [g for g in self.manifest.graphs if g.role == "prefill"]
+        self._write(graphs, inputs)
         for graph in graphs:
             began = time.perf_counter()
-            for info in graph.inputs:
-                if info.name in inputs:
-                    self._buffers[self._key(info)].write(inputs[info.name])
             self._run(graph, 0)
             for info in graph.outputs:
                 if info.name in replace:
@@ -299,13 +298,24 @@ class Pipeline:
 
     def _decode(self, token: int, length: int) -> Array:
         """Logits after one more token, `length` rows having gone by."""
-        position = length + self.manifest.decode_offset
-        self.buffer("decode", "inputs_embeds").write(self._embedded(token).reshape(1, 1, -1))
-        self.buffer("decode", "position_ids").write(np.full((1, 1), position))
-        self.buffer("decode", "cache_length").write(np.full(1, length))
-        self._run(self.manifest.graph("decode"), length)
-        logits: Array = self.buffer("decode", "logits").read().reshape(-1)
+        graphs = [g for g in self.manifest.graphs if g.role == "decode"]
+        inputs = {
+            "inputs_embeds": self._embedded(token).reshape(1, 1, -1),
+            "position_ids": np.full((1, 1), length + self.manifest.decode_offset),
+            "cache_length": np.full(1, length),
+            "last_index": np.zeros(1, np.int64),
+        }
+        self._write(graphs, inputs)
+        for graph in graphs:
+            self._run(graph, length)
+        logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
         return logits
+
+    def _write(self, graphs: Sequence[Graph], inputs: Mapping[str, Array]) -> None:
+        """Fill the buffers that graphs read and the host provides, each once."""
+        wanted = {self._key(info) for graph in graphs for info in graph.inputs if info.name in inputs}
+        for info in wanted:
+            self._buffers[info].write(inputs[info.name])
 
     def _embedded(self, ids: Array | int) -> Array:
         """Rows of the token embedding, those of bfloat16 as float32."""
@@ -423,8 +433,8 @@ class Pipeline:
     def _open(self, graph: Graph) -> Session:
         bound = {}
         for info in (*graph.inputs, *graph.outputs):
-            bound[info.name] = self._allocated(self._key(info))
-        return self.backend.open(self.bundle.path(graph.file), bound)
+            bound[graph.names.get(info.name, info.name)] = self._allocated(self._key(info))
+        return self.backend.open(self.bundle, graph, bound)
 
     def _allocated(self, info: TensorInfo) -> Buffer:
         if info not in self._buffers:

@@ -73,7 +73,7 @@ def plan(graph: Path, **changed: Any) -> bytes:
     Args:
         graph: ONNX file.
         changed: `scratch` (bytes), `aliases` (output to input), `bfloat16` (names of float32
-            tensors that are bfloat16 outside).
+            tensors that are bfloat16 outside), `profiles` (how many).
     """
     return MAGIC + json.dumps({"graph": str(graph), "scratch": 1000, "aliases": {}} | changed).encode()
 
@@ -306,7 +306,7 @@ class Engine:
         self.tensors = {t.name: t for t in (*inputs, *self.session.get_outputs())}
         self.device_memory_size_v2 = self._said["scratch"]
         self.num_io_tensors = len(self.tensors)
-        self.aliases = self._said["aliases"]
+        self.aliases, self.profiles = self._said["aliases"], self._said.get("profiles", 1)
         if machine.modern:
             self.get_aliased_input_tensor = self.aliases.get
         if machine.jit:
@@ -316,7 +316,10 @@ class Engine:
         return list(self.tensors)[index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
+        return tuple(-1 if isinstance(size, str) else size for size in self.tensors[name].shape)
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name in self.inputs else "output"
 
     def get_tensor_dtype(self, name: str) -> DataType:
         found = KINDS[self.tensors[name].type]
@@ -353,6 +356,8 @@ class Context:
         self._machine, self._engine = machine, engine
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
+        self._profile: int | None = None
+        self._sizes: dict[str, int] = {}  # of the dimensions that the engine leaves open
         if machine.capturable is not None:
             self.is_stream_capturable = lambda stream: machine.capturable
 
@@ -361,6 +366,21 @@ class Context:
         self._machine.at(address, size)
         self._machine.scratch.append((address, size))
         self._scratch = (address, self._engine.device_memory_size_v2)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert self._machine.kinds[stream] == "stream" and 0 <= profile < self._engine.profiles
+        self._profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self._profile is not None and name in self._engine.inputs
+        planned = self._engine.tensors[name].shape
+        assert len(shape) == len(planned)
+        self._sizes |= {size: given for size, given in zip(planned, shape, strict=True) if isinstance(size, str)}
+        return True
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._sizes[n] if isinstance(n, str) else n for n in self._engine.tensors[name].shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._machine.calls["set_tensor_address"] += 1
@@ -389,7 +409,7 @@ class Context:
         arrays = {}
         for name, address in addresses.items():
             dtype = np.dtype(WIDE[engine.get_tensor_dtype(name).name])
-            shape = engine.get_tensor_shape(name)
+            shape = self.shape(name)
             arrays[name] = machine.at(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
         outputs = [name for name in arrays if name not in engine.inputs]
         if engine._said.get("bfloat16"):
@@ -427,5 +447,6 @@ def tensorrt(machine: Machine) -> types.ModuleType:
             return Engine(machine, bytes(content))
 
     module.ILogger, module.Runtime, module.__version__ = ILogger, Runtime, machine.version
+    module.TensorIOMode = types.SimpleNamespace(INPUT="input")
     module.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
     return module  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import CacheGroup, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 
@@ -55,13 +55,13 @@ def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     return ()
 
 
-def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
-    return plan.cache_rows(layers, rows)
+def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.prompt_rows(layers)
 
 
-def store(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """The prompt's rows as they are."""
-    return {f"{PRESENT}.{layer}.key": key, f"{PRESENT}.{layer}.value": value}
+def store(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """The rows as they are."""
+    return {f"{PRESENT}.{group.name}.key": key, f"{PRESENT}.{group.name}.value": value}
 
 
 def decode_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
@@ -69,21 +69,21 @@ def decode_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
 
 
 def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
-    return plan.cache_rows(layers, 1)
+    return plan.new_rows(layers)
 
 
 def append(
-    inputs: dict[str, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The query's attention to the `slot` ([1], int64) cached rows and to the new one."""
     import torch
 
-    past_key, past_value = (inputs[f"{PAST}.{layer}.{part}"] for part in ("key", "value"))
+    past_key, past_value = (inputs[f"{PAST}.{group.name}.{part}"] for part in ("key", "value"))
     capacity = past_key.shape[2]
     past = _scores(query, past_key).masked_fill(torch.arange(capacity) >= slot, float("-inf"))
     weights = torch.cat([past, _scores(query, key)], -1).softmax(-1).to(value.dtype)
     attended = weights[..., :capacity] @ past_value[:, :, None] + weights[..., capacity:] @ value[:, :, None]
-    return attended.reshape(query.shape), store(inputs, layer, key, value)
+    return attended.reshape(query.shape), store(inputs, group, key, value)
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import CacheGroup, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OPSET = 24
 _WRITE = TensorInfo("write_index", "int64", (1,))
+_LENGTH = TensorInfo("cache_length", "int64", (1,))
 
 
 def onnx_op(name: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: Any) -> Tensor:
@@ -54,14 +55,33 @@ def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     return (_WRITE, *plan.caches(layers, PAST))
 
 
-def prefill_outputs(plan: Plan, layers: Iterable[int], rows: int) -> tuple[TensorInfo, ...]:
+def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """The written caches; a runtime gives them the inputs' memory."""
     return plan.caches(layers, PRESENT)
 
 
-def store(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """Caches of a layer with a prompt's rows written."""
-    return _written(inputs, layer, key, value, inputs[_WRITE.name])
+def store(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Caches with a prompt's rows written, behind those that no prompt has."""
+    start = inputs[_WRITE.name]
+    return _written(inputs, group, key, value, start if group.dropped >= 0 else start - group.dropped)
+
+
+def shared_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    """What `extend` needs: how many rows went by before, and the caches."""
+    return (_LENGTH, *plan.caches(layers, PAST))
+
+
+def extend(
+    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, positions: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Any number of rows written behind those that went by, and their attention to all up to their own."""
+    length = inputs[_LENGTH.name]
+    slot = (length - group.dropped).clamp(min=0) if group.dropped else length
+    caches = _written(inputs, group, key, value, slot)
+    rows = [caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value")]
+    last = (positions * 0 + 1).cumsum(1) - 1 + slot  # [1, rows]: a range would need the number of rows
+    seen = _arange(rows[0].shape[2])[None, None, None] <= last[:, None, :, None]
+    return onnx_op("Attention", [query, *rows, seen], query), caches
 
 
 def decode_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
@@ -73,17 +93,27 @@ def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
 
 
 def append(
-    inputs: dict[str, Tensor], layer: int, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One row written at `slot` ([1], int64), and the query's attention to the rows up to and including it."""
-    caches = _written(inputs, layer, key, value, slot)
-    rows = [caches[f"{PRESENT}.{layer}.{part}"] for part in ("key", "value")]
+    caches = _written(inputs, group, key, value, slot)
+    rows = [caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value")]
     return onnx_op("Attention", [query, *rows, None, None, None, slot + 1], query), caches
 
 
-def _written(inputs: dict[str, Tensor], layer: int, key: Tensor, value: Tensor, slot: Tensor) -> dict[str, Tensor]:
+def _arange(count: int) -> Tensor:
+    import torch
+
+    return torch.arange(count)
+
+
+def _written(
+    inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor, slot: Tensor
+) -> dict[str, Tensor]:
     found = {}
     for part, rows in (("key", key), ("value", value)):
-        cache = inputs[f"{PAST}.{layer}.{part}"]
-        found[f"{PRESENT}.{layer}.{part}"] = onnx_op("TensorScatter", [cache, rows, slot], cache, axis=2, mode="linear")
+        cache = inputs[f"{PAST}.{group.name}.{part}"]
+        found[f"{PRESENT}.{group.name}.{part}"] = onnx_op(
+            "TensorScatter", [cache, rows, slot], cache, axis=2, mode="linear"
+        )
     return found

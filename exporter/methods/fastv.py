@@ -7,6 +7,7 @@ attention of the last prompt token alone. Ranked once, in prefill; kept tokens k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter import blocks
@@ -83,10 +84,10 @@ def paper(plan: Plan) -> dict[str, Any]:
     return {"name": "FastV", "unit": "GMAC per layer, mean", "value": mean / 1e9, "ratio": mean / dense}
 
 
-def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layers below the prune layer over the whole prompt, and the importance scores."""
-    layers = plan.stages[0].layers
-    x, (query, key), caches = blocks.prefill_layers(parts, plan, layers, inputs, "inputs_embeds")
+def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+    """The last layers below the prune layer over the whole prompt, and the importance scores."""
+    x, positions = inputs[segment.entry], inputs["position_ids"]
+    x, (query, key), caches = blocks.prefill_layers(parts, plan, segment.layers, inputs, x, positions)
     scores = importance(query, key, inputs["last_index"], inputs["visual_index"])
     return {"hidden": x, "score": scores, **caches}
 
@@ -96,7 +97,7 @@ def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tens
 
     Args:
         query: queries of the layer before the prune layer, rotated, [1, H, S, D_h].
-        key: keys of the same layer, rotated, [1, H_kv, S, D_h].
+        key: keys of the same layer, rotated, [1, H_kv, at least S, D_h]; further ones count as padding.
         last: row of the last real token; padding comes after it, [1], int64.
         visual: rows of the visual tokens, ascending, [V], int64.
 
@@ -105,8 +106,8 @@ def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tens
 
     Source: the released code of arXiv:2403.06764; softmax per head over all keys, then the mean.
     """
-    _, heads, rows, size = query.shape
-    kv_heads = key.shape[1]
+    heads, size = query.shape[1], query.shape[3]
+    kv_heads, rows = key.shape[1], key.shape[2]
     row = query.index_select(2, last).reshape(1, kv_heads, heads // kv_heads, size)
     # The product in the graph's dtype: Turing has no float32 matrix product in TensorRT-RTX. All else in float32.
     logits: Tensor = (row @ key.transpose(2, 3)).float() * size**-0.5  # [1, H_kv, H / H_kv, S]
@@ -130,54 +131,41 @@ def select(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Ten
     }
 
 
-def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layers from the prune layer on over the kept rows, and the logits of the last one."""
-    renamed = {name.removeprefix("kept_"): tensor for name, tensor in inputs.items()}
-    x, _, caches = blocks.prefill_layers(parts, plan, plan.stages[1].layers, renamed, "hidden")
-    return {"logits": blocks.logits(parts, x, renamed["last_index"]), **caches}
-
-
 def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
     """vision, prefill_head, select, prefill_tail, decode."""
     shapes = blocks.Shapes(plan)
     first, second = plan.stages
-    full, reduced, visual = first.queries, second.queries, plan.visual_tokens
-    hidden, score = shapes.hidden("hidden", full), shapes.score("score", visual)
-    positions, last = shapes.index("position_ids", 1, full), shapes.index("last_index", 1)
-    visual_index = shapes.index("visual_index", visual)
-    kept_rows = (
-        shapes.hidden("kept_hidden", reduced),
-        shapes.index("kept_position_ids", 1, reduced),
-        shapes.index("kept_last_index", 1),
+    full, reduced = first.queries, second.queries
+    score, visual_index = (
+        shapes.score("score", plan.visual_tokens),
+        shapes.index("visual_index", plan.visual_tokens),
     )
-    return (
-        blocks.vision_graph(plan),
-        blocks.GraphSpec(
-            name="prefill_head",
-            role="prefill",
-            inputs=(
-                shapes.hidden("inputs_embeds", full),
-                positions,
-                last,
-                visual_index,
-                *blocks.prefill_inputs(plan, first.layers),
-            ),
-            outputs=(hidden, score, *blocks.prefill_outputs(plan, first.layers, full)),
-            body=head,
-        ),
-        blocks.GraphSpec(
-            name="select",
-            role="prefill",
-            inputs=(hidden, positions, last, score, visual_index, shapes.index("text_index", plan.text_tokens)),
-            outputs=(*kept_rows, shapes.index("kept_visual", plan.kept_tokens)),
-            body=select,
-        ),
-        blocks.GraphSpec(
-            name="prefill_tail",
-            role="prefill",
-            inputs=(*kept_rows, *blocks.prefill_inputs(plan, second.layers)),
-            outputs=(shapes.logits(), *blocks.prefill_outputs(plan, second.layers, reduced)),
-            body=tail,
-        ),
-        blocks.decode_graph(plan),
+    heads = blocks.segments(plan, "prefill_head", first.layers, "inputs_embeds", "hidden")
+    scored = partial(head, segment=heads[-1])
+    before = (
+        *(blocks.prefill_graph(plan, segment, full) for segment in heads[:-1]),
+        blocks.prefill_graph(plan, heads[-1], full, inputs=(visual_index,), outputs=(score,), body=scored),
     )
+    selection = blocks.GraphSpec(
+        name="select",
+        role="prefill",
+        inputs=(
+            shapes.hidden("hidden", full),
+            shapes.index("position_ids", 1, full),
+            shapes.index("last_index", 1),
+            score,
+            visual_index,
+            shapes.index("text_index", plan.text_tokens),
+        ),
+        outputs=(
+            shapes.hidden("kept_hidden", reduced),
+            shapes.index("kept_position_ids", 1, reduced),
+            shapes.index("kept_last_index", 1),
+            shapes.index("kept_visual", plan.kept_tokens),
+        ),
+        body=select,
+    )
+    tails = blocks.segments(plan, "prefill_tail", second.layers, "kept_hidden")
+    after = [blocks.prefill_graph(plan, segment, reduced, kept="kept_") for segment in tails]
+    prefill = (*before, selection, *after)
+    return blocks.vision_graph(plan), *prefill, *blocks.decode_graphs(plan, prefill)

@@ -6,8 +6,6 @@ Each module has `run(model, method_config, prompt, pixels, steps, kept=None) -> 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.spec import CheckpointError
+from lvlm_edge.exporter.references import original
+from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,15 @@ class Reference:
 
     Attributes:
         image_features: what the projector reads, [images, V, D_v].
-        image_embeds: what the decoder reads, [images * V, D].
+        image_embeds: what the decoder reads of it, without the newlines some checkpoints put after each crop,
+            [images * V, D].
         logits: [steps, vocab]; row t gave token t.
         tokens: greedy tokens.
         hidden: hidden states entering the prune layer, [n, D]; None where nothing is pruned.
         score: importance of each visual token, [V]; None likewise.
         kept: ascending indices of the kept visual tokens, [k]; None likewise.
+        cache: keys and values per layer after prefill, [H_kv, rows, d], without HiMix's images; None where not told.
+        image_kv: keys and values of the images in every layer, [L, 2, H_kv, N, d]; HiMix's only.
     """
 
     image_features: Tensor
@@ -40,6 +42,8 @@ class Reference:
     hidden: Tensor | None = None
     score: Tensor | None = None
     kept: Tensor | None = None
+    cache: list[tuple[Tensor, Tensor]] | None = None
+    image_kv: Tensor | None = None
 
 
 def module(method: str) -> ModuleType:
@@ -48,7 +52,10 @@ def module(method: str) -> ModuleType:
 
 
 def load(folder: Path) -> Any:
-    """Stock transformers' model of a checkpoint, float32, eager attention, weights tied and loaded by transformers.
+    """A checkpoint on transformers' modules, float32, eager attention.
+
+    Returns:
+        Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -59,29 +66,16 @@ def load(folder: Path) -> Any:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        if original.known(read_json(folder / "config.json")):
+            return original.load(folder)
         model = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many types; the first line says what is wrong
         raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     finally:
         if bar:
             logging.enable_progress_bar()
     return model.eval()
-
-
-def expand(model: Any, prompt: Sequence[int], count: int) -> Tensor:
-    """The prompt with each image token repeated `count` times, once per visual token of a picture, [1, n]."""
-    image = model.config.image_token_id
-    return torch.tensor([[t for token in prompt for t in ([token] * count if token == image else [token])]])
-
-
-@contextmanager
-def recorded(module: Any, pick: Any) -> Iterator[list[Tensor]]:
-    """`pick(inputs, output)` of every call of a module inside the block."""
-    found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, inputs, output: found.append(pick(inputs, output).detach()))
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.references import Reference, expand, recorded
+from lvlm_edge.exporter.references import Reference, original
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def run(
     steps: int,
     kept: Tensor | None = None,
 ) -> Reference:
-    """Greedy tokens of the pruned model, end-of-sequence ignored.
+    """Greedy tokens of the pruned model, end-of-sequence ignored. An image's newlines are ranked like its tokens.
 
     Args:
         method_config: `prune_layer`, and `keep_tokens` or `keep_ratio`.
@@ -28,40 +28,35 @@ def run(
     """
     from transformers import DynamicCache
 
-    core, decoder = model.model, model.model.language_model
-    projector = core.multi_modal_projector
-    with recorded(projector, lambda i, o: i[0]) as features:
-        images = torch.cat(list(core.get_image_features(pixels).pooler_output))
-    ids = expand(model, prompt, features[0].shape[1])
-    rows = core.get_input_embeddings()(ids).clone()
-    visual = (ids[0] == model.config.image_token_id).nonzero()[:, 0]
-    rows[0, visual] = images
+    m = original.view(model)
+    decoder = m.decoder
+    features, embeds, inputs, images = m.read(prompt, pixels)
+    rows, visual = inputs[None], images.nonzero()[:, 0]
 
     k, cache = method_config["prune_layer"], DynamicCache()
-    positions = torch.arange(ids.shape[1])[None]
-    with recorded(decoder.layers[k - 1].self_attn, lambda i, o: o[1]) as attention:
+    positions = torch.arange(len(images))[None]
+    with original.recorded(decoder.layers[k - 1].self_attn, lambda i, o: o[1]) as attention:
         hidden = _layers(decoder, range(k), rows, positions, cache)
     score = attention[0][0, :, -1].mean(0)[visual]
     count = method_config["keep_tokens"]
     count = round(len(visual) * method_config["keep_ratio"]) if count is None else count
     best = score.sort(descending=True, stable=True).indices[:count].sort().values
     chosen = best if kept is None else kept
-    stays = torch.ones(ids.shape[1], dtype=torch.bool)
-    stays[visual] = False
+    stays = ~images
     stays[visual[chosen]] = True
     last = _layers(decoder, range(k, len(decoder.layers)), hidden[:, stays], positions[:, stays], cache)
 
     logits, tokens = [], []
     for step in range(steps):
-        logits.append(model.lm_head(decoder.norm(last[:, -1])))
+        logits.append(m.logits(last[0]))
         tokens.append(int(logits[-1].argmax()))
         if step + 1 < steps:
-            row = core.get_input_embeddings()(torch.tensor([tokens[-1:]]))
-            last = _layers(decoder, range(len(decoder.layers)), row, torch.tensor([[ids.shape[1] + step]]), cache)
+            row = m.embed(tokens[-1:])[None]
+            last = _layers(decoder, range(len(decoder.layers)), row, torch.tensor([[len(images) + step]]), cache)
     return Reference(
-        image_features=features[0],
-        image_embeds=images,
-        logits=torch.cat(logits),
+        image_features=features,
+        image_embeds=embeds,
+        logits=torch.stack(logits),
         tokens=tokens,
         hidden=hidden[0],
         score=score,

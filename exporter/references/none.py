@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.references import Reference, expand, recorded
+from lvlm_edge.exporter.references import Reference, original
 
 
 @torch.no_grad()
@@ -23,11 +23,8 @@ def run(
     """Greedy tokens of stock `generate`, end-of-sequence ignored."""
     from transformers import GenerationConfig
 
-    core, projector = model.model, model.model.multi_modal_projector
-    with recorded(projector, lambda i, o: i[0]) as features:
-        images = torch.cat(list(core.get_image_features(pixels).pooler_output))
-    ids = expand(model, prompt, features[0].shape[1])
-    model.generation_config = GenerationConfig()
+    m = original.view(model)
+    features, embeds, rows, _ = m.read(prompt, pixels)
     settings = GenerationConfig(
         max_new_tokens=steps,
         do_sample=False,
@@ -36,12 +33,18 @@ def run(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, generation_config=settings
-    )
+    if isinstance(m, original.Hub):
+        model.generation_config, count = GenerationConfig(), features.shape[1]
+        ids = torch.tensor([[t for i in prompt for t in ([i] * count if i == m.image_token_id else [i])]])
+        given = {"input_ids": ids, "pixel_values": pixels}
+    else:
+        m.language.generation_config = GenerationConfig()
+        model, given = m.language, {"inputs_embeds": rows[None]}
+    mask = torch.ones(1, len(rows), dtype=torch.int64)
+    out = model.generate(**given, attention_mask=mask, generation_config=settings)
     return Reference(
-        image_features=features[0],
-        image_embeds=images,
+        image_features=features,
+        image_embeds=embeds,
         logits=torch.cat(out.logits),
-        tokens=out.sequences[0, ids.shape[1] :].tolist(),
+        tokens=out.sequences[0, -steps:].tolist(),
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 Array = NDArray[Any]
@@ -45,8 +44,8 @@ class Backend(Protocol):
     def allocate(self, info: TensorInfo) -> Buffer:
         """A zeroed buffer."""
 
-    def open(self, path: Path, buffers: Mapping[str, Buffer]) -> Session:
-        """A graph with every input and output bound to the buffer of its name."""
+    def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
+        """A graph with every input and output of its file bound to the buffer of its name in the file."""
 
 
 def load(name: str, **options: Any) -> Backend:

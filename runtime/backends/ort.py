@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_edge.runtime.backends import Array, Buffer, Session
-from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class OrtBackend:
 
     def __init__(self, runtime: Any, threads: int) -> None:
         self._runtime, self._threads = runtime, threads
+        self._sessions: dict[Path, onnxruntime.InferenceSession] = {}
 
     def allocate(self, info: TensorInfo) -> HostBuffer:
         if info.dtype == "bfloat16":
@@ -64,23 +65,16 @@ class OrtBackend:
             )
         return HostBuffer(np.zeros(info.shape, np.dtype(info.dtype)))
 
-    def open(self, path: Path, buffers: Mapping[str, Buffer]) -> Session:
-        """A graph bound to its buffers.
+    def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
+        """A graph bound to its buffers; graphs of one file share its session, and with it the weights.
 
         Raises:
             BundleError: ONNX Runtime cannot load the graph, or the graph is not the one the manifest describes.
         """
-        options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            # its fallback prints to stdout, which belongs to the answer
-            session = self._runtime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        except Exception as error:  # the bindings raise their own types; the first line says what is wrong
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+        path = bundle.path(graph.file)
+        if path not in self._sessions:
+            self._sessions[path] = self._load(path)
+        session = self._sessions[path]
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for info in infos:
@@ -88,14 +82,28 @@ class OrtBackend:
                 bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return OrtSession(session, binding)
 
+    def _load(self, path: Path) -> onnxruntime.InferenceSession:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            # its fallback prints to stdout, which belongs to the answer
+            return self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        except Exception as error:  # the bindings raise their own types; the first line says what is wrong
+            raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
 
 def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
     """The memory behind a graph's input or output."""
     buffer = buffers.get(info.name)
     assert buffer is None or isinstance(buffer, HostBuffer)
     kinds = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-    found = (kinds.get(info.type, info.type), info.shape)
     wanted = None if buffer is None else (buffer.array.dtype.name, list(buffer.array.shape))
+    shape = info.shape
+    if wanted is not None and len(shape) == len(wanted[1]):  # a size that the file leaves open is a name there
+        shape = [there if isinstance(here, str) else here for here, there in zip(shape, wanted[1], strict=True)]
+    found = (kinds.get(info.type, info.type), shape)
     if buffer is None or found != wanted:
         raise BundleError(f"{path}: {info.name!r} is {found}, the manifest says {wanted}; export the bundle again")
     return buffer.array

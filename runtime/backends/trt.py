@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from lvlm_edge.runtime.backends import Array, Buffer, Session, from_bfloat16, numpy_dtype, to_bfloat16
-from lvlm_edge.runtime.bundle import Graph, Manifest, TensorInfo, load_manifest
+from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
 
-SCHEMA = 1  # of engines.json, which the builder writes
+SCHEMA = 2  # of engines.json, which the builder writes
 ENGINES = "engines.json"
 PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
@@ -267,6 +267,7 @@ class TrtBackend:
         self._scratch = Scratch(self._cuda)
         self._log = _logger(module)
         self._runtime: Any = None
+        self._engines: dict[str, tuple[Any, Path, dict[str, str]]] = {}
 
     def allocate(self, info: TensorInfo) -> DeviceBuffer:
         """A zeroed buffer.
@@ -276,32 +277,26 @@ class TrtBackend:
         """
         return DeviceBuffer(self._cuda, info)
 
-    def open(self, path: Path, buffers: Mapping[str, Buffer]) -> Session:
-        """The engine of a graph, bound to its buffers.
+    def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
+        """The engine of a graph, bound to its buffers; graphs of one file share their engine, and with it the weights.
 
-        Args:
-            path: the graph in its bundle; its engine is in `engines/<backend>/` beside it.
+        The engine of `NAME.onnx` is in `engines/<backend>/` beside it.
 
         Raises:
             BundleError: there is no engine of this graph that was built here, or it is not what was built.
             DeviceError: TensorRT has no context for it, for want of memory say.
         """
-        folder = path.parent
-        manifest = load_manifest(folder)
-        graph = next(g for g in manifest.graphs if g.file == path.name)
-        wrong = Wrong(folder, self.name)
-        entry = _entry(folder, manifest, graph, self.name, self._module.__version__, self._cuda.capability, wrong)
-        plan = folder / "engines" / self.name / entry["file"]
-        with _checked_plan(plan, entry, wrong) as content:
-            if self._runtime is None:
-                self._runtime = self._module.Runtime(self._log.logger)
-            engine = self._runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            raise wrong(plan.name, f"TensorRT does not load it ({self._log.last()})")
-        bound = _bind(engine, graph, buffers, entry["aliases"], plan.name, wrong)
+        wrong = Wrong(bundle.folder, self.name)
+        if graph.file not in self._engines:
+            self._engines[graph.file] = self._engine(bundle, graph.file, wrong)
+        engine, plan, aliases = self._engines[graph.file]
+        shared = bundle.manifest.graphs_of(graph.file)
+        bound = _bind(engine, graph, buffers, aliases, plan.name, wrong)
         context, keep = _context(self._module, engine, plan.with_suffix(".jit"))
         if context is None:
             raise DeviceError(f"{plan}: TensorRT has no context for it ({self._log.last()}); see `lvlm-edge doctor`")
+        if len(shared) > 1:
+            self._choose(context, shared.index(graph), engine, bound, plan)
         for name, buffer in bound.items():
             if not context.set_tensor_address(name, buffer.address):
                 raise DeviceError(f"{plan}: TensorRT does not take the address of {name} ({self._log.last()})")
@@ -310,6 +305,29 @@ class TrtBackend:
         session = TrtSession(graph.name, context, self._cuda, self._scratch, self._log, replay=replay)
         session.after_first, session.buffers = keep, tuple(bound.values())
         return session
+
+    def _engine(self, bundle: Bundle, file: str, wrong: Wrong) -> tuple[Any, Path, dict[str, str]]:
+        """The engine of a file, the path of its plan, and which outputs it writes over which inputs."""
+        version, capability = self._module.__version__, self._cuda.capability
+        entry = _entry(bundle, file, self.name, version, capability, wrong)
+        plan = bundle.folder / "engines" / self.name / entry["file"]
+        with _checked_plan(plan, entry, wrong) as content:
+            if self._runtime is None:
+                self._runtime = self._module.Runtime(self._log.logger)
+            engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise wrong(plan.name, f"TensorRT does not load it ({self._log.last()})")
+        return engine, plan, entry["aliases"]
+
+    def _choose(self, context: Any, profile: int, engine: Any, bound: Mapping[str, DeviceBuffer], plan: Path) -> None:
+        """Set a context's optimization profile, and with it the sizes that the engine leaves open."""
+        inputs = [name for name, buffer in bound.items() if -1 in engine.get_tensor_shape(name)]
+        taken = context.set_optimization_profile_async(profile, self._cuda.stream)
+        for name in inputs:
+            if engine.get_tensor_mode(name) == self._module.TensorIOMode.INPUT:
+                taken = taken and context.set_input_shape(name, bound[name].info.shape)
+        if not taken:
+            raise DeviceError(f"{plan}: TensorRT does not take profile {profile} ({self._log.last()})")
 
 
 @dataclass(frozen=True)
@@ -327,18 +345,13 @@ class Wrong:
 
 
 def _entry(
-    folder: Path,
-    manifest: Manifest,
-    graph: Graph,
-    backend: str,
-    version: str,
-    capability: tuple[int, int],
-    wrong: Wrong,
+    bundle: Bundle, file: str, backend: str, version: str, capability: tuple[int, int], wrong: Wrong
 ) -> dict[str, Any]:
-    """What `engines.json` says of a graph's engine, once everything it says of this machine and bundle is true."""
-    record = _record(folder / "engines" / backend / ENGINES, wrong)
+    """What `engines.json` says of a file's engine, once everything it says of this machine and bundle is true."""
+    manifest = bundle.manifest
+    record = _record(bundle.folder / "engines" / backend / ENGINES, wrong)
     here = f"{sys.platform}-{platform.machine()}"
-    weights, source = manifest.files[manifest.weights].sha256, manifest.files[graph.file].sha256
+    weights, source = manifest.files[manifest.weights].sha256, manifest.files[file].sha256
     for key, what, mine in (
         ("flavour", "engines are of", MODULES[backend]),
         ("version", f"engines were built by {MODULES[backend]}", version),
@@ -354,14 +367,14 @@ def _entry(
         raise wrong(ENGINES, f"engines are for compute capability {targets}, this GPU has {own}")
     if record.get("weights_sha256") != weights:
         raise wrong(ENGINES, "engines were built from other weights than the bundle's")
-    entry = record["engines"].get(graph.name)
+    entry = record["engines"].get(file)
     if not isinstance(entry, dict):
-        raise wrong(ENGINES, f"lists no engine of {graph.name}, and one that is not listed is not opened")
+        raise wrong(ENGINES, f"lists no engine of {file}, and one that is not listed is not opened")
     name, aliases = entry.get("file"), entry.get("aliases")
     if not isinstance(name, str) or not name or Path(name).name != name or not isinstance(aliases, dict):
-        raise wrong(ENGINES, f"what it says of {graph.name} cannot be read")
+        raise wrong(ENGINES, f"what it says of {file} cannot be read")
     if entry.get("graph_sha256") != source:
-        raise wrong(name, f"was built from another {graph.file} than the bundle's")
+        raise wrong(name, f"was built from another {file} than the bundle's")
     return entry
 
 
@@ -401,27 +414,30 @@ def _bind(
     engine: Any, graph: Graph, buffers: Mapping[str, Buffer], aliases: dict[str, str], what: str, wrong: Wrong
 ) -> dict[str, DeviceBuffer]:
     """The buffer of each of the engine's tensors, which agree with the manifest and share memory where they must."""
-    bound = {}
+    bound: dict[str, DeviceBuffer] = {}
     for i in range(engine.num_io_tensors):
         name = engine.get_tensor_name(i)
         buffer = buffers.get(name)
         assert buffer is None or isinstance(buffer, DeviceBuffer)
         dtype = engine.get_tensor_dtype(name).name
-        found = (DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
         wanted = None if buffer is None else (buffer.info.dtype, buffer.info.shape)
+        shape = tuple(engine.get_tensor_shape(name))
+        if wanted is not None and len(shape) == len(wanted[1]):  # -1: a size that the engine leaves open
+            shape = tuple(w if s == -1 else s for s, w in zip(shape, wanted[1], strict=True))
+        found = (DTYPES.get(dtype, dtype), shape)
         if buffer is None or found != wanted:
             raise wrong(what, f"{name!r} is {found}, the manifest says {wanted}")
         bound[name] = buffer
-    missing = [info.name for info in graph.outputs if info.name not in bound]
+    missing = [name for info in graph.outputs if (name := graph.names.get(info.name, info.name)) not in bound]
     if missing:
         raise wrong(what, f"has no output {missing[0]!r}")
     says = getattr(engine, "get_aliased_input_tensor", None)  # since 10.15
-    for output in graph.outputs:
-        source = aliases.get(output.name)
-        if says is not None and (says(output.name) or None) != source:
-            raise wrong(what, f"{output.name!r} is written over {says(output.name)}, {ENGINES} says {source}")
-        if source is not None and (source not in bound or bound[source].address != bound[output.name].address):
-            raise wrong(what, f"{output.name!r} is written over {source!r}, but the bundle keeps them apart")
+    for name in (graph.names.get(info.name, info.name) for info in graph.outputs):
+        source = aliases.get(name)
+        if says is not None and (says(name) or None) != source:
+            raise wrong(what, f"{name!r} is written over {says(name)}, {ENGINES} says {source}")
+        if source is not None and (source not in bound or bound[source].address != bound[name].address):
+            raise wrong(what, f"{name!r} is written over {source!r}, but the bundle keeps them apart")
     return bound
 
 

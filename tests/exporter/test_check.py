@@ -77,12 +77,11 @@ def _layer_before(patch):
     """scores from the layer before."""
     right = fastv.head
 
-    def head(p, plan, inputs):
-        _, (query, key), _ = blocks.prefill_layers(
-            p, plan, range(plan.stages[0].layers.stop - 1), inputs, "inputs_embeds"
-        )
+    def head(p, plan, inputs, *, segment):
+        layers, x = range(plan.stages[0].layers.stop - 1), inputs["inputs_embeds"]
+        _, (query, key), _ = blocks.prefill_layers(p, plan, layers, inputs, x, inputs["position_ids"])
         score = fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])
-        return right(p, plan, inputs) | {"score": score}
+        return right(p, plan, inputs, segment=segment) | {"score": score}
 
     patch.setattr(fastv, "head", head)
 
@@ -92,8 +91,8 @@ def _layer_after(patch):
     """scores from the layer after."""
     right = fastv.head
 
-    def head(p, plan, inputs):
-        found = right(p, plan, inputs)
+    def head(p, plan, inputs, *, segment):
+        found = right(p, plan, inputs, segment=segment)
         layer = p.layers[plan.stages[0].layers.stop]
         query, key, _ = blocks.project(p, layer, found["hidden"], inputs["position_ids"])
         return found | {"score": fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])}
@@ -361,9 +360,11 @@ def _decode_slot(patch):
     """decoding one row too far in the caches of the tail."""
     right = blocks._decode
 
-    def decode(p, plan, inputs):
-        shifted = SimpleNamespace(spec=plan.spec, dropped=lambda i: plan.dropped(i) - (plan.dropped(i) > 0))
-        return right(p, shifted, inputs)
+    def decode(p, plan, inputs, *, segment):
+        def shifted(layer):
+            return tuple(dataclasses.replace(g, dropped=g.dropped - (g.dropped > 0)) for g in plan.groups(layer))
+
+        return right(p, SimpleNamespace(groups=shifted), inputs, segment=segment)
 
     patch.setattr(blocks, "_decode", decode)
 

@@ -54,18 +54,18 @@ def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, optio
 
     manifest = open_bundle(bundle).manifest
     found = entries(out)
-    assert set(found) == {graph.name for graph in manifest.graphs}
+    assert set(found) == {graph.file for graph in manifest.graphs}
     for name, entry in found.items():
         assert (out / entry["file"]).read_bytes()[:4] == b"vtrt"
         assert sha256(out / entry["file"]) == entry["sha256"]
-        assert entry["graph_sha256"] == manifest.files[f"{name}.onnx"].sha256
+        assert entry["graph_sha256"] == manifest.files[name].sha256
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_graph_of_the_sample_builds(export_once, options, dtype):
     bundle = export_once(SAMPLE, dtype=dtype, **options)
     every = ("7.5", *EVERY) if dtype == "float16" else EVERY  # 7.5 has no bfloat16
-    graphs = {graph.name for graph in open_bundle(bundle).manifest.graphs}
+    graphs = {graph.file for graph in open_bundle(bundle).manifest.graphs}
 
     for targets in (every, (PORTABLE,)):
         out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=targets))
@@ -88,7 +88,7 @@ def test_legacy_graphs_build_too(gqa, export_once, options, dtype):
 
     out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 
-    assert set(entries(out)) == {graph.name for graph in open_bundle(bundle).manifest.graphs}
+    assert set(entries(out)) == {graph.file for graph in open_bundle(bundle).manifest.graphs}
 
 
 def test_caches_written_in_place_are_listed_as_aliases(own):
@@ -96,9 +96,9 @@ def test_caches_written_in_place_are_listed_as_aliases(own):
 
     found = entries(out)
     layers = len(open_bundle(own).manifest.cache)
-    assert found["decode"]["aliases"]["present.0.key"] == "past_key_values.0.key"
-    assert len(found["decode"]["aliases"]) == 2 * layers
-    assert found["select"]["aliases"] == {}
+    assert found["decode.onnx"]["aliases"]["present.0.key"] == "past_key_values.0.key"
+    assert len(found["decode.onnx"]["aliases"]) == 2 * layers
+    assert found["select.onnx"]["aliases"] == {}
 
 
 def test_what_is_up_to_date_is_not_built_again(own):
@@ -112,7 +112,7 @@ def test_what_is_up_to_date_is_not_built_again(own):
 
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.engine")}
     assert {name for name in after if after[name] != before[name]} == {"select.engine"}
-    assert sha256(damaged) == entries(out)["select"]["sha256"]
+    assert sha256(damaged) == entries(out)["select.onnx"]["sha256"]
 
 
 def test_another_target_builds_everything_again(own):
@@ -120,7 +120,7 @@ def test_another_target_builds_everything_again(own):
 
     engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.9",)), graphs=["select"])
 
-    assert set(entries(out)) == {"select"}
+    assert set(entries(out)) == {"select.onnx"}
 
 
 def test_a_killed_build_goes_on_where_it_stopped(own):
@@ -182,5 +182,5 @@ def test_the_command_line_builds_for_a_device(own):
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert record["settings"]["compute_capabilities"] == ["8.9"]
-    assert set(record["engines"]) == {"select"}
+    assert set(record["engines"]) == {"select.onnx"}
     assert refused.exit_code == 3

@@ -179,7 +179,7 @@ def test_a_cache_that_is_too_small_is_refused(bundle, tmp_path):
     manifest["cache"][1]["capacity"] -= 1
     tiny.write_json(copied / "manifest.json", manifest)
 
-    with pytest.raises(BundleError, match="layer 1 cannot hold 36 rows"):
+    with pytest.raises(BundleError, match=r"name='1'.* cannot hold 36 rows"):
         Pipeline.load(copied)
 
 

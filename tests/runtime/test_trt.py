@@ -39,26 +39,27 @@ def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None
     out = bundle / "engines" / backend
     out.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for i, graph in enumerate(manifest.graphs):
+    for i, file in enumerate({g.file: None for g in manifest.graphs}):
+        graph, *others = manifest.graphs_of(file)
         found = aliases(graph)
         bits = [info.name for info in (*graph.inputs, *graph.outputs) if info.dtype == "bfloat16"]
         content = fake_tensorrt.plan(
-            (graphs or bundle) / graph.file, scratch=1000 * (i + 1), aliases=found, bfloat16=bits
+            (graphs or bundle) / file, scratch=1000 * (i + 1), aliases=found, bfloat16=bits, profiles=1 + len(others)
         )
-        path = out / f"{graph.name}.engine"
+        path = (out / file).with_suffix(".engine")
         path.write_bytes(content)
-        entries[graph.name] = {
+        entries[file] = {
             "file": path.name,
             "size": len(content),
             "sha256": sha256(path),
-            "graph_sha256": manifest.files[graph.file].sha256,
+            "graph_sha256": manifest.files[file].sha256,
             "aliases": found,
             "peak_bytes": 1,
             "seconds": 0.1,
         }
     capabilities = ["portable"] if backend == "trt-rtx" else ["8.7"]
     common = {
-        "schema": 1,
+        "schema": 2,
         "flavour": {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}[backend],
         "version": "1.7.1",
         "platform": f"{sys.platform}-{platform.machine()}",
@@ -440,11 +441,11 @@ def refused(bundle, monkeypatch, said, backend="trt-rtx", **machine):
         ({"settings": {"compute_capabilities": "8.9"}}, "this GPU has 8.9"),
         ({"settings": None}, "this GPU has 8.9"),
         ({"weights_sha256": "0" * 64}, "other weights"),
-        ({"schema": 2}, "schema is 2, expected 1"),
+        ({"schema": 1}, "schema is 1, expected 2"),
         ({"engines": []}, "schema"),
         ({"engines": {}}, "lists no engine of vision"),
-        ({"engines": {"vision": {"file": "../vision.engine", "aliases": {}}}}, "cannot be read"),
-        ({"engines": {"vision": {"file": "vision.engine"}}}, "cannot be read"),
+        ({"engines": {"vision.onnx": {"file": "../vision.engine", "aliases": {}}}}, "cannot be read"),
+        ({"engines": {"vision.onnx": {"file": "vision.engine"}}}, "cannot be read"),
     ],
     ids=str,
 )
@@ -469,7 +470,7 @@ def test_engines_for_this_gpu_run_and_portable_ones_run_from_ampere_on(own, monk
 def test_a_stale_graph_hash_is_refused(own, monkeypatch):
     path = own / "engines" / "trt-rtx" / "engines.json"
     record = tiny.read_json(path)
-    record["engines"]["vision"]["graph_sha256"] = "0" * 64
+    record["engines"]["vision.onnx"]["graph_sha256"] = "0" * 64
     tiny.write_json(path, record)
 
     refused(own, monkeypatch, r"built from another vision\.onnx")
@@ -524,7 +525,7 @@ def test_an_alias_that_is_not_the_engines_is_found(own, monkeypatch):
     path = own / "engines" / "trt-rtx" / "engines.json"
     record = tiny.read_json(path)
     Machine().install(monkeypatch, "tensorrt_rtx")
-    found = record["engines"]["decode"]["aliases"]
+    found = record["engines"]["decode.onnx"]["aliases"]
 
     found["present.0.key"] = "past_key_values.1.key"
     tiny.write_json(path, record)
@@ -540,7 +541,7 @@ def test_an_alias_that_is_not_the_engines_is_found(own, monkeypatch):
 def test_an_alias_that_the_bundle_keeps_apart_is_found_without_tensorrts_word(own, monkeypatch):
     path = own / "engines" / "trt-rtx" / "engines.json"
     record = tiny.read_json(path)
-    record["engines"]["decode"]["aliases"]["present.0.key"] = "past_key_values.1.key"
+    record["engines"]["decode.onnx"]["aliases"]["present.0.key"] = "past_key_values.1.key"
     tiny.write_json(path, record)
     Machine(modern=False).install(monkeypatch, "tensorrt_rtx")
 
@@ -553,7 +554,7 @@ def test_an_engine_of_other_tensors_than_the_manifests_is_found(own, modern, mon
     record = tiny.read_json(path / "engines.json")
     plan = path / "decode.engine"
     plan.write_bytes(fake_tensorrt.plan(own / "vision.onnx"))
-    record["engines"]["decode"] |= {"size": plan.stat().st_size, "sha256": sha256(plan)}
+    record["engines"]["decode.onnx"] |= {"size": plan.stat().st_size, "sha256": sha256(plan)}
     tiny.write_json(path / "engines.json", record)
     Machine().install(monkeypatch, "tensorrt_rtx")
 
