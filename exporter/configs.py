@@ -45,7 +45,7 @@ def completed(where: str, given: dict[str, Any], known: Collection[str], kind: A
         UnsupportedError: a kind that is not known.
     """
     kind = given.get("model_type") if kind is None else kind
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise UnsupportedError(f"{where}.model_type is {kind!r}, not supported; {nearest(str(kind), known)}")
     return {**DEFAULTS[kind], **given, "model_type": kind}
 

@@ -132,7 +132,7 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     pixels = torch.from_numpy(case.pixels)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
     rows = _vision(pipe, case, expected)
-    inputs = pipe.prefill_inputs(case.prompt, expected.image_embeds.numpy())
+    inputs = pipe.prefill_inputs(case.prompt, _separated(pipe, expected.image_embeds.numpy()))
     answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
     if expected.kept is not None:
         selected, kept = _selection(pipe, case, expected, inputs)
@@ -145,11 +145,22 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
 def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
     outputs = [pipe.run_graph("vision", {"pixel_values": picture[None]}) for picture in case.pixels]
     features = np.concatenate([o["image_features"] for o in outputs])
-    embeds = np.concatenate([o["image_embeds"][0] for o in outputs])
+    tokens = expected.image_features.shape[1]  # without the separator after them
+    embeds = np.concatenate([o["image_embeds"][0, :tokens] for o in outputs])
     return [
         _close(pipe, case, "vision", features, expected.image_features),
         _close(pipe, case, "projector", embeds, expected.image_embeds),
     ]
+
+
+def _separated(pipe: Pipeline, embeds: Array) -> Array:
+    """Visual tokens of all crops [V, D] with the bundle's separator, as the vision graph left it, after each crop's."""
+    counts = pipe.manifest.counts
+    if not counts.separators:
+        return embeds
+    separator = pipe.buffer("vision", "image_embeds").read()[0, -1:]
+    crops = np.split(embeds, counts.separators)
+    return np.concatenate([row for crop in crops for row in (crop, separator)])
 
 
 def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str, Array]) -> tuple[list[Row], Array]:

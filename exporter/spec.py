@@ -187,7 +187,7 @@ def _check_sizes(spec: ModelSpec, path: Path) -> None:
         ("text_config's rms_norm_eps", d.eps, float),
         ("vision_config's hidden_act", v.mlp_act, str),
         ("text_config's hidden_act", d.mlp_act, str),
-        ("projector_hidden_act", spec.projector_act or "", str),
+        ("projector_hidden_act", spec.projector_act if not spec.settings else spec.projector_act or "", str),
         ("rope_parameters' rope_theta", d.rope.get("rope_parameters", {}).get("rope_theta", 1.0), float),
     ):
         if type(value) not in (kind, int) or (kind is str and type(value) is int):

@@ -333,6 +333,7 @@ def test_a_config_that_is_no_json_object(content, said, folder):
         (1, "vision_feature_layer", -9, "vision_feature_layer is -9"),
         (1, "vision_feature_layer", "last", "vision_feature_layer"),
         (3, "vision_feature_select_strategy", "some", "vision_feature_select_strategy"),
+        (1, "projector_hidden_act", None, "projector_hidden_act is None"),
         (1, "image_token_index", -1, "image_token_index is -1"),
         (1, "image_token_index", "x", "image_token_index"),
         (1, "image_token_index", 500, "no added token with the id 500"),

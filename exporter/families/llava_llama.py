@@ -7,6 +7,7 @@ The decoder's fields stand at the top of config.json, and the vision encoder is 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
         raise UnsupportedError(f"llava_llama: mm_projector_type is {projector!r}; known: mlp2x_gelu")
-    kind = decoder_kind(config)
-    text = configs.completed("llava_llama: config.json", config, configs.DECODERS, kind)
     try:
+        kind = decoder_kind(config)
+        text = configs.completed("llava_llama: config.json", config, configs.DECODERS, kind)
         vision, decoder = _vision(config, folder), configs.decoder("llava_llama", text)
         if kind == "phi3" and "proxyv" in config:  # its prefill and decode masks know no window
-            decoder = _without_window(decoder)
+            decoder = dataclasses.replace(decoder, window=None)
         spec = ModelSpec(
             family="llava_llama",
             vision=vision,
@@ -89,7 +90,7 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
         )
         _agree(config, spec)
         return spec
-    except TypeError as error:  # sums with a field that is no number
+    except (TypeError, ZeroDivisionError) as error:  # sums with a field that is no number, or is 0
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
 
@@ -104,19 +105,21 @@ def chat_template(config: dict[str, Any]) -> str:
     kind, named = decoder_kind(config), config.get("version")
     if kind == "llama" and config.get("vocab_size", 0) > LLAMA_3:
         return TEMPLATES["llava_llama_3"]
-    return TEMPLATES[named if named in TEMPLATES else CHATS[kind]]
+    return TEMPLATES[named if isinstance(named, str) and named in TEMPLATES else CHATS[kind]]
 
 
 def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
-    """Where `preprocessor_config.json` is, the encoder's where the checkpoint has none, and how pictures are fitted.
+    """Where `preprocessor_config.json` is, and how pictures are fitted.
 
+    The encoder's own is taken where the checkpoint has none; those of released encoders are what is taken without one.
     `pad` pads to a square of the mean colour. `resize`, which is also what any-resolution makes of the base view and
     does not keep the picture's shape, resizes to the encoder's square; `processor` leaves it to the image processor.
     """
-    fit = FITS[config.get("image_aspect_ratio")]
-    if (folder / "preprocessor_config.json").is_file():
+    fit, name = FITS[config.get("image_aspect_ratio")], _encoder_name(config)
+    here = _local(name, folder)
+    if (folder / "preprocessor_config.json").is_file() or (here is None and _released(name) in ENCODERS):
         return folder, fit
-    return _encoder_folder(config, folder), fit
+    return here or checkpoint.resolve(name, weights=False), fit
 
 
 def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
@@ -158,10 +161,9 @@ def _vision(config: dict[str, Any], folder: Path) -> VisionSpec:
 def _encoder_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     name = _encoder_name(config)
     here = _local(name, folder)
+    if here is None and _released(name) in ENCODERS:
+        return ENCODERS[_released(name)]
     if here is None:
-        known = next((known for known in ENCODERS if Path(known).name == Path(name).name), None)
-        if known is not None:
-            return ENCODERS[known]
         here = checkpoint.resolve(name, weights=False)
     found = read_json(here / "config.json")
     inner = found.get("vision_config")
@@ -178,10 +180,7 @@ def _encoder_folder(config: dict[str, Any], folder: Path) -> Path:
     """
     name = _encoder_name(config)
     here = _local(name, folder)
-    if here is not None:
-        return here
-    known = next((known for known in ENCODERS if Path(known).name == Path(name).name), name)
-    return checkpoint.resolve(known)
+    return checkpoint.resolve(_released(name)) if here is None else here
 
 
 def _encoder_name(config: dict[str, Any]) -> str:
@@ -189,6 +188,11 @@ def _encoder_name(config: dict[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"config.json: mm_vision_tower is {name!r}, expected a folder or a name; correct it")
     return name
+
+
+def _released(name: str) -> str:
+    """The hub's name of a released encoder that a config names by where it lay when the model was trained."""
+    return next((known for known in ENCODERS if Path(known).name == Path(name).name), name)
 
 
 def _local(name: str, folder: Path) -> Path | None:
@@ -274,12 +278,6 @@ def _agree(config: dict[str, Any], spec: ModelSpec) -> None:
             raise CheckpointError(
                 f"config.json: {key} is {given!r}, but its vision encoder has {value}; correct it, or mm_vision_tower"
             )
-
-
-def _without_window(decoder: DecoderSpec) -> DecoderSpec:
-    import dataclasses
-
-    return dataclasses.replace(decoder, window=None)
 
 
 def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:

@@ -48,11 +48,11 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
     text = configs.completed("tinyllava: text_config", given, DECODERS)
     tower = configs.completed("tinyllava: vision_config", seen, configs.TOWERS)
     strategy, ratio = config.get("vision_feature_select_strategy", "patch"), config.get("image_aspect_ratio")
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise UnsupportedError(
             f"tinyllava: vision_feature_select_strategy is {strategy!r}; {nearest(str(strategy), STRATEGIES)}"
         )
-    if ratio not in FITS:
+    if not isinstance(ratio, str | None) or ratio not in FITS:
         known = nearest(str(ratio), (fit for fit in FITS if fit))
         raise UnsupportedError(f"tinyllava: image_aspect_ratio is {ratio!r}; {known}")
     himix = "vision_hidden_size" in given
@@ -76,7 +76,7 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
             image_token_id=config.get("image_token_index", -200),
             settings={"himix": {}} if himix else {},
         )
-    except TypeError as error:  # sums with a field that is no number
+    except (TypeError, ZeroDivisionError) as error:  # sums with a field that is no number, or is 0
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, plan, references, spec
+from lvlm_edge.exporter import export, parity, plan, planning, references, spec
 from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
-from lvlm_edge.runtime.errors import InputError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import checkpoints, layouts, tiny
 from tests.layouts import IMAGE
 
@@ -123,6 +123,27 @@ def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, quick_tra
         (tmp_path / "model" / "model.safetensors").unlink()
 
     agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels())
+
+
+def test_check_puts_separators_after_pytorchs_own_tokens(tmp_path, monkeypatch, quick_tracing):
+    stock = layouts.build(tmp_path / "model", proxyv=False, **ANYRES)
+    export(tmp_path / "model", tmp_path / "out", grid=(1, 2), max_text_tokens=24, max_new_tokens=8)
+
+    def run(model, config, prompt, pixels, steps, kept=None):
+        with torch.no_grad():
+            states = stock.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        tokens, logits = stock.generate(prompt, pixels.numpy(), steps, 3)
+        embeds = stock.projector(states).detach().flatten(0, 1)
+        return references.Reference(
+            image_features=states, image_embeds=embeds, logits=torch.from_numpy(logits), tokens=tokens
+        )
+
+    monkeypatch.setattr(references, "load", lambda folder: stock)
+    monkeypatch.setattr(references.module("none"), "run", run)
+    verdict = parity.check(tmp_path / "out", tmp_path / "model", steps=4)
+
+    assert verdict.passed
+    assert {row.stage for row in verdict.rows} >= {"vision", "projector", "prefill logits", "tokens"}
 
 
 # The reference outputs' checkpoints.
@@ -363,3 +384,33 @@ def test_names_of_a_methods_own_tensors():
     ):
         assert llava_llama.rename(key) == name
         assert llava_llama.unused(name)
+
+
+ODD = (None, [], {}, [[]], "x", -1, 0, 1.5, True, 10**9)
+
+
+@pytest.mark.parametrize("layout", ["llava_llama", "tinyllava", "tower"])
+def test_every_field_may_hold_anything_without_a_traceback(layout, tmp_path):
+    if layout == "tinyllava":
+        from tests.exporter import test_tinyllava
+
+        test_tinyllava.build(tmp_path)
+        where = tmp_path / "config.json"
+    else:
+        yopo = {"attncut_w": 5, "layercut_num": 1, "mlpcut_ratio": 2, "headcut_num": 8}
+        layouts.build(tmp_path / "m", proxyv=True, version="v1", **ANYRES, **yopo)
+        where = tmp_path / "m" / ("config.json" if layout == "llava_llama" else "tower/config.json")
+    folder, whole = where.parent if layout != "tower" else where.parent.parent, tiny.read_json(where)
+
+    changed = [whole | {field: value} for field in whole for value in ODD]
+    for part in ("text_config", "vision_config"):
+        inner = whole.get(part, {})
+        changed += [whole | {part: inner | {field: value}} for field in inner for value in ODD]
+    for config in changed:
+        tiny.write_json(where, config)
+        try:
+            found = spec.load(folder)
+            planning.make(found, max_text_tokens=24, max_new_tokens=8)
+            spec.family(found.family).chat_template(tiny.read_json(folder / "config.json"))
+        except LvlmEdgeError:
+            continue  # as a message
