@@ -1,11 +1,13 @@
 """Held-out accuracy of the sample, in PyTorch and from bundles: `python samples/easyvqa/evaluate.py`.
 
-Answers are generated greedily and compared as text. Dense, FastV at several keep ratios, and as many random tokens
-in place of FastV's, all over the same questions. With --card the table takes its place in the model card.
+Answers are generated greedily and compared as text. The table of pruning has dense, FastV at several keep ratios, and
+as many random tokens in place of FastV's; the table of methods has every method, those that are trained on their own
+checkpoints. All are asked the same questions. With --card a table takes its place in the model card.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,25 @@ import data
 import numpy as np
 import torch
 from rich.progress import track
+from tokenizers import Tokenizer
 
 from lvlm_edge.exporter import export, references
+from lvlm_edge.exporter.references import original
 from lvlm_edge.runtime import Pipeline
 
 HERE = Path(__file__).parent
 RATIOS = (0.5, 0.25, 0.1)
 PRUNE_LAYER = 2
 STEPS = 3  # an answer, end-of-sequence, and one to see that it ends
+VARIANTS: tuple[tuple[str, str, str, dict[str, object]], ...] = (  # row, folder, method, options
+    ("none", "checkpoint", "none", {}),
+    ("FastV, 36 of 144 tokens from layer 2 on", "checkpoint", "fastv", {"prune_layer": 2, "keep_ratio": 0.25}),
+    ("ProxyV, 9 proxies from layer 2 on", "proxyv", "proxyv", {}),
+    ("YOPO, `released`", "yopo", "yopo", {"semantics": "released"}),
+    ("YOPO, `dropped`", "yopo", "yopo", {"semantics": "dropped"}),
+    ("HiMix", "himix", "himix", {}),
+)
+KINDS = {"yes/no": ("yes", "no"), "shape": data.SHAPES, "color": data.COLORS}
 Answer = Callable[[list[int], np.ndarray, np.random.Generator], list[int]]
 
 
@@ -78,12 +91,11 @@ def table(checkpoint: Path, count: int, seed: int) -> str:
     visual = model.config.image_seq_length
     chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
     truth = [split.questions[i][1] for i in chosen]
-    kinds = {"yes/no": ("yes", "no"), "shape": data.SHAPES, "color": data.COLORS}
     rows = [
         f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--questions {count} --seed {seed}`).",
         "",
-        "| tokens kept from layer 2 on | PyTorch | bundle | same answer | " + " | ".join(kinds) + " |",
-        "|---|---|---|---|" + "---|" * len(kinds),
+        "| tokens kept from layer 2 on | PyTorch | bundle | same answer | " + " | ".join(KINDS) + " |",
+        "|---|---|---|---|" + "---|" * len(KINDS),
     ]
     for ratio, scattered in [(None, False), *((r, s) for r in RATIOS for s in (False, True))]:
         name = "all" if ratio is None else f"{round(visual * ratio)} {'at random' if scattered else 'by FastV'}"
@@ -97,27 +109,98 @@ def table(checkpoint: Path, count: int, seed: int) -> str:
             f"{np.mean([a == t for a, t in zip(theirs, truth, strict=True)]):.4f}",
             f"{right.mean():.4f}",
             f"{np.mean([a == b for a, b in zip(mine, theirs, strict=True)]):.2%}",
-            *(f"{right[[t in words for t in truth]].mean():.3f}" for words in kinds.values()),
+            *(f"{right[[t in words for t in truth]].mean():.3f}" for words in KINDS.values()),
         ]
         rows.append("| " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
     return "\n".join([*rows, "", "By kind of answer: the bundle's. Float32, ONNX Runtime and PyTorch on the CPU."])
 
 
+def method_config(folder: Path, method: str, options: dict[str, object]) -> dict[str, object]:
+    """What a method's reference must know: from the checkpoint, and the options on top."""
+    config = json.loads((folder / "config.json").read_text())
+    found: dict[str, object] = {"fastv": {"keep_tokens": None}}.get(method, {})
+    if method == "proxyv":
+        found = {"start_layer": config["proxyv_start_layer"], "reduce_factor": config["proxyv_reduce_factor"],
+                 "learn_proxy": config["learn_proxy"]}  # fmt: skip
+    if method == "yopo":
+        mask = ["".join("01"[int(kept)] for kept in row) for row in np.load(folder / "headmask.npy")]
+        found = {"window": config["attncut_w"], "cutoff": config["layercut_num"], "ffn_ratio": config["mlpcut_ratio"],
+                 "head_mask": mask}  # fmt: skip
+    return {**found, **options}
+
+
+def reference_answers(
+    folder: Path, method: str, options: dict[str, object], split: data.Split, chosen: np.ndarray, what: str
+) -> list[str]:
+    """The answer of a method's PyTorch reference to each chosen question, as `answers` gives them."""
+    m, tokens = original.view(references.load(folder)), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = m.whole if isinstance(m, original.Hub) else m
+    image, end, found = tokens.token_to_id("<image>"), tokens.token_to_id("</s>"), []
+    run, config = references.module(method).run, method_config(folder, method, options)
+    for number in track(chosen, what):
+        question, _, picture = split.questions[number]
+        ids = [m.image_token_id if t == image else t for t in tokens.encode(data.prompt(question)).ids]
+        pixels = torch.from_numpy(data.normalise(split.pictures[picture : picture + 1]))
+        said = run(model, config, ids, pixels, STEPS).tokens
+        found.append(tokens.decode(said[: said.index(end)] if end in said else said).strip())
+    return found
+
+
+def methods_table(count: int, seed: int, bundles: bool) -> str:
+    """Every method's accuracy in Markdown; without bundles, of its PyTorch reference alone."""
+    torch.set_num_threads(1)
+    split = data.load("test")
+    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
+    truth = [split.questions[i][1] for i in chosen]
+    columns = ["method", "PyTorch", *(["bundle", "same answer"] if bundles else []), *KINDS]
+    rows = [
+        f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--questions {count} --seed {seed}`).",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    for name, folder, method, options in VARIANTS:
+        theirs = reference_answers(HERE / folder, method, options, split, chosen, f"{name}, PyTorch")
+        mine = theirs
+        if bundles:
+            with tempfile.TemporaryDirectory() as place:
+                made = Path(place) / "bundle"
+                export(HERE / folder, made, method=method, max_text_tokens=32, max_new_tokens=STEPS, **options)
+                pipe = Pipeline.load(made)
+                mine = answers(
+                    lambda ids, pixels, _, pipe=pipe: pipe.generate_tokens(
+                        ids, pixels, max_new_tokens=STEPS, ignore_eos=True
+                    ).token_ids,
+                    pipe, split, chosen, f"{name}, bundle",
+                )  # fmt: skip
+        right = np.array([m == t for m, t in zip(mine, truth, strict=True)])
+        same = np.mean([a == b for a, b in zip(mine, theirs, strict=True)])
+        cells = [name, f"{np.mean([a == t for a, t in zip(theirs, truth, strict=True)]):.4f}"]
+        cells += [f"{right.mean():.4f}", f"{same:.2%}"] if bundles else []
+        cells += [f"{right[[t in words for t in truth]].mean():.3f}" for words in KINDS.values()]
+        rows.append("| " + " | ".join(cells) + " |")
+        print(rows[-1], flush=True)
+    whose = "the bundle's" if bundles else "PyTorch's"
+    return "\n".join([*rows, "", f"By kind of answer: {whose}. Float32 on the CPU."])
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint")
 @click.option("--questions", default=2000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--methods", is_flag=True, help="The table of methods, not that of pruning.")
+@click.option("--bundles/--no-bundles", default=True, show_default=True, help="Of the methods' bundles too.")
 @click.option("--card", is_flag=True, help="Write the table into the model card.")
-def main(checkpoint: Path, questions: int, seed: int, card: bool) -> None:
-    """Accuracy of the sample: dense, FastV and random pruning, PyTorch beside bundle."""
-    made = table(checkpoint, questions, seed)
+def main(checkpoint: Path, questions: int, seed: int, methods: bool, bundles: bool, card: bool) -> None:
+    """Accuracy of the sample: dense, FastV and random pruning, or every method; PyTorch beside bundle."""
+    made = methods_table(questions, seed, bundles) if methods else table(checkpoint, questions, seed)
     print(made)
     if card:
-        path = HERE / "README.md"
-        head, _, rest = path.read_text().partition("<!-- table -->\n")
-        _, _, tail = rest.partition("<!-- /table -->")
-        path.write_text(f"{head}<!-- table -->\n{made}\n<!-- /table -->{tail}")
+        path, mark = HERE / "README.md", "methods" if methods else "table"
+        head, _, rest = path.read_text().partition(f"<!-- {mark} -->\n")
+        _, _, tail = rest.partition(f"<!-- /{mark} -->")
+        path.write_text(f"{head}<!-- {mark} -->\n{made}\n<!-- /{mark} -->{tail}")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,21 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import data
 import numpy as np
+import reduced
 import torch
 import torch.nn.functional as F
+from reduced import SLOT, SLOTS
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-SLOTS, SLOT = 8, 16  # questions per picture in a sequence, tokens per question with answer and end
 PICTURES_1, PICTURES_2 = 96, 24  # pictures per step
 SAVE_EVERY = 100
 
@@ -222,30 +224,66 @@ def train_alignment(
 def train_answers(model: LlavaForConditionalGeneration, split: data.Split, tokens: Tokenizer, folder: Path,
                   steps: int, seed: int) -> None:  # fmt: skip
     """Stage 2: everything, on the answer and the end-of-sequence token."""
-    image_token = tokens.token_to_id("<image>")
-    prefix = tokens.encode(data.prompt("")).ids
-    prefix = prefix[: prefix.index(image_token) + 2]  # begin-of-sequence, "user: ", image, newline
+    prefix, image_token = head(tokens)
     module = Packed(model, prefix, image_token)
     slow = {id(p) for p in model.model.vision_tower.parameters()}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in slow], "lr": 1.2e-3},
         {"params": [p for p in model.parameters() if id(p) in slow], "lr": 0.36e-3},
     ]
-    run = Run("answers", folder, module, groups, steps)
+    batch = batches(split, tokens, prefix, (seed, 2))
+    Run("answers", folder, module, groups, steps).go(lambda step: module(*batch(step, step / steps)))
+
+
+def train_reduced(model: LlavaForConditionalGeneration, method: str, split: data.Split, tokens: Tokenizer,
+                  folder: Path, steps: int, seed: int, **options: object) -> reduced.Reduced:  # fmt: skip
+    """Fine-tune the trained sample with a reduction in it.
+
+    HiMix's image projections begin alone, as in its paper. YOPO's two semantics take turns: its paper trains with
+    `released` alone, and a model that never met `dropped` loses accuracy there.
+    """
+    prefix, image_token = head(tokens)
+    module = reduced.METHODS[method](model, prefix, image_token, **options)
+    batch = batches(split, tokens, prefix, (seed, 3))
+    first = int(0.4 * steps) if method == "himix" else 0
+    if first:
+        groups = [{"params": module.images.parameters(), "lr": 2e-3}]
+        Run(f"{method}-images", folder, module, groups, first).go(lambda step: module(*batch(step, 1.0)))
+    run = Run(method, folder, module, module.groups(3e-4), steps - first)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        module.dropped = step % 2 == 1
+        return module(*batch(first + step, 1.0))
+
+    run.go(loss_of)
+    return module
+
+
+def head(tokens: Tokenizer) -> tuple[list[int], int]:
+    """Tokens before a question, which are begin-of-sequence, "user: ", image, newline; and the image's."""
+    image_token = tokens.token_to_id("<image>")
+    ids = tokens.encode(data.prompt("")).ids
+    return ids[: ids.index(image_token) + 2], image_token
+
+
+def batches(
+    split: data.Split, tokens: Tokenizer, prefix: list[int], seed: tuple[int, ...]
+) -> Callable[[int, float], tuple[Tensor, Tensor, Tensor]]:
+    """What `Packed` takes, by step and share of training done: the same at every call."""
     forms = templates(split)
     by_picture: list[list[int]] = [[] for _ in split.pictures]
     for i, (_, _, picture) in enumerate(split.questions):
         by_picture[picture].append(i)
     usable = np.array([i for i, found in enumerate(by_picture) if found])
 
-    def loss_of(step: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((seed, 2, step))
+    def batch(step: int, done: float) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng((*seed, step))
         chosen = rng.choice(usable, PICTURES_2)
         ids = np.zeros((PICTURES_2, SLOTS, SLOT), np.int64)
         labels = np.full_like(ids, -100)
         for b, picture in enumerate(chosen):
             for s in range(SLOTS):
-                question, answer = ask(split, by_picture, forms, picture, step / steps, rng)
+                question, answer = ask(split, by_picture, forms, picture, done, rng)
                 asked = tokens.encode(data.prompt(question)).ids
                 assert asked[: len(prefix)] == prefix
                 full = tokens.encode(f"{data.prompt(question)} {answer}</s>").ids
@@ -253,9 +291,9 @@ def train_answers(model: LlavaForConditionalGeneration, split: data.Split, token
                 ids[b, s, : len(row)] = row
                 labels[b, s, start - 1 : len(row) - 1] = row[start:]
         pixels = torch.from_numpy(data.normalise(augment(split.pictures[chosen], rng)))
-        return module(pixels, torch.from_numpy(ids), torch.from_numpy(labels))
+        return pixels, torch.from_numpy(ids), torch.from_numpy(labels)
 
-    run.go(loss_of)
+    return batch
 
 
 def save(model: LlavaForConditionalGeneration, tokens: Tokenizer, out: Path) -> None:
@@ -293,14 +331,32 @@ def save(model: LlavaForConditionalGeneration, tokens: Tokenizer, out: Path) -> 
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the finished checkpoint.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/easyvqa"), show_default=True,
               help="Folder of the training state.")  # fmt: skip
+@click.option("--method", type=click.Choice(["none", *reduced.METHODS]), default="none", show_default=True,
+              help="Fine-tune the sample for this method instead of training it from nothing.")  # fmt: skip
+@click.option("--source", type=click.Path(path_type=Path), default=Path(__file__).parent / "checkpoint",
+              help="Checkpoint a method starts from.")  # fmt: skip
+@click.option("--head-mask", type=click.Path(path_type=Path, exists=True), help="YOPO's (samples/yopo/head_mask.py).")
 @click.option("--alignment-steps", default=600, show_default=True)
 @click.option("--answer-steps", default=1500, show_default=True)
+@click.option("--steps", default=300, show_default=True, help="Steps of a method's fine-tune.")
+@click.option("--threads", type=int, help="Of PyTorch.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, work: Path, alignment_steps: int, answer_steps: int, seed: int) -> None:
-    """Train the easy-VQA sample from nothing."""
+def main(out: Path, work: Path, method: str, source: Path, head_mask: Path | None, alignment_steps: int,
+         answer_steps: int, steps: int, threads: int | None, seed: int) -> None:  # fmt: skip
+    """Train the easy-VQA sample from nothing, or fine-tune it for a method."""
+    if method == "yopo" and head_mask is None:
+        raise click.UsageError("--method yopo needs --head-mask; samples/yopo/head_mask.py makes one")
     work.mkdir(parents=True, exist_ok=True)
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     split = data.load("train")
+    if method != "none":
+        tokens = Tokenizer.from_file(str(source / "tokenizer.json"))
+        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        options = {"head_mask": torch.from_numpy(np.load(head_mask))} if method == "yopo" else {}
+        train_reduced(model, method, split, tokens, work, steps, seed, **options).save(source, out)
+        return
     tokens = data.tokenizer([f"{data.prompt(q)} {a}" for q, a, _ in split.questions])
     model = build(tokens)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokens.get_vocab_size()}")
