@@ -52,15 +52,22 @@ def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, offsets:
 
 
 def _name_outputs(model: ir.Model, spec: GraphSpec) -> None:
-    """An output that is an input or a weight would keep that one's name; copy it under its own."""
+    """Give outputs their names; what is an input, a weight or an output already keeps its own, and is copied."""
+    outputs = list(model.graph.outputs)
+    made = [value.producer() is not None for value in outputs]
+    for i, value in enumerate(outputs):  # out of the way of each other first: exporters swap names of equal values
+        if made[i]:
+            value.name = f"output.{i}"
     for i, info in enumerate(spec.outputs):
-        value = model.graph.outputs[i]
-        if value.name != info.name:
-            copy = ir.node("Identity", [value])
-            copy.outputs[0].name = info.name
-            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
-            model.graph.append(copy)
-            model.graph.outputs[i] = copy.outputs[0]
+        value = outputs[i]
+        if made[i] and value not in outputs[:i]:
+            value.name = info.name
+            continue
+        copy = ir.node("Identity", [value])
+        copy.outputs[0].name = info.name
+        copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+        model.graph.append(copy)
+        model.graph.outputs[i] = copy.outputs[0]
 
 
 def check(model: ir.Model, spec: GraphSpec, opset: int) -> None:

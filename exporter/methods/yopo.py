@@ -123,17 +123,25 @@ def released(plan: Plan) -> bool:
 
 def limit(plan: Plan) -> int:
     """The first layer that visual tokens do not enter."""
-    return plan.spec.decoder.layers if released(plan) else int(plan.config.cutoff)
+    return _limit(plan.spec, plan.config)
+
+
+def _limit(spec: ModelSpec, config: Config) -> int:
+    if config.semantics == "released":
+        return spec.decoder.layers
+    assert config.cutoff is not None and config.head_mask is not None
+    # Below the cutoff too, where no later layer keeps a head for them.
+    return 1 + max((i for i in range(config.cutoff) if "1" in config.head_mask[i]), default=-1)
 
 
 def stages(spec: ModelSpec, config: Config, visual_tokens: int, others: int) -> tuple[Stage, ...]:
-    """Dropped: two stages, split at the cutoff. Released: every token in every layer."""
-    full, layers = visual_tokens + others, spec.decoder.layers
-    assert config.cutoff is not None
-    with_visual = layers if config.semantics == "released" else config.cutoff
-    flops = sum(_layer_flops(spec, config, visual_tokens, others, i, i == with_visual - 1) for i in range(with_visual))
-    rest = (Stage(range(with_visual, layers), others, others, others),) if with_visual < layers else ()
-    return Stage(range(with_visual), full, full, full, flops=flops), *rest
+    """Dropped: two stages, split where visual tokens leave. Released: every token in every layer."""
+    full, layers, border = visual_tokens + others, spec.decoder.layers, _limit(spec, config)
+    flops = sum(_layer_flops(spec, config, visual_tokens, others, i, i == border - 1) for i in range(border))
+    return (
+        *([Stage(range(border), full, full, full, flops=flops)] if border else []),
+        *([Stage(range(border, layers), others, others, others)] if border < layers else []),
+    )
 
 
 def _layer_flops(spec: ModelSpec, config: Config, v: int, t: int, layer: int, last: bool) -> int:
@@ -208,28 +216,26 @@ class Seen:
 def seen(plan: Plan, inputs: dict[str, Tensor]) -> Seen:
     """Causal, but that visual tokens see their neighbours on all sides, and no other visual token."""
     visual, text = inputs["visual_index"], inputs["text_index"]
-    near = neighbours(visual - visual[:1], math.isqrt(plan.visual_tokens), plan.config.window)
+    apart = distances(visual - visual[:1], math.isqrt(plan.visual_tokens))
+    reach = (plan.config.window - 1) // 2
+    # One comparison at the end: TensorRT-RTX 1.7.1 ends with a segmentation fault on joined and combined booleans.
+    later = (text[None] - visual[:, None]) * (reach + 1)  # beyond reach where text comes after the image
     return Seen(
-        visual=blocks.concat([near, text[None] < visual[:, None]], 1),
-        text=blocks.concat([visual[None] <= text[:, None], text[None] <= text[:, None]], 1),
+        visual=blocks.concat([apart, later], 1) <= reach,
+        text=blocks.concat([visual, text])[None] <= text[:, None],
     )
 
 
-def neighbours(index: Tensor, side: int, window: int) -> Tensor:
-    """Which visual tokens [V] see each other, [V, V]: at most half a window apart in rows and in columns.
+def distances(index: Tensor, side: int) -> Tensor:
+    """Rows or columns between visual tokens, whichever are more, [V, V], int64.
 
     Args:
         index: 0 .. V-1, as data: of a constant the whole square would become one.
     """
-    reach = (window - 1) // 2
-    near = None
-    for table in ([i // side for i in range(side**2)], [i % side for i in range(side**2)]):
-        at = blocks.constant(table).index_select(0, index)
-        apart = at[:, None] - at[None]
-        close = (apart <= reach) & (apart >= -reach)
-        near = close if near is None else near & close
-    assert near is not None
-    return near
+    rows, columns = ([i // side for i in range(side**2)], [i % side for i in range(side**2)])
+    at = [blocks.constant(table).index_select(0, index) for table in (rows, columns)]
+    down, across = ((x[:, None] - x[None]).abs() for x in at)
+    return down.maximum(across)
 
 
 def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
@@ -237,7 +243,8 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
     first, positions = segment.layers.start, inputs["text_index"][None]
     if first == 0:
         x = inputs[segment.entry]
-        visual, text = (x.index_select(1, inputs[name]) for name in ("visual_index", "text_index"))
+        text = x.index_select(1, inputs["text_index"])
+        visual = x.index_select(1, inputs["visual_index"]) if limit(plan) else text
     else:
         text = inputs[f"text.{first}"]
         visual = inputs.get(f"visual.{first}", text)  # nobody reads it where there is none
@@ -396,11 +403,13 @@ def _state(plan: Plan, layer: int) -> tuple[TensorInfo, ...]:
 def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
     """vision; released: prefill; dropped: prefill_head and, from the cutoff on, prefill_tail; decode."""
     shapes, layers, border = blocks.Shapes(plan), plan.spec.decoder.layers, limit(plan)
-    whole = border == layers
-    segments = blocks.segments(plan, "prefill" if whole else "prefill_head", range(border), "inputs_embeds")
-    if not whole:
-        segments = (*segments[:-1], replace(segments[-1], result="text"))
-        segments += blocks.segments(plan, "prefill_tail", range(border, layers), "text")
+    names = ("prefill",) if border in (0, layers) else ("prefill_head", "prefill_tail")
+    runs = [run for run in (range(border), range(border, layers)) if run]
+    segments = [
+        segment
+        for name, run in zip(names, runs, strict=True)
+        for segment in blocks.segments(plan, name, run, "inputs_embeds", "text" if run.stop < layers else None)
+    ]
 
     def graph(segment: blocks.Segment) -> blocks.GraphSpec:
         first, stop = segment.layers.start, segment.layers.stop

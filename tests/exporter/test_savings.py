@@ -1,0 +1,151 @@
+"""The graphs of ProxyV, YOPO and HiMix hold the work that the plan counts, and none that the method removed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from lvlm_edge.exporter import engine, plan
+from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.runtime.bundle import Manifest, open_bundle
+from tests.exporter.test_methods import original
+
+__all__ = ["original"]
+CAPACITIES = {"max_text_tokens": 64, "max_new_tokens": 16}
+UNEVEN = ["1111", "1010", "0110", "0000", "1111", "0001"]
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "proxyv, one crop": ("proxyv", {}, {}),
+    "proxyv, three crops": ("proxyv", {"kv_heads": 2}, {"grid": (1, 2)}),
+    "proxyv, learnt": ("proxyv", {"learn_proxy": True}, {"grid": (2, 2)}),
+    "proxyv from layer 0": ("proxyv", {"start_layer": 0}, {}),
+    "yopo released": ("yopo", {"layers": 6}, {"semantics": "released"}),
+    "yopo dropped": ("yopo", {"layers": 6, "cutoff": 5, "head_mask": UNEVEN}, {"semantics": "dropped"}),
+    "yopo dropped, gqa": ("yopo", {"layers": 6, "kv_heads": 2}, {"semantics": "dropped"}),
+    "himix": ("himix", {"kv_heads": 2}, {}),
+    "himix, two images": ("himix", {}, {"num_images": 2}),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, original, export_once):
+    """Method, checkpoint, options and bundle; a grid of 8 x 8, so that attention counts."""
+    method, options, more = CASES[request.param]
+    checkpoint = original(method=method, side=8, **options)
+    return method, checkpoint, more, export_once(checkpoint, method=method, **more, **CAPACITIES)
+
+
+def products(path: Path) -> list[tuple[int, ...]]:
+    """Every matrix product of a graph as (batch, rows, inner, columns); attention as its two."""
+    model = onnx.load(path, load_external_data=False).graph
+    shapes = {t.name: tuple(t.dims) for t in model.initializer}
+    for value in (*model.input, *model.value_info, *model.output):
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    found = []
+    for node in model.node:
+        if node.op_type == "MatMul":
+            *batch, rows, columns = shapes[node.output[0]]
+            found.append((math.prod(batch), rows, shapes[node.input[0]][-1], columns))
+        elif node.op_type == "Conv":
+            _, columns, *grid = shapes[node.output[0]]
+            found.append((1, math.prod(grid), math.prod(shapes[node.input[1]][1:]), columns))
+        elif node.op_type == "Attention":
+            _, heads, rows, size = shapes[node.input[0]]
+            keys = shapes[node.input[1]][2]
+            found += [(heads, rows, size, keys), (heads, rows, keys, size)]
+        assert node.op_type not in ("Gemm", "Einsum", "ConvTranspose")
+    return found
+
+
+def flops(path: Path) -> int:
+    return sum(2 * math.prod(product) for product in products(path))
+
+
+def of_role(bundle: Path, manifest: Manifest, *names: str) -> int:
+    return sum(flops(bundle / g.file) for g in manifest.graphs if g.role in names or g.name in names)
+
+
+def test_flops_of_the_graphs_are_those_of_the_plan(case):
+    method, checkpoint, more, bundle = case
+
+    expected = plan(checkpoint, method=method, **more, **CAPACITIES)["flops"]
+
+    manifest = open_bundle(bundle).manifest
+    crops = manifest.counts.num_images * manifest.counts.crops
+    assert crops * of_role(bundle, manifest, "vision") == pytest.approx(expected["vision"] + expected["projector"])
+    assert of_role(bundle, manifest, "prefill", "image_kv") == pytest.approx(expected["prefill"], rel=0.01)
+    assert of_role(bundle, manifest, "decode") == pytest.approx(expected["decode_per_token"], rel=0.01)
+
+
+def test_the_weights_file_has_the_planned_bytes(case):
+    method, checkpoint, more, bundle = case
+    found = plan(checkpoint, method=method, **more, **CAPACITIES)
+    manifest = open_bundle(bundle).manifest
+    tables = (manifest.counts.prompt_tokens + 16) * manifest.cache[0].head_dim * 4
+
+    assert (bundle / "weights.bin").stat().st_size == pytest.approx(found["weights_bytes"] + tables, rel=0.02)
+
+
+def test_no_constant_is_as_large_as_a_mask(case):
+    *_, bundle = case
+    for path in bundle.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if not tensor.external_data:
+                assert len(tensor.raw_data) <= 8 * 64 * 5 * 3, tensor.name  # an index per row, and not per pair
+
+
+def test_proxyv_asks_nothing_of_visual_tokens_from_the_start_layer_on(original, export_once):
+    bundle = export_once(original(method="proxyv", side=8), method="proxyv", grid=(1, 2), **CAPACITIES)
+
+    rows = {(rows, inner, columns) for _, rows, inner, columns in products(bundle / "prefill_tail.onnx")}
+
+    visual, hidden, ffn = 3 * 64, 64, 128
+    of_visual = {(inner, columns) for n, inner, columns in rows if n == visual}
+    assert of_visual == {(hidden, hidden), (hidden, 32), (64, 32), (32, hidden)}  # keys and values; the update's MLP
+    assert not any(n >= visual and ffn in (inner, columns) for n, inner, columns in rows)
+
+
+def test_yopo_dropped_has_no_visual_rows_in_the_tail_and_only_kept_heads_and_channels_before(original, export_once):
+    checkpoint = original(method="yopo", side=8, layers=6, cutoff=5, head_mask=UNEVEN)
+    bundle = export_once(checkpoint, method="yopo", semantics="dropped", **CAPACITIES)
+
+    def of_visual(name):  # 64 text tokens too: visual rows are told by columns that text does not have
+        return [(b, n, inner, columns) for b, n, inner, columns in products(bundle / name)]
+
+    tail = {n for _, n, _, _ in of_visual("prefill_tail.onnx")}
+    assert tail <= {64, 1}
+    widths = [columns for _, _, inner, columns in of_visual("prefill_head.onnx") if inner == 64]
+    assert widths.count(64) > 0  # half of 128 channels, and all heads of 16
+    assert 32 in widths  # two of four heads
+
+
+def test_himix_never_projects_more_rows_than_text_in_its_layers(original, export_once):
+    bundle = export_once(original(method="himix", side=8), method="himix", **CAPACITIES)
+
+    assert {rows for _, rows, _, _ in products(bundle / "prefill.onnx")} <= {64, 1}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["proxyv, three crops", "proxyv, learnt", "yopo released", "yopo dropped", "himix"])
+def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
+    method, options, more = CASES[name]
+    checkpoint = original(method=method, side=8, **options)
+    bundle = export_once(checkpoint, method=method, dtype=dtype, **more, **CAPACITIES)
+
+    out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.0", "8.9", "12.0")))
+
+    assert {path.stem for path in out.glob("*.engine")} == {path.stem for path in bundle.glob("*.onnx")}
+
+
+@pytest.mark.parametrize("name", ["proxyv, three crops", "yopo dropped", "himix"])
+def test_tensorrt_rtx_builds_the_legacy_graphs(original, export_once, name):
+    method, options, more = CASES[name]
+    checkpoint = original(method=method, side=8, **options)
+    bundle = export_once(checkpoint, method=method, dtype="float16", lowering="legacy", **more, **CAPACITIES)
+
+    out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
+
+    assert {path.stem for path in out.glob("*.engine")} == {path.stem for path in bundle.glob("*.onnx")}
