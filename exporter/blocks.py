@@ -19,7 +19,7 @@ from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import DecoderLayer, Parts
+    from lvlm_edge.exporter.parts import DecoderLayer, Linear, Parts
 
 
 Body = Callable[[Any, Plan, dict[str, Any]], dict[str, Any]]
@@ -177,6 +177,18 @@ def project(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> 
     query = ops.rotate(split_heads(layer.q_proj(normed), d.heads), *tables, positions)
     key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), *tables, positions)
     return query, key, split_heads(layer.v_proj(normed), d.kv_heads)
+
+
+def some_heads(x: Tensor, linear: Linear, wanted: tuple[int, ...], count: int) -> Tensor:
+    """Some of the `count` heads that a projection makes of [1, rows, D], [1, wanted, rows, D_h]."""
+    if wanted == tuple(range(count)):
+        return split_heads(linear(x), count)
+    inputs, outputs = linear.weight.shape
+    weight = linear.weight.reshape(inputs, count, outputs // count).index_select(1, constant(wanted))
+    y = x @ weight.reshape(inputs, -1)
+    if linear.bias is not None:
+        y = y + linear.bias.reshape(count, -1).index_select(0, constant(wanted)).reshape(-1)
+    return split_heads(y, len(wanted))
 
 
 def keys_and_values(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OPSET = 24
+FEWEST_HEADS = 4  # with fewer query heads, TensorRT-RTX 1.7.1 has no kernel for Attention of one row
 _WRITE = TensorInfo("write_index", "int64", (1,))
 _LENGTH = TensorInfo("cache_length", "int64", (1,))
 
@@ -113,7 +114,18 @@ def append(
     """One row written at `slot` ([1], int64), and the query's attention to the rows up to and including it."""
     caches = _written(inputs, group, key, value, slot)
     rows = [caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value")]
+    if query.shape[1] < FEWEST_HEADS:
+        return _few(query, *rows, slot), caches
     return onnx_op("Attention", [query, *rows, None, None, None, slot + 1], query), caches
+
+
+def _few(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
+    """The same attention as products and a softmax, of which no runtime has a kernel that it could refuse."""
+    _, heads, _, size = query.shape
+    kv_heads, rows = key.shape[1], key.shape[2]
+    scores = (query.reshape(1, kv_heads, heads // kv_heads, size) * size**-0.5 @ key.transpose(2, 3)).float()
+    weights = scores.masked_fill(_arange(rows) > slot, float("-inf")).softmax(-1)
+    return (weights.to(value.dtype) @ value).reshape(query.shape)
 
 
 def _arange(count: int) -> Tensor:

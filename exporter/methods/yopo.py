@@ -150,7 +150,10 @@ def _layer_flops(spec: ModelSpec, config: Config, v: int, t: int, layer: int, la
     assert isinstance(config.head_mask, tuple)
     row, size, each = config.head_mask[layer], d.head_dim, d.heads // d.kv_heads
     kept = [h for h in range(d.heads) if row[h] == "1" or config.semantics == "released"]
-    text = layer_flops(d, t, 0) + 4 * size * (t * (v + t) * len(kept) + t * t * (d.heads - len(kept)))
+    pruned = [h for h in range(d.heads) if h not in kept]
+    text = layer_flops(d, t, 0) + 4 * size * (t * (v + t) * len(kept) + t * t * len(pruned))
+    # A KV head that both kept and pruned heads read is projected for either.
+    text += 4 * t * d.hidden * len({h // each for h in kept} & {h // each for h in pruned}) * size
     visual = 4 * v * d.hidden * len({h // each for h in kept}) * size
     if last:
         return text + visual
@@ -265,25 +268,23 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
 def _dropped(
     parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Seen
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A layer whose pruned heads do not know of visual tokens."""
-    layer, found, last = parts.layers[i], heads(plan, i), i == limit(plan) - 1
-    groups, at = plan.groups(i), inputs["text_index"][None]
-    query, key, value = blocks.project(parts, layer, text, at)
+    """A layer whose pruned heads do not know of visual tokens: two layers in one, of other heads and other rows."""
+    layer, found, groups, last = parts.layers[i], heads(plan, i), plan.groups(i), i == limit(plan) - 1
     results: list[tuple[tuple[int, ...], Tensor]] = []
     written: dict[str, Tensor] = {}
     attended = None
     if found.kept:
-        asked, *own = _visual_heads(parts, layer, visual, inputs["visual_index"][None], found, asks=not last)
-        rows = [blocks.concat([o, blocks.pick(x, found.kept_kv)], 2) for o, x in zip(own, (key, value), strict=True)]
-        written |= parts.ops.store(inputs, groups[0], *rows)
-        rows = [_per_query(plan, x, found.kept, found.kept_kv) for x in rows]
-        results.append((found.kept, parts.ops.attend_where(blocks.pick(query, found.kept), *rows, sees.text)))
-        attended = None if last else parts.ops.attend_where(asked, *rows, sees.visual)
+        rows = _rows(parts, layer, visual, text, inputs, found.kept, found.kept_kv, asks=not last)
+        written |= parts.ops.store(inputs, groups[0], *rows[1:])
+        keys = [_per_query(plan, x, found.kept, found.kept_kv) for x in rows[1:]]
+        results.append((found.kept, parts.ops.attend_where(rows[0][:, :, -plan.text_tokens :], *keys, sees.text)))
+        if not last:
+            attended = parts.ops.attend_where(rows[0][:, :, : plan.visual_tokens], *keys, sees.visual)
     if found.pruned:
-        rows = [blocks.pick(x, found.pruned_kv) for x in (key, value)]
-        written |= parts.ops.store(inputs, groups[-1], *rows)
-        rows = [_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows]
-        results.append((found.pruned, parts.ops.attend(blocks.pick(query, found.pruned), *rows, at)))
+        rows = _rows(parts, layer, None, text, inputs, found.pruned, found.pruned_kv)
+        written |= parts.ops.store(inputs, groups[-1], *rows[1:])
+        keys = [_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:]]
+        results.append((found.pruned, parts.ops.attend(rows[0], *keys, inputs["text_index"][None])))
     text = blocks.finish(parts, layer, text, _in_order(results))
     if not last:
         visual = _finish_visual(parts, plan, layer, visual, attended, found.kept)
@@ -297,51 +298,50 @@ def _released(
     layer, found, d = parts.layers[i], heads(plan, i), plan.spec.decoder
     (group,) = plan.groups(i)
     last, every = i == d.layers - 1, tuple(range(d.heads))
-    at = inputs["visual_index"][None]
-    query, text_key, text_value = blocks.project(parts, layer, text, inputs["text_index"][None])
-    all_heads = Heads(every, (), tuple(range(d.kv_heads)), ())
-    asked, key, value = _visual_heads(parts, layer, visual, at, all_heads, asks=not last)
-    key, value, text_key, text_value = (blocks.pick(x, group.kv_heads) for x in (key, value, text_key, text_value))
-    reads = set(found.kept) if i < plan.config.cutoff else set()
-    per = d.heads // len(group.kv_heads)
-    value = value * _flags(
-        [bool(reads & set(every[j * per : (j + 1) * per])) for j in range(len(group.kv_heads))], value
+    query, key, value = _rows(parts, layer, visual, text, inputs, every, tuple(range(d.kv_heads)), asks=not last)
+    key, value = (blocks.pick(x, group.kv_heads) for x in (key, value))
+    reads, per = set(found.kept) if i < plan.config.cutoff else set(), d.heads // len(group.kv_heads)
+    read = [bool(reads & set(every[j * per : (j + 1) * per])) for j in range(len(group.kv_heads))]
+    is_text = [False] * plan.visual_tokens + [True] * plan.text_tokens
+    value = value * _flags(read, value).maximum(_flags(is_text, value).transpose(1, 2))
+    written = parts.ops.store(inputs, group, key, value)
+    text = blocks.finish(
+        parts, layer, text, parts.ops.attend_where(query[:, :, -plan.text_tokens :], key, value, sees.text)
     )
-    keys, values = blocks.concat([key, text_key], 2), blocks.concat([value, text_value], 2)
-    written = parts.ops.store(inputs, group, keys, values)
-    text = blocks.finish(parts, layer, text, parts.ops.attend_where(query, keys, values, sees.text))
     if last:
         return visual, text, written
-    attended = parts.ops.attend_where(asked, keys, values, sees.visual)
+    attended = parts.ops.attend_where(query[:, :, : plan.visual_tokens], key, value, sees.visual)
     attended = attended * _flags([h in found.kept for h in every], attended)
     return _finish_visual(parts, plan, layer, visual, attended, every), text, written
 
 
-def _visual_heads(
-    parts: Parts, layer: DecoderLayer, x: Tensor, at: Tensor, found: Heads, *, asks: bool
+def _rows(
+    parts: Parts,
+    layer: DecoderLayer,
+    visual: Tensor | None,
+    text: Tensor,
+    inputs: dict[str, Tensor],
+    asking: tuple[int, ...],
+    kv_heads: tuple[int, ...],
+    *,
+    asks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the kept heads, keys and values of the KV heads they read, of visual tokens [1, V, D].
+    """Queries, keys and values of some heads; rows are visual tokens, where given, and text, projected together.
 
-    Without `asks` the keys stand in the place of the queries, which nobody reads.
+    TensorRT-RTX 1.7.1 does not build a cache of rows that were projected apart and then joined.
+
+    Args:
+        asks: visual tokens have queries too.
     """
     d, ops, tables = parts.spec.decoder, parts.ops, (parts.rope_cos, parts.rope_sin)
+    x = text if visual is None else blocks.concat([visual, text], 1)
+    at = inputs["text_index"]
+    at = (at if visual is None else blocks.concat([inputs["visual_index"], at]))[None]
     normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
-    key = ops.rotate(_some(normed, layer.k_proj, found.kept_kv, d.kv_heads), *tables, at)
-    value = _some(normed, layer.v_proj, found.kept_kv, d.kv_heads)
-    query = ops.rotate(_some(normed, layer.q_proj, found.kept, d.heads), *tables, at) if asks else key
-    return query, key, value
-
-
-def _some(x: Tensor, linear: Linear, wanted: tuple[int, ...], count: int) -> Tensor:
-    """Some of the heads that a projection makes, [1, wanted, rows, D_h]; the others are not computed."""
-    if len(wanted) == count:
-        return blocks.split_heads(linear(x), count)
-    inputs, outputs = linear.weight.shape
-    weight = linear.weight.reshape(inputs, count, outputs // count).index_select(1, blocks.constant(wanted))
-    y = x @ weight.reshape(inputs, -1)
-    if linear.bias is not None:
-        y = y + linear.bias.reshape(count, -1).index_select(0, blocks.constant(wanted)).reshape(-1)
-    return blocks.split_heads(y, len(wanted))
+    own, own_at = (normed, at) if asks else (normed[:, -text.shape[1] :], at[:, -text.shape[1] :])
+    query = ops.rotate(blocks.some_heads(own, layer.q_proj, asking, d.heads), *tables, own_at)
+    key = ops.rotate(blocks.some_heads(normed, layer.k_proj, kv_heads, d.kv_heads), *tables, at)
+    return query, key, blocks.some_heads(normed, layer.v_proj, kv_heads, d.kv_heads)
 
 
 def _finish_visual(

@@ -135,6 +135,5 @@ if __name__ == "__main__":
     print("| method | decoder | setting | published | computed | difference |\n|---" + "|---" * 5 + "|")
     for row in rows():
         apart = row.computed - row.published
-        print(
-            f"| {row.method} | {row.model} | {row.setting} | {row.published:g} {row.unit} | {row.computed:.2f} | {apart:+.2f} |"
-        )
+        figures = f"{row.published:g} {row.unit} | {row.computed:.2f} | {apart:+.2f}"
+        print(f"| {row.method} | {row.model} | {row.setting} | {figures} |")
