@@ -473,8 +473,13 @@ def weights_bytes(plan: Plan) -> int:
     """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
     w, d = weights(plan.spec), plan.spec.decoder
     decoder = d.layers * (w.matrices + w.vectors) + w.norm + w.head * (1 if d.tied else 2)
+    return (w.vision + w.projector + decoder + own_weights(plan)) * BYTES[plan.dtype]
+
+
+def own_weights(plan: Plan) -> int:
+    """Numbers of weights that only the plan's method has."""
     own = getattr(method(plan.method), "own_weights", None)
-    return (w.vision + w.projector + decoder + (own(plan) if own else 0)) * BYTES[plan.dtype]
+    return 0 if own is None else int(own(plan))
 
 
 def report(plan: Plan) -> dict[str, Any]:
