@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvlm_edge.exporter import checkpoint, references
+from lvlm_edge.exporter import checkpoint, planning, references, spec
 from lvlm_edge.exporter.references import Reference
+from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
+from lvlm_edge.runtime.kv_cache import PRESENT
 
 Array = NDArray[Any]
 
@@ -27,10 +30,12 @@ Array = NDArray[Any]
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 SCORE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 
+PARTS = ("key", "value")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A prompt to compare on: token ids with one image token per image, and pixels [images, 3, H, W] float32."""
+    """A prompt to compare on: token ids with one image token per image, and pixels [crops, 3, H, W] float32."""
 
     name: str
     prompt: tuple[int, ...]
@@ -88,10 +93,12 @@ def check(
     Raises:
         InputError: the question does not fit the bundle.
         BundleError: the bundle is damaged or altered.
-        CheckpointError: transformers cannot load the checkpoint.
+        CheckpointError: transformers cannot load the checkpoint, or it is not the bundle's.
+        UnsupportedError: it is not for the bundle's method.
     """
     pipe = Pipeline.load(bundle, backend)
     folder = checkpoint.resolve(against)
+    _check_fits(pipe.manifest, folder)
     model = references.load(folder)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:
@@ -103,6 +110,27 @@ def check(
     if store:
         _certify(pipe, folder, cases, steps, seed, verdict)
     return verdict
+
+
+def _check_fits(manifest: manifests.Manifest, folder: Path) -> None:
+    """Raise an error for a checkpoint that cannot be the one that was exported."""
+    found, counts = spec.load(folder), manifest.counts
+    method = planning.method(manifest.method)
+    if hasattr(method, "resolve"):
+        method.resolve(found, method.Config(**manifest.method_config))
+    for name, theirs, ours in (
+        ("vocabulary", found.decoder.vocab, manifest.embedding.vocab),
+        ("hidden size", found.decoder.hidden, manifest.embedding.hidden),
+        ("layers", found.decoder.layers, len({_layer(cache) for cache in manifest.cache})),
+        ("image token", found.image_token_id, manifest.image_token_id),
+        ("visual tokens", found.visual_tokens * counts.num_images * counts.crops, counts.visual_tokens),
+        ("projector", found.projector_act is not None, _projects(manifest)),
+        ("separators", found.newline, counts.separators > 0),
+    ):
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder}: {name}: {theirs}, the bundle has {ours}; give the checkpoint that was exported"
+            )
 
 
 def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
@@ -131,8 +159,11 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     run = references.module(manifest.method).run
     pixels = torch.from_numpy(case.pixels)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
-    rows = _vision(pipe, case, expected)
-    inputs = pipe.prefill_inputs(case.prompt, _separated(pipe, expected.image_embeds.numpy()))
+    rows = _vision(pipe, case, expected) + _image_kv(pipe, case, expected)
+    embeds = _separated(pipe, expected.image_embeds.numpy()) if _projects(manifest) else None
+    inputs = pipe.prefill_inputs(case.prompt, embeds)
+    rows += _caches(pipe, case, expected, inputs)
+    pipe.forget_images()  # caches may hold what PyTorch made of them
     answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
     if expected.kept is not None:
         selected, kept = _selection(pipe, case, expected, inputs)
@@ -142,15 +173,103 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     return rows + _answers(pipe, case, expected, answer.token_ids, answer.logits, answer.kept_visual)
 
 
+def _projects(manifest: manifests.Manifest) -> bool:
+    """Whether images have rows in the prompt; else the decoder's layers read their features."""
+    return any(t.name == "image_embeds" for t in manifest.graph("vision").outputs)
+
+
 def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
     outputs = [pipe.run_graph("vision", {"pixel_values": picture[None]}) for picture in case.pixels]
     features = np.concatenate([o["image_features"] for o in outputs])
-    tokens = expected.image_features.shape[1]  # without the separator after them
-    embeds = np.concatenate([o["image_embeds"][0, :tokens] for o in outputs])
-    return [
-        _close(pipe, case, "vision", features, expected.image_features),
-        _close(pipe, case, "projector", embeds, expected.image_embeds),
-    ]
+    rows = [_close(pipe, case, "vision", features, expected.image_features)]
+    if _projects(pipe.manifest):
+        tokens = expected.image_features.shape[1]  # without the separator after them
+        embeds = np.concatenate([o["image_embeds"][0, :tokens] for o in outputs])
+        rows.append(_close(pipe, case, "projector", embeds, expected.image_embeds))
+    return rows
+
+
+def _image_kv(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
+    """What caches hold of images before the prompt's rows, made from PyTorch's own features."""
+    if expected.image_kv is None:
+        return []
+    graphs = [g for g in pipe.manifest.graphs if g.role == "image" and g.name != "vision"]
+    features = expected.image_features.flatten(0, 1).numpy()[None]
+    given = {"image_features": features, "write_index": np.zeros(1, np.int64)}
+    outputs: dict[str, Array] = {}
+    for graph in graphs:
+        outputs |= pipe.run_graph(graph.name, _named(graph, given), length=0)
+    found = []
+    for cache in pipe.manifest.cache:
+        wanted = expected.image_kv[_layer(cache)].numpy()
+        own = np.stack([outputs[f"{PRESENT}.{cache.name}.{part}"][0, :, : wanted.shape[2]] for part in PARTS])
+        found.append((cache, [_error(a, b) for a, b in zip(own, wanted, strict=True)]))
+    return [_worst(pipe, case, "image K/V", found)]
+
+
+def _caches(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str, Array]) -> list[Row]:
+    """A row per prefill graph: the prompt's keys and values that it caches, from PyTorch's own image embeddings."""
+    if expected.cache is None:
+        return []
+    rows = []
+    for graph in (g for g in pipe.manifest.graphs if g.role == "prefill"):
+        outputs = pipe.run_graph(graph.name, _named(graph, inputs), length=0)
+        found = []
+        for cache in (c for c in pipe.manifest.cache if f"{PRESENT}.{c.name}.key" in outputs):
+            start, count = max(0, -cache.dropped), int(inputs["last_index"][0]) + 1 - max(0, cache.dropped)
+            parts = [outputs[f"{PRESENT}.{cache.name}.{part}"][0].astype(np.float32) for part in PARTS]
+            start = start if parts[0].shape[1] == cache.capacity else 0  # a graph returns a cache, or rows for it
+            own = [part[:, start : start + count] for part in parts]
+            wanted = [part.numpy() for part in expected.cache[_layer(cache)]]
+            found.append((cache, _unordered(own, wanted, TOLERANCE[pipe.manifest.dtype])))
+        if found:
+            rows.append(_worst(pipe, case, f"{graph.name} caches", found))
+    return rows
+
+
+def _layer(cache: manifests.Cache) -> int:
+    """A cache is named after its layer, and after its heads where the layer has several."""
+    return int(cache.name.partition(".")[0])
+
+
+def _unordered(own: list[Array], wanted: list[Array], bound: float) -> list[float]:
+    """Errors of cached keys and values, whose rows and heads may stand in another order than the reference's.
+
+    Attention does not ask for an order among what is cached, and a bundle may leave out rows and heads that nobody
+    reads, or copy heads, or hold zeros for values that count for nothing. Each row that it has must be one of the
+    reference's, keys and values alike; that none is lost shows in the logits.
+
+    Args:
+        own: keys and values, [heads, rows, d].
+        wanted: the reference's, at least as many rows.
+    """
+    if len(own[0]) != len(wanted[0]):  # the last row is the same in both
+        apart = np.abs(own[0][:, None, -1] - wanted[0][None, :, -1]).max(-1)
+        wanted = [part[apart.argmin(1)] for part in wanted]
+    surplus = own[0].shape[1] - wanted[0].shape[1]
+    if surplus > 0:
+        return [float(surplus)] * 2
+    errors = [_error(a, b) for a, b in zip(own, wanted, strict=True)] if own[0].shape == wanted[0].shape else [np.inf]
+    if max(errors) <= bound:
+        return errors
+    a, b = own[0][0], wanted[0][0]
+    apart = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    key, value = (part[:, apart.argmin(1)] for part in wanted)
+    lost = _error(b, a[apart.argmin(0)]) if a.shape == b.shape else 0.0
+    silent = (own[1] == 0).all(-1, keepdims=True)
+    return [max(_error(own[0], key), lost), _error(np.where(silent, value, own[1]), value)]
+
+
+def _worst(pipe: Pipeline, case: Case, stage: str, found: list[tuple[manifests.Cache, list[float]]]) -> Row:
+    """One row for several caches, whose note names the first that is wrong."""
+    bound = TOLERANCE[pipe.manifest.dtype]
+    figure = max(error for _, errors in found for error in errors)
+    names = (
+        f"layer {c.name}, {part}s" for c, errors in found for part, e in zip(PARTS, errors, strict=True) if e > bound
+    )
+    first = next(names, None)
+    note = "" if first is None else f"first in {first}"
+    return Row(case=case.name, stage=stage, figure=figure, bound=bound, passed=first is None, note=note)
 
 
 def _separated(pipe: Pipeline, embeds: Array) -> Array:
@@ -230,9 +349,14 @@ def _answers(
     return [first, later, Row(case=case.name, stage="tokens", figure=gap, bound=bound, passed=gap <= bound, note=note)]
 
 
-def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch.Tensor) -> Row:
-    reference = expected.numpy()
+def _error(found: Array, reference: Array) -> float:
+    """Largest error over the reference's largest magnitude, at least 1; enormous where something is not finite."""
     error = float(np.abs(found.astype(np.float32) - reference).max()) / max(1.0, float(np.abs(reference).max()))
+    return error if np.isfinite(error) else sys.float_info.max  # JSON knows no infinity
+
+
+def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch.Tensor) -> Row:
+    error = _error(found, expected.numpy())
     bound = TOLERANCE[pipe.manifest.dtype]
     return Row(case=case.name, stage=stage, figure=error, bound=bound, passed=bool(error <= bound))
 

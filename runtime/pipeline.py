@@ -187,11 +187,19 @@ class Pipeline:
         found = self.manifest.graph(graph)
         return self._buffers[self._key(next(t for t in (*found.inputs, *found.outputs) if t.name == name))]
 
-    def run_graph(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One graph on given inputs; copies of its outputs. Inputs not given keep what their buffers hold."""
+    def run_graph(self, graph: str, inputs: Mapping[str, Array], *, length: int | None = None) -> dict[str, Array]:
+        """One graph on given inputs; copies of its outputs. Inputs not given keep what their buffers hold.
+
+        Args:
+            length: rows that went by before, after which the caches get those that the graph returns; None where they
+                are not to have them.
+        """
         for name, values in inputs.items():
             self.buffer(graph, name).write(values)
-        self._sessions[graph].run()
+        if length is None:
+            self._sessions[graph].run()
+        else:
+            self._run(self.manifest.graph(graph), length)
         return {t.name: self.buffer(graph, t.name).read().copy() for t in self.manifest.graph(graph).outputs}
 
     def prefill_inputs(self, prompt_token_ids: Sequence[int], image_embeds: Array | None) -> dict[str, Array]:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlm_edge.runtime import Pipeline
-from lvlm_edge.runtime.bundle import open_bundle
+from lvlm_edge.runtime.bundle import SCHEMA, open_bundle
 from tests import tiny
 from tests.tiny import CAPACITY, change_json, refused, tree, write_json
 
@@ -813,7 +813,7 @@ def test_every_command_refuses_a_damaged_bundle(damage, arguments, none, good, p
         content[1000] ^= 1
         weights.write_bytes(content)
     elif damage == "newer":
-        change_json(manifest, schema=2)
+        change_json(manifest, schema=SCHEMA + 1)
     elif damage == "outside":
         manifest.write_text(manifest.read_text().replace('"decode.onnx"', '"../decode.onnx"'))
     else:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ _NAMES = (
 )
 _UNUSED = re.compile(
     r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.|"
-    r"^newline$|^(vision_mlp_layers|proxyv_initializer)\."
+    r"^newline$|^vision_mlp_layers\.\d+\.(context_proj|input_proj|proj\.[02]|layernorm_post)\.weight$|"
+    r"^proxyv_initializer\.(Wk\.weight|proxyv_tokens)$"
 )
 _FUSED = re.compile(r"^model\.layers\.\d+\.(self_attn\.(qkv)_proj|mlp\.(gate_up)_proj)\.weight$")
 
@@ -86,7 +89,7 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
             image_token_id=PLACEHOLDER_ID,
             newline="proxyv" in config,
             pinpoints=_pinpoints(config, vision.image_size),
-            settings=_settings(config, folder),
+            settings=_settings(config, decoder, folder),
         )
         _agree(config, spec)
         return spec
@@ -123,8 +126,13 @@ def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
 
 
 def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
-    """Every tensor by its name, with those of the vision encoder's own checkpoint, and Phi-3's fused ones cut up."""
+    """Every tensor by its name, with those of the vision encoder's own checkpoint, and Phi-3's fused ones cut up.
+
+    Raises:
+        CheckpointError: there are updates of ProxyV for more layers than its config has.
+    """
     stored = checkpoint.index(folder)
+    _check_updates(config, folder, stored, spec.decoder.layers)
     if not any(name.startswith("model.vision_tower.") for name in stored):
         found = checkpoint.index(_encoder_folder(config, folder))
         whole = any(name.startswith("vision_model.") for name in found)
@@ -237,34 +245,67 @@ def _pinpoints(config: dict[str, Any], size: int) -> tuple[tuple[int, int], ...]
     return found
 
 
-def _settings(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """What the config says of ProxyV and YOPO, by the names of their settings."""
+def _settings(config: dict[str, Any], d: DecoderSpec, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the config says of ProxyV and YOPO, by the names of their settings.
+
+    Raises:
+        CheckpointError: a field that no checkpoint can have.
+    """
     found: dict[str, dict[str, Any]] = {}
-    if config.get("proxyv"):
+    if _flag(config, "proxyv"):
+        start = _number(config, "proxyv_start_layer", 0, d.layers - 1)
+        updates = _number(config, "num_of_vision_mlp_layers", 0, d.layers)
+        if None not in (start, updates) and start + updates != d.layers:
+            raise CheckpointError(
+                f"config.json: proxyv_start_layer is {start} and num_of_vision_mlp_layers {updates}, but there are "
+                f"{d.layers} layers; correct them"
+            )
         found["proxyv"] = {
-            "start_layer": config.get("proxyv_start_layer"),
-            "reduce_factor": config.get("proxyv_reduce_factor"),
-            "learn_proxy": bool(config.get("learn_proxy", False)),
+            "start_layer": start,
+            "reduce_factor": _number(config, "proxyv_reduce_factor", 1),
+            "learn_proxy": _flag(config, "learn_proxy"),
         }
     if config.get("attncut_w") is not None:
+        prefix, kept = _number(config, "sprompt_len", 0), _number(config, "headcut_num", 0)
         found["yopo"] = {
-            "window": config["attncut_w"],
-            "cutoff": config.get("layercut_num"),
-            "ffn_ratio": config.get("mlpcut_ratio"),
-            "prefix_tokens": config.get("sprompt_len", 35),
-            "head_mask": _head_mask(folder, config.get("headcut_num")),
+            "window": _number(config, "attncut_w", 1),
+            "cutoff": _number(config, "layercut_num", 1, d.layers),
+            "ffn_ratio": _number(config, "mlpcut_ratio", 1, d.ffn, whole=False),
+            "prefix_tokens": 35 if prefix is None else prefix,
+            "head_mask": _head_mask(folder, kept, d.heads),
         }
     return found
 
 
-def _head_mask(folder: Path, kept: Any) -> str | None:
-    """YOPO's file of heads that stay active, `kept` of a layer on average; None where the folder has none."""
+def _flag(config: dict[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false; correct it")
+    return bool(value)
+
+
+def _number(config: dict[str, Any], key: str, least: int, most: float = math.inf, *, whole: bool = True) -> Any:
+    """A field within its range; None where the config has none."""
+    value = config.get(key)
+    kinds = int if whole else int | float
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most):
+        return value
+    wanted = f"at least {least}" if most == math.inf else f"{least}..{most}"
+    kind = "a whole number, " if whole else ""
+    raise CheckpointError(f"config.json: {key} is {value!r}, expected {kind}{wanted}; correct it")
+
+
+def _head_mask(folder: Path, kept: int | None, heads: int) -> str | None:
+    """YOPO's file of heads that stay active, `kept` of a layer on average; None where all of them do.
+
+    Where the folder has none, but the config says that heads are pruned, the file that should be there.
+    """
     for place in (folder, folder / "headmask"):
         names = [place / "headmask.npy", *sorted(place.glob(f"headmask_*_{kept}.npy"))]
         for path in names:
             if path.is_file():
                 return str(path.resolve())
-    return None
+    return None if kept in (None, heads) else str(folder.resolve() / "headmask.npy")
 
 
 def _agree(config: dict[str, Any], spec: ModelSpec) -> None:
@@ -278,6 +319,17 @@ def _agree(config: dict[str, Any], spec: ModelSpec) -> None:
             raise CheckpointError(
                 f"config.json: {key} is {given!r}, but its vision encoder has {value}; correct it, or mm_vision_tower"
             )
+
+
+def _check_updates(config: dict[str, Any], folder: Path, stored: Mapping[str, Stored], layers: int) -> None:
+    """Raise CheckpointError for ProxyV's updates of layers that the config has none for: they would go to others."""
+    found = {int(number[1]) for key in stored if (number := re.match(r"model\.vision_mlp_layers\.(\d+)\.", key))}
+    start = config.get("proxyv_start_layer")
+    if found and isinstance(start, int) and max(found) >= layers - start:
+        raise CheckpointError(
+            f"{folder}: holds vision_mlp_layers.{max(found)}, but config.json's proxyv_start_layer of {start} has "
+            f"{layers - start} of {layers} layers updated; correct config.json"
+        )
 
 
 def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:

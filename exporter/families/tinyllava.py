@@ -33,7 +33,7 @@ _NAMES = (
 )
 _UNUSED = re.compile(
     r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.|"
-    r"^layers\.\d+\.(k_proj_img|v_proj_img|input_layernorm_img)\."
+    r"^layers\.\d+\.(k_proj_img|v_proj_img|input_layernorm_img)\.weight$"
 )
 
 

@@ -57,13 +57,22 @@ def resolve(spec: ModelSpec, config: Config) -> Config:
 
     Raises:
         UnsupportedError: the checkpoint has no weights of ProxyV.
-        PlanError: the start layer is not in the model, or the grid cannot be shared out.
+        PlanError: the start layer is missing or not in the model, or the grid cannot be shared out.
     """
     if "proxyv" not in spec.settings or not spec.newline:
         raise UnsupportedError("proxyv: this checkpoint has no weights of it; give one trained with ProxyV")
     layers, side = spec.decoder.layers, math.isqrt(spec.visual_tokens)
-    if config.start_layer is None or not 0 <= config.start_layer < layers:
-        raise PlanError(f"proxyv: start_layer is {config.start_layer}, but the model has layers 0..{layers - 1}")
+    if config.start_layer is None:
+        raise PlanError("proxyv: the checkpoint's config has no proxyv_start_layer; give --start-layer")
+    for name, value in (("start_layer", config.start_layer), ("reduce_factor", config.reduce_factor)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            flag = "--" + name.replace("_", "-")
+            raise PlanError(f"proxyv: {name} is {value!r}, expected a whole number; correct it with {flag}")
+    if not 0 <= config.start_layer < layers:
+        raise PlanError(
+            f"proxyv: start_layer is {config.start_layer}, but the model has layers 0..{layers - 1}; correct it with "
+            "--start-layer"
+        )
     if side**2 != spec.visual_tokens or config.reduce_factor < 1 or side % config.reduce_factor:
         raise PlanError(
             f"proxyv: reduce_factor is {config.reduce_factor}, which does not divide a grid of {spec.visual_tokens} "

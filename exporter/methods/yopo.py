@@ -78,12 +78,21 @@ def resolve(spec: ModelSpec, config: Config) -> Config:
         flag = "--" + name.replace("_", "-")
         if value is None:
             raise PlanError(f"yopo: the checkpoint's config has no {name}; give {flag}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        kinds = int | float if name == "ffn_ratio" else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
             wanted = f"{least}..{most}" if most < math.inf else f"at least {least}"
-            raise PlanError(f"yopo: {name} is {value!r}, expected {wanted}; correct it with {flag}")
+            kind = "a whole number, " if kinds is int else ""
+            raise PlanError(f"yopo: {name} is {value!r}, expected {kind}{wanted}; correct it with {flag}")
     if math.isqrt(spec.visual_tokens) ** 2 != spec.visual_tokens or spec.newline or spec.projector_act is None:
+        found = (
+            "no projector"
+            if spec.projector_act is None
+            else "separators after its crops"
+            if spec.newline
+            else f"{spec.visual_tokens} visual tokens"
+        )
         raise UnsupportedError(
-            f"yopo: {spec.visual_tokens} visual tokens, expected the square grid of one picture; use another --method"
+            f"yopo: the checkpoint has {found}, expected the square grid of one picture alone; use another --method"
         )
     mask = config.head_mask
     rows = ("1" * d.heads,) * d.layers if mask is None else _read(mask, spec) if isinstance(mask, str) else mask
@@ -94,13 +103,19 @@ def _read(path: str, spec: ModelSpec) -> tuple[str, ...]:
     import numpy as np
 
     shape = (spec.decoder.layers, spec.decoder.heads)
+    own = spec.settings.get("yopo", {}).get("head_mask") == path
+    kind, advice = (CheckpointError, "put the model's own there") if own else (UsageError, "correct it")
+    advice += ", or give another --head-mask" if own else " with --head-mask"
+    if not Path(path).is_file():
+        said = "config.json prunes heads, but the file is missing" if own else "is no file"
+        raise kind(f"{path}: {said}; {advice}")
     try:
-        mask = np.load(Path(path), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as .npy ({error}); give a head mask with --head-mask") from error
+        mask = np.load(path, allow_pickle=False)
+    except Exception as error:  # of many types, for a header or content of other kinds of files
+        raise kind(f"{path}: cannot be read as .npy ({str(error).splitlines()[0]}); {advice}") from error
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != shape:
         found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise CheckpointError(f"{path}: is {found}, expected bool {list(shape)}, layers by heads; give the model's own")
+        raise kind(f"{path}: is {found}, expected bool {list(shape)}, layers by heads; {advice}")
     return tuple("".join("1" if kept else "0" for kept in row) for row in mask)
 
 

@@ -228,7 +228,8 @@ def test_the_head_mask_is_found_by_the_number_of_kept_heads(place, tmp_path):
     layouts.build(tmp_path / "m", attncut_w=5, layercut_num=1, mlpcut_ratio=2, headcut_num=8)
     (tmp_path / "m" / "headmask").mkdir()
     (tmp_path / "m" / "headmask_7b_16.npy").write_bytes(b"another")
-    assert spec.load(tmp_path / "m").settings["yopo"]["head_mask"] is None
+    missing = spec.load(tmp_path / "m").settings["yopo"]["head_mask"]
+    assert missing == str(tmp_path / "m" / "headmask.npy")
     (tmp_path / "m" / place).write_bytes(b"")
 
     found = spec.load(tmp_path / "m").settings["yopo"]

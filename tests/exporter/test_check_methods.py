@@ -1,0 +1,627 @@
+"""`check` finds every mistake in ProxyV, YOPO and HiMix and names where it is; a clean bundle never fails."""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import json
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from lvlm_edge.exporter import blocks, export, parity, trace
+from lvlm_edge.exporter.methods import himix, proxyv, yopo
+from tests import originals
+from tests.tiny import cli
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """`originals.build`, each checkpoint once."""
+    made: dict[str, Path] = {}
+
+    def build(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
+        return made[key]
+
+    return build
+
+
+UNEVEN = ["1011", "0110", "1000", "0101"]  # within the groups of 2 key heads, too
+CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "proxyv, one crop": ({"method": "proxyv"}, {"method": "proxyv"}),
+    "proxyv, three crops": ({"method": "proxyv", "kv_heads": 2}, {"method": "proxyv", "grid": (1, 2)}),
+    "proxyv, a graph per layer": ({"method": "proxyv"}, {"method": "proxyv", "grid": (2, 2), "max_graph_gb": 1e-6}),
+    "proxyv, legacy": ({"method": "proxyv"}, {"method": "proxyv", "grid": (1, 2), "lowering": "legacy"}),
+    "proxyv, float16": ({"method": "proxyv"}, {"method": "proxyv", "grid": (1, 2), "dtype": "float16"}),
+    "proxyv, learnt": ({"method": "proxyv", "learn_proxy": True}, {"method": "proxyv", "grid": (1, 2)}),
+    "yopo": ({"method": "yopo", "kv_heads": 2, "head_mask": UNEVEN}, {"method": "yopo"}),
+    "yopo, dropped": (
+        {"method": "yopo", "kv_heads": 2, "head_mask": UNEVEN},
+        {"method": "yopo", "semantics": "dropped"},
+    ),
+    "yopo, dropped, legacy": ({"method": "yopo"}, {"method": "yopo", "semantics": "dropped", "lowering": "legacy"}),
+    "yopo, float16": ({"method": "yopo"}, {"method": "yopo", "dtype": "float16"}),
+    "yopo, dropped, float16": ({"method": "yopo"}, {"method": "yopo", "semantics": "dropped", "dtype": "float16"}),
+    "himix": ({"method": "himix", "kv_heads": 2}, {"method": "himix"}),
+    "himix, two images": ({"method": "himix"}, {"method": "himix", "num_images": 2}),
+    "himix, legacy": ({"method": "himix"}, {"method": "himix", "num_images": 2, "lowering": "legacy"}),
+    "himix, float16": ({"method": "himix"}, {"method": "himix", "dtype": "float16"}),
+    "none with separators": ({"method": "proxyv"}, {"grid": (1, 2)}),
+    "none, two images": ({}, {"num_images": 2}),
+    "fastv, two images": ({}, {"method": "fastv", "num_images": 2, "dtype": "float16"}),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_bundle_passes(name, original, export_once):
+    of, options = CLEAN[name]
+    checkpoint = original(**of)
+    bundle = export_once(checkpoint, **options)
+
+    for seed in range(3):
+        verdict = parity.check(bundle, checkpoint, seed=seed, steps=6, store=False)
+
+        assert verdict.passed, verdict.first_failure
+    stages = {row.stage for row in verdict.rows}
+    assert {"vision", "prefill logits", "decode logits", "tokens"} <= stages
+    assert ("projector" in stages) == (of.get("method") != "himix")
+    assert ("image K/V" in stages) == (options.get("method") == "himix")
+    assert any(stage.endswith("caches") for stage in stages) == (options.get("method") in ("proxyv", "yopo", "himix"))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options"),
+    [
+        ("proxyv_f2", ["--method", "proxyv"]),
+        ("proxyv_f2", ["--method", "proxyv", "--grid", "1x2"]),
+        ("yopo_w7", ["--method", "yopo"]),
+        ("yopo_w7", ["--method", "yopo", "--semantics", "dropped"]),
+        ("himix_mha", ["--method", "himix"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[2:]),
+)
+def test_the_command_passes_the_checkpoints_of_the_oracles(checkpoint, options, oracles, tmp_path, quick_tracing):
+    folder, bundle = oracles / checkpoint, tmp_path / "bundle"
+    capacity = ["--max-text-tokens", "64", "--max-new-tokens", "16"]
+    assert cli("export", folder, "-o", bundle, *options, *capacity, "-q").exit_code == 0
+
+    done = cli("check", bundle, "--against", folder)
+
+    assert done.exit_code == 0, done.output
+    assert "PASSED" in done.stdout
+    assert json.loads((bundle / "certificate.json").read_text())["passed"] is True
+
+
+# Mutations. Each rewrites a function of the exporter, so that the graphs come out wrong.
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake: where `check` has to find it, and by which rewriting of sources it is made.
+
+    Attributes:
+        stage: of the first row that fails; with the layer that its note has to name.
+        rewrites: (module, function, what is there, what comes in its place).
+        checkpoint, bundle: options other than the method's usual ones.
+    """
+
+    stage: str
+    layer: int | None
+    rewrites: tuple[tuple[ModuleType, str, str, str], ...]
+    checkpoint: dict[str, Any]
+    bundle: dict[str, Any]
+
+
+def wrong(
+    stage: str, *rewrites: tuple[ModuleType, str, str, str], of: dict[str, Any] | None = None, **bundle: Any
+) -> Mutation:
+    """A mutation; a stage ending in a number names a layer."""
+    name, _, layer = stage.partition(" @")
+    return Mutation(name, int(layer) if layer else None, rewrites, of or {}, bundle)
+
+
+def rewritten(patch: pytest.MonkeyPatch, module: ModuleType, name: str, old: str, new: str) -> None:
+    """Replace a function, or a method as `Class.name`, by itself with some of its source changed."""
+    owner, _, function = name.rpartition(".")
+    place = getattr(module, owner) if owner else module
+    lines = getattr(getattr(place, function), "source", None) or inspect.getsource(getattr(place, function))
+    source = textwrap.dedent(lines)
+    assert source.count(old) == 1, f"{name} has {old!r} {source.count(old)} times"
+    changed, found = source.replace(old, new), {}
+    code = compile(changed, module.__file__, "exec", flags=__future__.annotations.compiler_flag)
+    exec(code, module.__dict__, found)  # the function's own module is where it looks for names
+    found[function].source = changed  # of code made here nobody else knows the source
+    patch.setattr(place, function, found[function])
+
+
+TEXT = "_before(at.rest, at.visual, at.rest)"
+GUIDES = "parts.ops.attend_where(query[:, :, :n], key, value, _before(at.proxies, at.proxies, at.rest))"
+LATE = ("segment.layers.start == plan.config.start_layer", "segment.layers.start == plan.config.start_layer + 1")
+LEARNT = {"learn_proxy": True}
+PROXYV = {
+    "proxies see visual tokens": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "tail",
+            GUIDES,
+            (
+                "parts.ops.attend_where(query[:, :, :n], *(blocks.concat(pair, 2) for pair in ((seen_key, key), "
+                "(seen_value, value))), _before(at.proxies, at.visual, at.proxies, at.rest))"
+            ),
+        ),
+    ),
+    "text sees proxies": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "tail",
+            f"parts.ops.attend_where(query[:, :, n:], *stored, {TEXT})",
+            (
+                "parts.ops.attend_where(query[:, :, n:], *(blocks.concat(pair, 2) for pair in ((seen_key, key), "
+                "(seen_value, value))), _before(at.rest, at.visual, *(() if last else (at.proxies,)), at.rest))"
+            ),
+        ),
+    ),
+    "proxies do not see separators": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "tail",
+            GUIDES,
+            (
+                "parts.ops.attend_where(query[:, :, :n], key, value, _before(at.proxies, at.proxies, at.rest) & "
+                "((blocks.arange(key.shape[2]) - n - where.crops) * (blocks.arange(key.shape[2]) - n + 1) >= 0)[None])"
+            ),
+        ),
+    ),
+    "proxies see every proxy": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "tail",
+            "_before(at.proxies, at.proxies, at.rest)",
+            "_before(at.proxies, at.proxies * 0, at.rest)",
+        ),
+    ),
+    "separators are not causal": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "tail", TEXT, f"{TEXT} | (blocks.arange(where.crops + plan.text_tokens) < where.crops)[:, None]"),
+    ),
+    "another separator": wrong(
+        "prefill_head caches @0", (blocks, "_vision", "parts.newline[None]", "-parts.newline[None]")
+    ),
+    "separators of later crops stand in order": wrong(
+        "prefill_head caches @0", (proxyv, "Layout.separator_positions", "max(0, crop - 1)", "crop")
+    ),
+    "the first separator does not see the second": wrong(
+        "prefill_tail caches @1",
+        (proxyv, "head", "_tied(parts, plan, inputs, attended, (query, key, value))", "attended"),
+    ),
+    "rows of later crops are not put in order": wrong(
+        "prefill_head caches @0", (proxyv, "head", "several = plan.crops > 1", "several = False")
+    ),
+    "proxies are means of whole blocks": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "pooled", "(factor - 1) // 2, 2 - factor % 2", "0, factor"),
+        of={"side": 8, "reduce_factor": 4},
+    ),
+    "proxies stand where their blocks begin": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "places",
+            "start + blocks.arange(where.crops * where.proxies)",
+            "start + blocks.constant(where.visual()[:: where.each // where.proxies])",
+        ),
+    ),
+    "visual tokens do not count separators": wrong(
+        "prefill_tail caches @1",
+        (proxyv, "places", "blocks.constant(where.visual())", "blocks.arange(where.crops * where.each)"),
+    ),
+    "an update by the proxy before its FFN": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "tail",
+            "asking = blocks.finish(parts, layer, asking, attended)",
+            (
+                "half = asking + layer.o_proj(blocks.join_heads(attended)); "
+                "asking = blocks.finish(parts, layer, asking, attended)"
+            ),
+        ),
+        (proxyv, "tail", "full, proxy, guide)", "full, half[:, :n], guide)"),
+    ),
+    "an update by the proxy that entered the layer": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "tail", "proxy = asking[:, :n]", "before, proxy = proxy, asking[:, :n]"),
+        (proxyv, "tail", "full, proxy, guide)", "full, before, guide)"),
+    ),
+    "an update that norms before and not after": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "update",
+            'parts.ops.rms_norm(total, mlp["layernorm_post"].weight, parts.spec.decoder.eps)',
+            "total",
+        ),
+        (
+            proxyv,
+            "update",
+            'mlp["input_proj"](full)',
+            'mlp["input_proj"](parts.ops.rms_norm(full, mlp["layernorm_post"].weight, parts.spec.decoder.eps))',
+        ),
+    ),
+    "an update without residual": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "update", '(mlp["proj"]["0"](inside))) + full', '(mlp["proj"]["0"](inside)))'),
+    ),
+    "an update with the guidance first": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "update",
+            '[mlp["input_proj"](full), guide(mlp["context_proj"], proxy)]',
+            '[guide(mlp["context_proj"], proxy), mlp["input_proj"](full)]',
+        ),
+    ),
+    "an update by the next layer's MLP": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "tail", "i - plan.config.start_layer, full", "i - plan.config.start_layer + 1, full"),
+    ),
+    "proxies repeated and not stretched": wrong(
+        "prefill_tail caches @2",
+        (
+            proxyv,
+            "_grid_guide",
+            "reshape(plan.crops * few, 1, few, 1, width).expand(-1, factor, -1, factor, -1)",
+            "reshape(plan.crops * few, 1, 1, few, width).expand(-1, factor, factor, -1, -1)",
+        ),
+    ),
+    "proxies from one layer later on": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "graphs", "plan.config.start_layer, plan", "plan.config.start_layer + 1, plan"),
+        (proxyv, "tail", *LATE),
+        (proxyv, "_tail_graph", *LATE),
+    ),
+    "keys of visual tokens one position late": wrong(
+        "prefill_tail caches @1",
+        (
+            proxyv,
+            "tail",
+            "blocks.keys_and_values(parts, layer, full, at.visual[None])",
+            "blocks.keys_and_values(parts, layer, full, at.visual[None] + 1)",
+        ),
+    ),
+    "logits of the row before the last": wrong(
+        "prefill logits", (proxyv, "tail", "(where.crops - where.rows)", "(where.crops - where.rows - 1)")
+    ),
+    "learnt scores without their scale": wrong(
+        "prefill_tail caches @2", (proxyv, "learnt", " * tokens.shape[1] ** -0.5", ""), of=LEARNT
+    ),
+    "learnt shares over tokens in place of proxies": wrong(
+        "prefill_tail caches @2",
+        (proxyv, "learnt", "scores.softmax(-1).to", "scores.softmax(1).to"),
+        of=LEARNT,
+    ),
+}
+
+KEPT = "row, each = plan.config.head_mask[layer]"
+SEEN = {
+    "window": wrong(" @1", (yopo, "neighbours", "(window - 1) // 2", "(window + 1) // 2")),
+    "a window of rows alone": wrong(" @1", (yopo, "neighbours", "near is None else near & close", "True else near")),
+    "neighbours are causal": wrong(" @1", (yopo, "seen", "[near,", "[near & (visual[None] <= visual[:, None]),")),
+    "visual tokens see no text before them": wrong(
+        " @1", (yopo, "seen", "text[None] < visual[:, None]", "text[None] < 0 * visual[:, None]")
+    ),
+    "visual tokens see text after them": wrong(
+        " @1", (yopo, "seen", "text[None] < visual[:, None]", "text[None] >= 0 * visual[:, None]")
+    ),
+    "text does not see visual tokens": wrong(
+        " @1", (yopo, "seen", "visual[None] <= text[:, None]", "visual[None] < 0 * text[:, None]")
+    ),
+    "text before the image sees it": wrong(
+        " @1", (yopo, "seen", "visual[None] <= text[:, None]", "visual[None] >= 0 * text[:, None]")
+    ),
+    "every head stays": wrong(" @1", (yopo, "heads", KEPT, 'row, each = "1" * d.heads')),
+    "the head mask of the layer before": wrong(
+        " @1", (yopo, "heads", KEPT, "row, each = plan.config.head_mask[layer - 1]")
+    ),
+    "the head mask turned around": wrong(
+        " @1", (yopo, "heads", KEPT, "row, each = plan.config.head_mask[layer][::-1]")
+    ),
+    "the last FFN channels": wrong(
+        " @1",
+        (yopo, "_first", "linear.weight[:, :count]", "linear.weight[:, -count:]"),
+        (yopo, "_finish_visual", "down_proj.weight[:n]", "down_proj.weight[-n:]"),
+    ),
+    "one FFN channel too many": wrong(
+        " @1",
+        (yopo, "channels", "int(spec.decoder.ffn / config.ffn_ratio)", "int(spec.decoder.ffn / config.ffn_ratio) + 1"),
+    ),
+    "no feed-forward for visual tokens": wrong(
+        " @1", (yopo, "_finish_visual", "return x + (down", "return x + 0 * (down")
+    ),
+    "logits of the row before the last": wrong(
+        "prefill logits", (yopo, "run", "- plan.visual_tokens)", "- plan.visual_tokens - 1)")
+    ),
+}
+FULL = "tuple(range(plan.spec.decoder.heads)))"
+RELEASED = SEEN | {
+    "attention renormalised without visual tokens": wrong(
+        " @1",
+        (
+            yopo,
+            "_released",
+            "parts.ops.attend_where(query, keys, values, sees.text)",
+            (
+                "parts.ops.attend_where(query, keys, values, sees.text) / parts.ops.attend_where(query, keys, "
+                "(values.abs().sum(-1, keepdim=True) > 0).to(values.dtype).expand_as(values), sees.text)"
+            ),
+        ),
+    ),
+    "text with the first FFN channels": wrong(
+        " @1",
+        (
+            yopo,
+            "_released",
+            "text = blocks.finish(parts, layer, text, parts.ops.attend_where(query, keys, values, sees.text))",
+            "text = _finish_visual(parts, plan, layer, text, parts.ops.attend_where(query, keys, values, sees.text), "
+            + FULL,
+        ),
+    ),
+    "visual rows of pruned heads are not zero": wrong(
+        " @1", (yopo, "_released", "_flags([h in found.kept for h in every], attended)", "1")
+    ),
+    "visual rows zero in the kept heads too, behind the cutoff": wrong(
+        " @3",
+        (
+            yopo,
+            "_released",
+            "_flags([h in found.kept for h in every], attended)",
+            "_flags([h in found.kept and i < plan.config.cutoff for h in every], attended)",
+        ),
+        of={"cutoff": 2},
+    ),
+    "visual tokens seen in the cutoff layer": wrong(
+        " @3",
+        (yopo, "_released", "if i < plan.config.cutoff else", "if i <= plan.config.cutoff else"),
+        (yopo, "cache_groups", "layer < plan.config.cutoff and", "layer <= plan.config.cutoff and"),
+        of={"cutoff": 2},
+    ),
+    "text counted anew": wrong(
+        " @0",
+        (
+            yopo,
+            "_released",
+            'inputs["text_index"][None]',
+            'blocks.arange(plan.text_tokens)[None] + 0 * inputs["text_index"][None]',
+        ),
+    ),
+    "values cached that count for nothing": wrong(
+        "decode logits",
+        (yopo, "_released", "value = value * _flags(", "whole, value = value, value * _flags("),
+        (
+            yopo,
+            "_released",
+            "parts.ops.store(inputs, group, keys, values)",
+            "parts.ops.store(inputs, group, keys, blocks.concat([whole, text_value], 2))",
+        ),
+    ),
+}
+DROPPED = SEEN | {
+    "text with the first FFN channels": wrong(
+        " @1",
+        (
+            yopo,
+            "_dropped",
+            "blocks.finish(parts, layer, text, _in_order(results))",
+            "_finish_visual(parts, plan, layer, text, _in_order(results), " + FULL,
+        ),
+    ),
+    "results of heads not put in order": wrong(
+        " @1", (yopo, "_in_order", "order.index(head) for head", "head for head")
+    ),
+    "the output projection of other heads": wrong(
+        " @1", (yopo, "_finish_visual", "blocks.constant(kept)", "blocks.constant(range(len(kept)))")
+    ),
+    "no visual tokens in the layer before the cutoff": wrong(
+        "prefill_tail caches @3", (yopo, "limit", "int(plan.config.cutoff)", "int(plan.config.cutoff) - 1")
+    ),
+    "visual tokens in the cutoff layer": wrong(
+        "prefill_head caches @2",
+        (yopo, "limit", "int(plan.config.cutoff)", "int(plan.config.cutoff) + 1"),
+        of={"cutoff": 2},
+    ),
+    "text counted anew behind the cutoff": wrong(
+        "prefill_tail caches @3",
+        (
+            yopo,
+            "run",
+            'inputs["text_index"][None]',
+            'blocks.arange(plan.text_tokens)[None] + 0 * inputs["text_index"][None]',
+        ),
+    ),
+    "decode merges the wrong groups": wrong(
+        "decode logits", (blocks, "merged", "if h == head and head in owned", "if h == head")
+    ),
+    "decode one row too far in pruned caches": wrong(
+        "decode logits", (blocks, "_decode", "length - n if n", "length - n + 1 if n")
+    ),
+}
+HIMIX = {
+    "image keys are turned": wrong(
+        "image K/V @0",
+        (
+            himix,
+            "image_kv",
+            "(group,) = plan.groups(i)",
+            (
+                "(group,) = plan.groups(i); key = parts.ops.rotate(key, parts.rope_cos, parts.rope_sin, "
+                "blocks.arange(plan.visual_tokens)[None])"
+            ),
+        ),
+    ),
+    "keys and values exchanged": wrong(
+        "image K/V @0",
+        (himix, "image_kv", "(layer.k_proj_img, layer.v_proj_img)", "(layer.v_proj_img, layer.k_proj_img)"),
+    ),
+    "the text's norm": wrong(
+        "image K/V @0",
+        (himix, "image_kv", "layer.input_layernorm_img.weight", "layer.input_layernorm.weight[: width(plan.spec)]"),
+    ),
+    "features not normed": wrong(
+        "image K/V @0",
+        (
+            himix,
+            "image_kv",
+            'parts.ops.rms_norm(inputs["image_features"], layer.input_layernorm_img.weight, d.eps)',
+            'inputs["image_features"]',
+        ),
+    ),
+    "the weights of the layer after": wrong(
+        "image K/V @0",
+        (himix, "image_kv", "enumerate(parts.layers)", "enumerate([*parts.layers[1:], *parts.layers[:1]])"),
+    ),
+    "the last layer has the first one's weights": wrong(
+        "image K/V @2",
+        (himix, "image_kv", "enumerate(parts.layers)", "enumerate([*parts.layers[:-1], *parts.layers[:1]])"),
+    ),
+    "keys one row from their values": wrong(
+        "image K/V @0", (himix, "image_kv", "group, key, value)", "group, key.roll(1, 2), value)")
+    ),
+    "the first image twice": wrong(
+        "image K/V @0",
+        (
+            himix,
+            "image_kv",
+            'rms_norm(inputs["image_features"]',
+            'rms_norm(inputs["image_features"][:, : plan.visual_tokens // 2].repeat(1, 2, 1)',
+        ),
+    ),
+    "image keys are causal": wrong(
+        "prefill caches @1",
+        (himix, "prefill", "blocks.constant([0] * plan.visual_tokens)", "blocks.arange(plan.visual_tokens)"),
+    ),
+    "the first image key hidden": wrong(
+        "prefill caches @1",
+        (himix, "prefill", "[0] * plan.visual_tokens", "[1 << 20] + [0] * (plan.visual_tokens - 1)"),
+    ),
+    "the second image hidden": wrong(
+        "prefill caches @1",
+        (himix, "prefill", "[0] * plan.visual_tokens", "([0] + [1 << 20]) * (plan.visual_tokens // 2)"),
+    ),
+    "positions count the images": wrong(
+        "prefill caches @0",
+        (himix, "prefill", "layer, x, positions)", "layer, x, positions + plan.visual_tokens)"),
+    ),
+    "text sees the token after": wrong(
+        "prefill caches @1",
+        (himix, "prefill", "<= positions[0][:, None]", "<= positions[0][:, None] + 1"),
+    ),
+    "text does not see the images in the last layer": wrong(
+        "prefill logits",
+        (
+            himix,
+            "prefill",
+            "*rows, visible)",
+            "*rows, visible & (blocks.arange(visible.shape[1]) >= (i == 2) * plan.visual_tokens)[None])",
+        ),
+    ),
+    "image values of another layer": wrong(
+        "prefill caches @2",
+        (
+            himix,
+            "prefill",
+            'inputs[f"{PAST}.{group.name}.{part}"]',
+            "inputs[f\"{PAST}.{group.name if part == 'key' else 0}.{part}\"]",
+        ),
+    ),
+    "logits of the row before the last": wrong(
+        "prefill logits", (himix, "prefill", 'inputs["last_index"])', 'inputs["last_index"] - 1)')
+    ),
+    "decode over the last cached row": wrong(
+        "decode logits", (blocks, "_decode", "length - n if n", "length - n - 1 if n")
+    ),
+}
+USUAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Mutation]]] = {
+    "proxyv": ({"start_layer": 1, "layers": 3}, {"grid": (2, 2), "max_text_tokens": 24}, PROXYV),
+    "yopo released": ({"head_mask": UNEVEN, "cutoff": 3}, {"max_text_tokens": 24}, RELEASED),
+    "yopo dropped": ({"head_mask": UNEVEN, "cutoff": 3}, {"semantics": "dropped", "max_text_tokens": 24}, DROPPED),
+    "himix": ({"layers": 3}, {"num_images": 2, "max_text_tokens": 24, "max_new_tokens": 40}, HIMIX),
+}
+
+
+def test_there_are_ten_mutations_of_each_method():
+    assert min(len(mutations) for _, _, mutations in USUAL.values()) >= 10
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, Any]:
+    """Graphs of earlier exports, see `trace_once`."""
+    return {}
+
+
+def trace_once(patch: pytest.MonkeyPatch, traced: dict[str, Any]) -> None:
+    """Take the encoder's and the decode graph from an earlier export of the same shapes and caches: half the time.
+
+    Only for mutations outside `blocks`: of a method's file these graphs see nothing but its groups of caches.
+    """
+    right = trace.trace
+
+    def once(graph: Any, built: Any, plan: Any, mode: Any) -> Any:
+        if graph.name not in ("vision", "decode"):
+            return right(graph, built, plan, mode)
+        key = repr((graph.name, graph.inputs, graph.outputs, plan.all_groups(), plan.spec, plan.lowering))
+        if key not in traced:
+            traced[key] = right(graph, built, plan, mode)
+        return traced[key].clone()
+
+    if hasattr(ir.Model, "clone"):
+        patch.setattr(trace, "trace", once)
+
+
+@pytest.mark.parametrize(("method", "name"), [(m, name) for m, usual in USUAL.items() for name in usual[2]])
+def test_check_names_the_stage_of(method, name, original, tmp_path, monkeypatch, quick_tracing, traced):
+    of, options, mutations = USUAL[method]
+    mutation = mutations[name]
+    checkpoint = original(method=method.split()[0], kv_heads=2, **(of | mutation.checkpoint))
+    for rewrite in mutation.rewrites:
+        rewritten(monkeypatch, *rewrite)
+    if all(rewrite[0] is not blocks for rewrite in mutation.rewrites):
+        trace_once(monkeypatch, traced)
+    settings = {"method": method.split()[0], "max_new_tokens": 8} | options | mutation.bundle
+    bundle = export(checkpoint, tmp_path / "bundle", **settings)
+    monkeypatch.undo()
+
+    verdict = parity.check(bundle, checkpoint, steps=4, store=False)
+
+    row = verdict.first_failure
+    assert row is not None
+    wanted = mutation.stage or ("prefill caches" if method == "yopo released" else "prefill_head caches")
+    assert (row.stage, mutation.layer is None or f"layer {mutation.layer}" in row.note) == (wanted, True), row
+
+
+@pytest.mark.parametrize("method", USUAL)
+@pytest.mark.parametrize("offset", [-1, 10])
+def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original, export_once, tmp_path):
+    of, options, _ = USUAL[method]
+    checkpoint = original(method=method.split()[0], kv_heads=2, **of)
+    bundle = tmp_path / "bundle"
+    shutil.copytree(export_once(checkpoint, method=method.split()[0], **options), bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["decode_offset"] += offset
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    verdict = parity.check(bundle, checkpoint, steps=4, store=False)
+
+    assert verdict.first_failure is not None and verdict.first_failure.stage == "decode logits"
