@@ -23,15 +23,10 @@ MODELS = {
     "7B": ("llama", 32, 4096, 32, 32, 11008, 32064, False),
     "13B": ("llama", 40, 5120, 40, 40, 13824, 32064, False),
 }
-FASTV = {"keep_ratio": 0.25}
-# heading, method, settings, weights, whether prompt and decode share them
-WAYS = [
-    ("dense, float16", "none", {}, "as-is", False),
-    ("dense, int4", "none", {}, "int4", False),
-    ("FastV, float16", "fastv", FASTV, "as-is", False),
-    ("FastV, int4", "fastv", FASTV, "int4", False),
-    ("FastV, float16, `--share-weights`", "fastv", FASTV, "as-is", True),
-]
+FASTV = {"method_name": "fastv", "options": {"keep_ratio": 0.25}}
+SHARED = FASTV | {"share_weights": True}
+WAYS = {"dense, float16": ({}, "as-is"), "dense, int4": ({}, "int4"), "FastV, float16": (FASTV, "as-is")}
+WAYS |= {"FastV, int4": (FASTV, "int4"), "FastV, float16, `--share-weights`": (SHARED, "as-is")}
 
 
 def model(name: str) -> spec.ModelSpec:
@@ -46,22 +41,19 @@ def model(name: str) -> spec.ModelSpec:
         return spec.load(Path(folder))
 
 
-def cell(made: spec.ModelSpec, profile: profiles.Profile, way: tuple) -> str:
-    _, method, options, weights, share = way
-    if share and profile.lowering != "modern":
+def cell(made: spec.ModelSpec, board: profiles.Profile, way: dict, weights: str) -> str:
+    if "share_weights" in way and board.lowering != "modern":
         return "-"
-    plan = planning.make(made, method_name=method, options=options, dtype="float16", lowering=profile.lowering,
-                         share_weights=share)  # fmt: skip
-    found = fit.predict(plan, profile, weights=weights)
+    found = fit.predict(planning.make(made, dtype="float16", lowering=board.lowering, **way), board, weights=weights)
     text = f"{found.run / 1e9:.1f} / {found.build_peak / 1e9:.1f}"
     return f"**{text}**" if found.fits else text
 
 
 devices = sys.argv[1:] or [name for name in profiles.names() if profiles.load(name).kind == "jetson"]
 specs = {name: model(name) for name in MODELS}
-print(f"| device | has | model | {' | '.join(way[0] for way in WAYS)} |\n|---" + "|---" * (2 + len(WAYS)) + "|")
+print(f"| device | has | model | {' | '.join(WAYS)} |\n|---" + "|---" * (2 + len(WAYS)) + "|")
 for profile in map(profiles.load, devices):
     has = fit.predict(planning.make(specs["2B"], lowering=profile.lowering, dtype="float16"), profile).available / 1e9
     for name, made in specs.items():
-        cells = " | ".join(cell(made, profile, way) for way in WAYS)
+        cells = " | ".join(cell(made, profile, *way) for way in WAYS.values())
         print(f"| {profile.name}, JetPack {profile.jetpack} | {has:.1f} | {name} | {cells} |")
