@@ -56,7 +56,7 @@ def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
 
     folder = checkpoint.resolve(source, options.pop("revision", None), weights=False)
     capacities = {key: options.pop(key) for key in planning.CAPACITIES if key in options}
-    return planning.make(spec.load(folder), method_name=method, options=options, **capacities)
+    return planning.make(spec.load(folder), method_name=method, options=options, nominal=True, **capacities)
 
 
 def __getattr__(name: str) -> Any:

@@ -441,8 +441,10 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _check_overlay(manifest: Any, target: Path) -> None:
     """Raise UsageError, before the answer, for what can be known then."""
-    if manifest.method == "none":
-        raise UsageError("run: --overlay shows kept tokens, but method none keeps all; leave it out")
+    if not any(info.name == "kept_visual" for graph in manifest.graphs for info in graph.outputs):
+        raise UsageError(
+            f"run: --overlay shows which tokens are kept, but method {manifest.method} chooses none; leave it out"
+        )
     from lvlm_edge.runtime import overlay
 
     if target.suffix.lower() not in overlay.SUFFIXES or target.is_dir() or not target.parent.is_dir():

@@ -240,7 +240,8 @@ def configure(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]
             flag, flags = "--" + key.replace("_", "-"), ["--" + k.replace("_", "-") for k in known]
             advice = nearest(flag, flags) if flags else "leave it out, or choose another --method"
             raise UsageError(f"{name}: has no option {flag}; {advice}")
-    return config(**{key: value for key, value in settings.items() if value is not None} | given)
+    own = {key: value for key, value in settings.items() if key in known and value is not None}
+    return config(**own | given)
 
 
 def make(
@@ -257,10 +258,12 @@ def make(
     max_graph_gb: float = MAX_GRAPH_GB,
     image_size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    nominal: bool = False,
 ) -> Plan:
     """The plan of a model under a method.
 
     Args:
+        nominal: where a file beside config.json is missing, count with what config.json says of it.
         image_size: (width, height) of the pictures to come, which decides the grid of any-resolution tiles.
         grid: (rows, columns) of the tiles instead; with neither the base view stands alone.
 
@@ -293,6 +296,8 @@ def make(
             "--share-weights"
         )
     config = configure(method_name, options or {}, spec.settings.get(method_name, {}))
+    if nominal and hasattr(module, "nominal"):
+        config = module.nominal(spec, config)
     if hasattr(module, "resolve"):
         config = module.resolve(spec, config)
     if spec.projector_act is None and method_name not in spec.settings:
@@ -468,8 +473,13 @@ def weights_bytes(plan: Plan) -> int:
     """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
     w, d = weights(plan.spec), plan.spec.decoder
     decoder = d.layers * (w.matrices + w.vectors) + w.norm + w.head * (1 if d.tied else 2)
+    return (w.vision + w.projector + decoder + own_weights(plan)) * BYTES[plan.dtype]
+
+
+def own_weights(plan: Plan) -> int:
+    """Numbers of weights that only the plan's method has."""
     own = getattr(method(plan.method), "own_weights", None)
-    return (w.vision + w.projector + decoder + (own(plan) if own else 0)) * BYTES[plan.dtype]
+    return 0 if own is None else int(own(plan))
 
 
 def report(plan: Plan) -> dict[str, Any]:

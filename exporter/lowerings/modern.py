@@ -113,19 +113,20 @@ def append(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One row written at `slot` ([1], int64), and the query's attention to the rows up to and including it."""
     caches = _written(inputs, group, key, value, slot)
-    rows = [caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value")]
+    keys, values = (caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value"))
     if query.shape[1] < FEWEST_HEADS:
-        return _few(query, *rows, slot), caches
-    return onnx_op("Attention", [query, *rows, None, None, None, slot + 1], query), caches
+        return _few(query, keys, values, slot), caches
+    return onnx_op("Attention", [query, keys, values, None, None, None, slot + 1], query), caches
 
 
 def _few(query: Tensor, key: Tensor, value: Tensor, slot: Tensor) -> Tensor:
     """The same attention as products and a softmax, of which no runtime has a kernel that it could refuse."""
     _, heads, _, size = query.shape
     kv_heads, rows = key.shape[1], key.shape[2]
-    scores = (query.reshape(1, kv_heads, heads // kv_heads, size) * size**-0.5 @ key.transpose(2, 3)).float()
-    weights = scores.masked_fill(_arange(rows) > slot, float("-inf")).softmax(-1)
-    return (weights.to(value.dtype) @ value).reshape(query.shape)
+    products: Tensor = query.reshape(1, kv_heads, heads // kv_heads, size) * size**-0.5 @ key.transpose(2, 3)
+    weights = products.float().masked_fill(_arange(rows) > slot, float("-inf")).softmax(-1)
+    attended: Tensor = weights.to(value.dtype) @ value
+    return attended.reshape(query.shape)
 
 
 def _arange(count: int) -> Tensor:

@@ -47,6 +47,18 @@ class Config:
     )
 
 
+def nominal(spec: ModelSpec, config: Config) -> Config:
+    """The settings, where the checkpoint's head mask is missing with the number of heads that its config says.
+
+    Masks are not part of every published checkpoint's folder; for counting, the average is enough.
+    """
+    own = spec.settings.get("yopo", {})
+    if config.head_mask is None or config.head_mask != own.get("head_mask") or Path(str(config.head_mask)).is_file():
+        return config
+    row = "1" * own["heads_kept"] + "0" * (spec.decoder.heads - own["heads_kept"])
+    return replace(config, head_mask=(row,) * spec.decoder.layers)
+
+
 def resolve(spec: ModelSpec, config: Config) -> Config:
     """The settings with the head mask read.
 

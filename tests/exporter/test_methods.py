@@ -17,6 +17,10 @@ from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.kv_cache import Layout
 from tests import originals
+from tests.fake_tensorrt import Machine
+from tests.runtime.test_trt import with_engines
+
+__all__ = ["with_engines"]
 
 CHECKPOINTS = {"proxyv": "proxyv_f2", "yopo": "yopo_w7", "himix": "himix_mha"}
 GRIDS = {1: None, 3: (1, 2), 4: (3, 1), 5: (2, 2)}
@@ -45,14 +49,21 @@ def original(tmp_path_factory):
     return build
 
 
+@pytest.mark.parametrize("backend", ["ort", "trt-rtx"])
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
-def test_the_bundle_gives_the_released_codes_tokens_and_logits(method_oracle, oracles, export_once, lowering):
+def test_the_bundle_gives_the_released_codes_tokens_and_logits(
+    method_oracle, oracles, export_once, with_engines, monkeypatch, lowering, backend
+):
     method, name = method_oracle
     case = json.loads((oracles / method / f"{name}.json").read_text())
     tensors = load_file(oracles / method / f"{name}.safetensors")
     options = {"grid": GRIDS[case["num_crops"]]} if method == "proxyv" else {}
     checkpoint = oracles / CHECKPOINTS[method]
-    pipe = Pipeline.load(export_once(checkpoint, method=method, lowering=lowering, **options))
+    bundle = export_once(checkpoint, method=method, lowering=lowering, **options)
+    if backend != "ort":  # a double of TensorRT and CUDA
+        Machine().install(monkeypatch, "tensorrt_rtx")
+        bundle = with_engines(bundle)
+    pipe = Pipeline.load(bundle, backend)
 
     expected = case["expected_new_token_ids"]
     found = pipe.generate_tokens(
@@ -85,8 +96,17 @@ PROXYV = {
 PLACES = ((12, 5), (30, 1), (3, 2), (40, 35))  # text tokens, and how many come before the image
 
 
-@pytest.mark.parametrize("lowering", ["modern", "legacy"])
-@pytest.mark.parametrize("name", PROXYV)
+LEGACY = (
+    "gqa",
+    "more proxies than tokens of a crop",
+    "start layer 0",
+    "odd factor",
+    "learnt, five crops, gqa",
+    "qwen2",
+)
+
+
+@pytest.mark.parametrize(("name", "lowering"), [(n, "modern") for n in PROXYV] + [(n, "legacy") for n in LEGACY])
 def test_proxyv_says_what_its_reference_says(original, export_once, name, lowering):
     options, crops = PROXYV[name]
     checkpoint = original(method="proxyv", **options)
