@@ -3,7 +3,7 @@
 LLaVA-shaped models (CLIP-L/14 at 336 px, 576 visual tokens, 256 text and 128 new tokens), dense and FastV keeping
 25 %, float16 and int4 decoder weights, each device under the JetPack release its profile assumes or the one named
 (`python samples/jetson/fit_table.py agx-orin-32gb@7.2`). A cell says what running needs and what building needs, GB;
-bold where both fit. Predictions: nothing here was run on a Jetson.
+bold where both fit; - where graphs cannot share weights. Predictions: nothing here was run on a Jetson.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ MODELS = {
     "7B": ("llama", 32, 4096, 32, 32, 11008, 32064, False),
     "13B": ("llama", 40, 5120, 40, 40, 13824, 32064, False),
 }
-WAYS = [("none", {}, "as-is"), ("none", {}, "int4"), ("fastv", {"keep_ratio": 0.25}, "as-is")]
-WAYS.append(("fastv", {"keep_ratio": 0.25}, "int4"))
+FASTV = {"method_name": "fastv", "options": {"keep_ratio": 0.25}}
+SHARED = FASTV | {"share_weights": True}
+WAYS = {"dense, float16": ({}, "as-is"), "dense, int4": ({}, "int4"), "FastV, float16": (FASTV, "as-is")}
+WAYS |= {"FastV, int4": (FASTV, "int4"), "FastV, float16, `--share-weights`": (SHARED, "as-is")}
 
 
 def model(name: str) -> spec.ModelSpec:
@@ -39,18 +41,19 @@ def model(name: str) -> spec.ModelSpec:
         return spec.load(Path(folder))
 
 
-def cell(found: fit.Fit) -> str:
+def cell(made: spec.ModelSpec, board: profiles.Profile, way: dict, weights: str) -> str:
+    if "share_weights" in way and board.lowering != "modern":
+        return "-"
+    found = fit.predict(planning.make(made, dtype="float16", lowering=board.lowering, **way), board, weights=weights)
     text = f"{found.run / 1e9:.1f} / {found.build_peak / 1e9:.1f}"
     return f"**{text}**" if found.fits else text
 
 
 devices = sys.argv[1:] or [name for name in profiles.names() if profiles.load(name).kind == "jetson"]
 specs = {name: model(name) for name in MODELS}
-print("| device | has | model | dense, float16 | dense, int4 | FastV, float16 | FastV, int4 |\n|---" + "|---" * 6 + "|")
+print(f"| device | has | model | {' | '.join(WAYS)} |\n|---" + "|---" * (2 + len(WAYS)) + "|")
 for profile in map(profiles.load, devices):
+    has = fit.predict(planning.make(specs["2B"], lowering=profile.lowering, dtype="float16"), profile).available / 1e9
     for name, made in specs.items():
-        ways = [(planning.make(made, method_name=m, options=o, dtype="float16", lowering=profile.lowering), w)
-                for m, o, w in WAYS]  # fmt: skip
-        cells = [fit.predict(plan, profile, weights=weights) for plan, weights in ways]
-        device = f"{profile.name}, JetPack {profile.jetpack} | {cells[0].available / 1e9:.1f}"
-        print(f"| {device} | {name} | " + " | ".join(map(cell, cells)) + " |")
+        cells = " | ".join(cell(made, profile, *way) for way in WAYS.values())
+        print(f"| {profile.name}, JetPack {profile.jetpack} | {has:.1f} | {name} | {cells} |")
