@@ -273,6 +273,7 @@ def _settings(config: dict[str, Any], d: DecoderSpec, folder: Path) -> dict[str,
             "ffn_ratio": _number(config, "mlpcut_ratio", 1, d.ffn, whole=False),
             "prefix_tokens": 35 if prefix is None else prefix,
             "head_mask": _head_mask(folder, kept, d.heads),
+            "heads_kept": kept,
         }
     return found
 

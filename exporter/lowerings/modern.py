@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lvlm_edge.exporter.lowerings import legacy
 from lvlm_edge.exporter.planning import CacheGroup, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.kv_cache import PAST, PRESENT
@@ -53,6 +54,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None =
 
 def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention of queries [1, H, Q, D_h] to the keys [1, H_kv, K, D_h] they see, `visible` [Q, K], bool."""
+    if query.shape[1] == 1:  # with a mask, TensorRT-RTX 1.7.1 has no kernel for one head
+        attended: Tensor = legacy.attend_where(query, key, value, visible)
+        return attended
     return onnx_op("Attention", [query, key, value, visible[None, None]], query)
 
 

@@ -326,7 +326,9 @@ def _released(
     (group,) = plan.groups(i)
     last, every = i == d.layers - 1, tuple(range(d.heads))
     query, key, value = _rows(parts, layer, visual, text, inputs, every, tuple(range(d.kv_heads)), asks=not last)
-    key, value = (blocks.pick(x, group.kv_heads) for x in (key, value))
+    if len(group.kv_heads) > d.kv_heads:
+        # Not one Gather: TensorRT-RTX 1.7.1 does not build caches whose rows come out of one.
+        key, value = (blocks.concat([x[:, h : h + 1] for h in group.kv_heads], 1) for x in (key, value))
     reads, per = set(found.kept) if i < plan.config.cutoff else set(), d.heads // len(group.kv_heads)
     read = [bool(reads & set(every[j * per : (j + 1) * per])) for j in range(len(group.kv_heads))]
     is_text = [False] * plan.visual_tokens + [True] * plan.text_tokens

@@ -15,6 +15,7 @@ from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from tests.exporter.test_methods import original
 
 __all__ = ["original"]
+SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "easyvqa"
 CAPACITIES = {"max_text_tokens": 64, "max_new_tokens": 16}
 UNEVEN = ["1111", "1010", "0110", "0000", "1111", "0001"]
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -142,6 +143,17 @@ def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)
     bundle = export_once(checkpoint, method=method, dtype=dtype, **more, **CAPACITIES)
+
+    out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.0", "8.9", "12.0")))
+
+    assert {path.stem for path in out.glob("*.engine")} == {path.stem for path in bundle.glob("*.onnx")}
+
+
+@pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
+def test_tensorrt_rtx_builds_the_samples(export_once, method):
+    name, _, semantics = method.partition("-")
+    more = {"semantics": semantics} if semantics else {}
+    bundle = export_once(SAMPLES / name, method=name, dtype="float16", **more, **CAPACITIES)
 
     out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.0", "8.9", "12.0")))
 
