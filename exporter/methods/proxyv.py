@@ -167,7 +167,17 @@ def own_weights(plan: Plan) -> int:
 
 
 def extend(parts: Any, plan: Plan) -> None:
-    """Give the parts ProxyV's weights, under the names of the release."""
+    """Give the parts ProxyV's weights, under the names of the release.
+
+    Raises:
+        UnsupportedError: the checkpoint was trained from another start layer: its updates belong to other layers.
+    """
+    trained = plan.spec.settings["proxyv"].get("start_layer")
+    if trained not in (None, plan.config.start_layer):
+        raise UnsupportedError(
+            f"proxyv: start_layer is {plan.config.start_layer}, but the checkpoint was trained from layer {trained} "
+            "on; leave out --start-layer"
+        )
     import torch
     from torch import nn
 

@@ -321,3 +321,23 @@ def test_check_refuses_a_checkpoint_that_was_not_exported(code, bundle, checkpoi
     assert said in refused(code, "check", folder, "--against", made(checkpoint))
 
     assert not (folder / "certificate.json").exists()
+
+
+def test_another_start_layer_than_the_trained_one_can_be_planned_and_not_exported(made, tmp_path):
+    assert plan(made("proxyv"), method="proxyv", start_layer=3)["stages"][0]["layers"] == [0, 2]
+
+    message = export_refused(3, made("proxyv"), tmp_path, "--method", "proxyv", "--start-layer", "3")
+
+    assert "trained from layer 2 on" in message
+
+
+def test_a_plan_counts_with_the_heads_that_config_json_says_where_the_mask_is_missing(spoilt):
+    folder = spoilt("yopo")
+    (folder / "headmask.npy").unlink()
+    kept = 2 / 4
+
+    found = plan(folder, method="yopo")
+
+    v, d, m = 16, 64, 128  # `originals.build`: window 3, cutoff 2 of 4 layers, half of the FFN
+    cost = 2 * 2 * (kept * (4 * v * d**2 + 2 * v * 9 * d) + 3 * v * d * m / 2)
+    assert found["paper"]["value"] * 1e12 == pytest.approx(cost)
