@@ -307,14 +307,17 @@ class Pipeline:
 
     def _look(self, result: Result, pixels: Array) -> Array | None:
         """Run the graphs of role image: the encoder once per crop, what follows it once for all crops."""
+        graphs = [g for g in self.manifest.graphs if g.role == "image"]
+        wanted = {"image_embeds"} | {info.name for graph in graphs[1:] for info in graph.inputs}
         found: dict[str, list[Array]] = {}
-        for graph in (g for g in self.manifest.graphs if g.role == "image"):
+        for graph in graphs:
             began = time.perf_counter()
             if any(info.name == "pixel_values" for info in graph.inputs):
                 for picture in pixels:
-                    outputs = self.run_graph(graph.name, {"pixel_values": picture[None]})
-                    for name, values in outputs.items():
-                        found.setdefault(name, []).append(values[0])
+                    self.buffer(graph.name, "pixel_values").write(picture[None])
+                    self._run(graph, 0)
+                    for name in wanted & {info.name for info in graph.outputs}:
+                        found.setdefault(name, []).append(self.buffer(graph.name, name).read()[0].copy())
             else:
                 whole = {name: np.concatenate(values)[None] for name, values in found.items()}
                 self._write([graph], whole | {"write_index": np.zeros(1, np.int64)})

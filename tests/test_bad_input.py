@@ -152,7 +152,7 @@ def test_an_overlay_that_cannot_be_written_is_refused_before_the_answer(target, 
 def test_an_overlay_of_a_method_that_keeps_all_is_refused(none, picture, tmp_path):
     message = refused(2, "run", none, "--image", picture, "--prompt", "w5", "--overlay", tmp_path / "kept.png")
 
-    assert "method none keeps all" in message
+    assert "method none chooses none" in message
     assert not (tmp_path / "kept.png").exists()
 
 

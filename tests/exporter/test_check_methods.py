@@ -317,21 +317,27 @@ PROXYV = {
 
 KEPT = "row, each = plan.config.head_mask[layer]"
 SEEN = {
-    "window": wrong(" @1", (yopo, "neighbours", "(window - 1) // 2", "(window + 1) // 2")),
-    "a window of rows alone": wrong(" @1", (yopo, "neighbours", "near is None else near & close", "True else near")),
-    "neighbours are causal": wrong(" @1", (yopo, "seen", "[near,", "[near & (visual[None] <= visual[:, None]),")),
+    "window": wrong(" @1", (yopo, "seen", "(plan.config.window - 1) // 2", "(plan.config.window + 1) // 2")),
+    "a window of rows alone": wrong(" @1", (yopo, "distances", "down.maximum(across)", "down")),
+    "neighbours are causal": wrong(
+        " @1", (yopo, "seen", "[apart, later]", "[apart + 1000 * (visual[None] > visual[:, None]), later]")
+    ),
     "visual tokens see no text before them": wrong(
-        " @1", (yopo, "seen", "text[None] < visual[:, None]", "text[None] < 0 * visual[:, None]")
+        " @1",
+        (
+            yopo,
+            "seen",
+            "(text[None] - visual[:, None]) * (reach + 1)",
+            "(text[None] * 0 + 1) * (reach + 1) + visual[:, None]",
+        ),
     ),
     "visual tokens see text after them": wrong(
-        " @1", (yopo, "seen", "text[None] < visual[:, None]", "text[None] >= 0 * visual[:, None]")
+        " @1", (yopo, "seen", "(text[None] - visual[:, None]) * (reach + 1)", "0 * (text[None] - visual[:, None])")
     ),
     "text does not see visual tokens": wrong(
-        " @1", (yopo, "seen", "visual[None] <= text[:, None]", "visual[None] < 0 * text[:, None]")
+        " @1", (yopo, "seen", "[visual, text])[None]", "[visual + 10**6, text])[None]")
     ),
-    "text before the image sees it": wrong(
-        " @1", (yopo, "seen", "visual[None] <= text[:, None]", "visual[None] >= 0 * text[:, None]")
-    ),
+    "text before the image sees it": wrong(" @1", (yopo, "seen", "[visual, text])[None]", "[visual * 0, text])[None]")),
     "every head stays": wrong(" @1", (yopo, "heads", KEPT, 'row, each = "1" * d.heads')),
     "the head mask of the layer before": wrong(
         " @1", (yopo, "heads", KEPT, "row, each = plan.config.head_mask[layer - 1]")
@@ -356,17 +362,16 @@ SEEN = {
     ),
 }
 FULL = "tuple(range(plan.spec.decoder.heads)))"
+ASKED = "parts.ops.attend_where(query[:, :, -plan.text_tokens :], key, value, sees.text)"
+COUNTED = "(value.abs().sum(-1, keepdim=True) > 0).to(value.dtype).expand_as(value)"
 RELEASED = SEEN | {
     "attention renormalised without visual tokens": wrong(
         " @1",
         (
             yopo,
             "_released",
-            "parts.ops.attend_where(query, keys, values, sees.text)",
-            (
-                "parts.ops.attend_where(query, keys, values, sees.text) / parts.ops.attend_where(query, keys, "
-                "(values.abs().sum(-1, keepdim=True) > 0).to(values.dtype).expand_as(values), sees.text)"
-            ),
+            ASKED,
+            f"{ASKED} / {ASKED.replace('value', COUNTED)}",
         ),
     ),
     "text with the first FFN channels": wrong(
@@ -374,9 +379,8 @@ RELEASED = SEEN | {
         (
             yopo,
             "_released",
-            "text = blocks.finish(parts, layer, text, parts.ops.attend_where(query, keys, values, sees.text))",
-            "text = _finish_visual(parts, plan, layer, text, parts.ops.attend_where(query, keys, values, sees.text), "
-            + FULL,
+            f"blocks.finish(\n        parts, layer, text, {ASKED}\n    )",
+            f"_finish_visual(parts, plan, layer, text, {ASKED}, every)",
         ),
     ),
     "visual rows of pruned heads are not zero": wrong(
@@ -400,21 +404,16 @@ RELEASED = SEEN | {
     ),
     "text counted anew": wrong(
         " @0",
-        (
-            yopo,
-            "_released",
-            'inputs["text_index"][None]',
-            'blocks.arange(plan.text_tokens)[None] + 0 * inputs["text_index"][None]',
-        ),
+        (yopo, "_rows", 'at = inputs["text_index"]', 'at = blocks.arange(text.shape[1]) + 0 * inputs["text_index"]'),
     ),
     "values cached that count for nothing": wrong(
         "decode logits",
-        (yopo, "_released", "value = value * _flags(", "whole, value = value, value * _flags("),
+        (yopo, "_released", "value = value * _flags(read", "whole, value = value, value * _flags(read"),
         (
             yopo,
             "_released",
-            "parts.ops.store(inputs, group, keys, values)",
-            "parts.ops.store(inputs, group, keys, blocks.concat([whole, text_value], 2))",
+            "parts.ops.store(inputs, group, key, value)",
+            "parts.ops.store(inputs, group, key, whole)",
         ),
     ),
 }
@@ -435,11 +434,11 @@ DROPPED = SEEN | {
         " @1", (yopo, "_finish_visual", "blocks.constant(kept)", "blocks.constant(range(len(kept)))")
     ),
     "no visual tokens in the layer before the cutoff": wrong(
-        "prefill_tail caches @3", (yopo, "limit", "int(plan.config.cutoff)", "int(plan.config.cutoff) - 1")
+        "prefill_tail caches @3", (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff - 1)")
     ),
     "visual tokens in the cutoff layer": wrong(
         "prefill_head caches @2",
-        (yopo, "limit", "int(plan.config.cutoff)", "int(plan.config.cutoff) + 1"),
+        (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff + 1)"),
         of={"cutoff": 2},
     ),
     "text counted anew behind the cutoff": wrong(

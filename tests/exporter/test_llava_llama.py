@@ -207,6 +207,7 @@ def test_the_config_says_what_methods_the_checkpoint_is_for(oracles):
             "window": 7,
             "cutoff": 4,
             "ffn_ratio": 4,
+            "heads_kept": 30,
             "prefix_tokens": 5,
             "head_mask": str((oracles / "yopo_w7" / "headmask.npy").resolve()),
         }

@@ -313,6 +313,7 @@ def test_decode_is_captured_once_and_then_launched(small, monkeypatch):
     assert machine.calls["execute_async_v3"] == graphs + 1
 
     addresses = machine.calls["set_tensor_address"]
+    pipe.forget_images()
     generate(pipe)
 
     assert machine.calls["cudaStreamBeginCapture"] == 1
