@@ -643,6 +643,8 @@ from lvlm_edge.exporter import beside, pack, trace
 from lvlm_edge.exporter.cli import main
 
 torch.set_num_threads(1)  # a fork has one thread
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    signal.signal(number, handler)  # whoever runs the tests in the background has them ignored
 pack.export(*sys.argv[1:])  # everything is imported now
 PLACES = {
     "before": (pack, "_sources", False),
