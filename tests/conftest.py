@@ -54,6 +54,22 @@ def checkpoint_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`originals.build` that makes each checkpoint once."""
+    from tests import originals
+
+    made: dict[str, Path] = {}
+
+    def build(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def quick_tracing() -> Iterator[None]:
     """The exporter's table of operators made once: it takes a third of an export's time, and is always the same."""
     from torch.onnx._internal.exporter import _registration

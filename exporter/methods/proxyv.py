@@ -230,11 +230,16 @@ class Layout:
         """As the released code counts: that of a later crop stands where the crop before it ends."""
         return [max(0, crop - 1) * (self.each + 1) + self.each for crop in range(self.crops)]
 
+    def positions(self) -> list[int]:
+        """Of every row, counted from the image's first."""
+        found = list(range(self.rows))
+        for row, position in zip(self.separators(), self.separator_positions(), strict=True):
+            found[row] = position
+        return found
+
     def order(self) -> list[int]:
         """The rows by position; the first two separators share one."""
-        positions = list(range(self.rows))
-        for row, position in zip(self.separators(), self.separator_positions(), strict=True):
-            positions[row] = position
+        positions = self.positions()
         return sorted(range(self.rows), key=lambda row: positions[row])
 
 
@@ -267,9 +272,7 @@ def by_position(plan: Plan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
     where = layout(plan)
     order = where.order()
     inverse = sorted(range(where.rows), key=lambda i: order[i])
-    positions = list(range(where.rows))
-    for row, position in zip(where.separators(), where.separator_positions(), strict=True):
-        positions[row] = position
+    positions = where.positions()
     start, rows = inputs["visual_index"][:1], blocks.arange(plan.prompt_tokens)
     inside = (rows >= start) & (rows < start + where.rows)
     local = (rows - start).clamp(0, where.rows - 1)

@@ -8,7 +8,6 @@ import json
 import shutil
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,23 +16,7 @@ import pytest
 
 from lvlm_edge.exporter import blocks, export, parity, trace
 from lvlm_edge.exporter.methods import himix, proxyv, yopo
-from tests import originals
 from tests.tiny import cli
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    """`originals.build`, each checkpoint once."""
-    made: dict[str, Path] = {}
-
-    def build(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
-        return made[key]
-
-    return build
-
 
 UNEVEN = ["1011", "0110", "1000", "0101"]  # within the groups of 2 key heads, too
 CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -13,9 +13,6 @@ from lvlm_edge.exporter import blocks, planning, spec
 from lvlm_edge.exporter.lowerings import legacy
 from lvlm_edge.exporter.methods import himix, proxyv, yopo
 from lvlm_edge.exporter.parts import Parts
-from tests.exporter.test_methods import original
-
-__all__ = ["original"]
 
 
 def planned(folder, method, **options):

@@ -35,20 +35,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("method_oracle", cases or [("proxyv", "missing")])
 
 
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    """`originals.build`, each checkpoint once."""
-    made: dict[str, Path] = {}
-
-    def build(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
-        return made[key]
-
-    return build
-
-
 @pytest.mark.parametrize("backend", ["ort", "trt-rtx"])
 @pytest.mark.parametrize("lowering", ["modern", "legacy"])
 def test_the_bundle_gives_the_released_codes_tokens_and_logits(

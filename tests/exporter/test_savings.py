@@ -12,9 +12,7 @@ import pytest
 from lvlm_edge.exporter import engine, plan
 from lvlm_edge.exporter.engine import Settings
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
-from tests.exporter.test_methods import original
 
-__all__ = ["original"]
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "easyvqa"
 CAPACITIES = {"max_text_tokens": 64, "max_new_tokens": 16}
 UNEVEN = ["1111", "1010", "0110", "0000", "1111", "0001"]
