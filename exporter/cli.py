@@ -54,6 +54,11 @@ CAPACITY = (
         is_flag=True,
         help="Prompt and decode run in the same graphs: engines hold one copy of the weights, for small boards.",
     ),
+    click.Option(["--vision-weights"], help="The same for encoder and projector.  [default: as-is]"),
+    click.Option(
+        ["--head-weights"], help="The same for lm_head.  [default: int8 where the decoder's are small, else as-is]"
+    ),
+    click.Option(["--block-size"], type=int, help="Input channels that share an INT4 scale, 32 or 128.  [default: 128]"),
     click.Option(
         ["--max-graph-gb"],
         type=float,
@@ -168,6 +173,12 @@ def plan(checkpoint: str, method: str, revision: str | None, weights: str, as_js
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--weights",
+    default="as-is",
+    show_default=True,
+    help="Format of the decoder's matrices: as-is, int8 (a scale per channel) or int4 (a scale per block).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def export(
@@ -176,6 +187,7 @@ def export(
     method: str,
     revision: str | None,
     force: bool,
+    weights: str,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -186,7 +198,7 @@ def export(
     if device.kind != "cpu" or _given("device"):  # the bundle may be for another machine than this one
         from lvlm_edge.exporter import check_fit
 
-        check_fit(checkpoint, device, method=method, revision=revision, **settings)
+        check_fit(checkpoint, device, method=method, revision=revision, weights=weights, **settings)
     from lvlm_edge.exporter import export as exported
 
     with _progress(quiet) as progress:
@@ -196,6 +208,7 @@ def export(
             method=method,
             revision=revision,
             force=force,
+            weights=weights,
             progress=progress,
             **settings,
         )
@@ -614,7 +627,8 @@ def _print_verdict(verdict: Any) -> None:
     table = _table("prompt", "stage", "error", "bound", "", "")
     for row in verdict.rows:
         mark = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
-        table.add_row(row.case, row.stage, f"{row.figure:.2e}", f"{row.bound:.1e}", mark, row.note)
+        told = ("", "") if row.bound is None else (f"{row.bound:.1e}", mark)
+        table.add_row(row.case, row.stage, f"{row.figure:.2e}", *told, row.note)
     _show(table)
     if verdict.passed:
         _show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")

@@ -20,10 +20,11 @@ from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of
+FORMATS = ("as-is", "int8", "int4")  # of matrices
 ROLES = frozenset({"image", "prefill", "decode"})
 
 T = TypeVar("T")
@@ -103,6 +104,29 @@ class Embedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightFormats:
+    """How the matrices of a model's parts are kept: `as-is`, `int8` or `int4`; vectors and tables stay as they are.
+
+    `int8` has a scale per output channel, `int4` one per `block` input channels of an output channel. Where `block`
+    does not divide a matrix's input channels the block is 32, and where that does not either the matrix is `int8`.
+
+    Attributes:
+        decoder: of its layers, a method's own included.
+        vision: of the encoder and the projector.
+    """
+
+    decoder: str = "as-is"
+    vision: str = "as-is"
+    head: str = "as-is"
+    block: int = 128
+
+    @property
+    def small(self) -> bool:
+        """Whether any are integers."""
+        return (self.decoder, self.vision, self.head) != ("as-is",) * 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How a picture becomes `pixel_values`, and how visual tokens lie on it: row-major on `grid` (rows, columns).
 
@@ -169,6 +193,7 @@ class Manifest:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     weights: str
+    formats: WeightFormats
     provenance: Provenance
     files: dict[str, FileInfo]
 
