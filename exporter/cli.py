@@ -58,7 +58,7 @@ CAPACITY = (
     click.Option(
         ["--head-weights"], help="The same for lm_head.  [default: int8 where the decoder's are small, else as-is]"
     ),
-    click.Option(["--block-size"], type=int, help="Input channels that share an INT4 scale, 32 or 128.  [default: 128]"),
+    click.Option(["--block-size"], type=int, help="Input channels of an INT4 scale, 32 or 128.  [default: 128]"),
     click.Option(
         ["--max-graph-gb"],
         type=float,

@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.parts import Parts, Weight
 
 WEIGHTS = "weights.bin"
+ORT = ".onnxruntime"  # ends the names of graphs that are for ONNX Runtime alone
 TABLE = "embed.weight"  # the token embedding, which no graph reads
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 _VERSIONS = ("lvlm-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
@@ -152,13 +154,15 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
     traced = _traced(specs, built, plan, mode, progress)
+    forms, more = _forms(plan, built, mode, progress)
+    traced += more
     used = {name for _, model in traced for name in graph.weight_names(model, known)}
     head_is_table = d.tied and plan.formats.head == "as-is"
     order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
     placed = blob.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)
     places = {name: p.place for name, p in placed.items()}
     for wanted, model in traced:
-        graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, places), out / f"{wanted.name}.onnx")
+        graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, places), out / _file(wanted))
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
     files = {WEIGHTS: blob.write(out / WEIGHTS, placed, ropes, plan.dtype, progress)}
     for path in sorted(out.iterdir()):
@@ -172,7 +176,9 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
         dtype=plan.dtype,
         columns=head_is_table,
     )
-    manifest = _manifest(plan, specs, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files)
+    manifest = _manifest(
+        plan, specs, forms, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files
+    )
     manifests.save_manifest(out, manifest)  # the last of all files
 
 
@@ -188,6 +194,33 @@ def _traced(
         progress(f"tracing {wanted.name}", i, len(files))
         found.append((wanted, trace.trace(wanted, built, plan, mode)))
     return found
+
+
+def _forms(
+    plan: Plan, built: Parts, mode: Any, progress: Progress
+) -> tuple[dict[str, tuple[GraphSpec, ...]], list[tuple[GraphSpec, ir.Model]]]:
+    """Graphs for ONNX Runtime where it can do with fewer: its sessions share no weights, but a session may run both the
+    prompt and decode, if it leaves the number of rows open.
+
+    Returns:
+        the graphs by backend, and the models of those that are not among the portable ones.
+    """
+    shares = hasattr(planning.method(plan.method), "SHARES_WEIGHTS") and plan.lowering == "modern"
+    if not shares or plan.share_weights or plan.dtype == "bfloat16":
+        return {}, []
+    both = replace(plan, share_weights=True)
+    specs = planning.method(plan.method).graphs(both)
+    own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
+    traced = _traced(own, built, both, mode, progress)
+    names = {wanted.name: f"{wanted.name}{ORT}" for wanted in own}
+    named = tuple(replace(s, file=names.get(s.file or s.name, s.file)) for s in specs)
+    return {"ort": named}, [(replace(s, file=names[s.name]), model) for s, model in traced]
+
+
+def _file(wanted: GraphSpec) -> str:
+    """A graph's file: its name's, unless it says another."""
+    file = wanted.file or wanted.name
+    return file if file.endswith(ORT) else f"{file}.onnx"
 
 
 def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any) -> dict[str, checkpoint.Stored]:
@@ -218,7 +251,8 @@ def _check_room(out: Path, needed: int) -> None:
 
 def _manifest(
     plan: Plan,
-    specs: tuple[Any, ...],
+    specs: tuple[GraphSpec, ...],
+    forms: Mapping[str, tuple[GraphSpec, ...]],
     embedding: manifests.Embedding,
     provenance: manifests.Provenance,
     *,
@@ -250,17 +284,8 @@ def _manifest(
         ),
         decode_offset=0,
         stages=tuple(report["stages"]),
-        graphs=tuple(
-            manifests.Graph(
-                name=s.name,
-                file=f"{s.file or s.name}.onnx",
-                role=s.role,
-                inputs=s.inputs,
-                outputs=s.outputs,
-                names=dict(s.names),
-            )
-            for s in specs
-        ),
+        graphs=_graphs(specs),
+        forms={name: _graphs(graphs) for name, graphs in forms.items()},
         cache=tuple(
             manifests.Cache(
                 name=group.name,
@@ -288,6 +313,15 @@ def _manifest(
         formats=plan.formats,
         provenance=provenance,
         files=files,
+    )
+
+
+def _graphs(specs: Iterable[GraphSpec]) -> tuple[manifests.Graph, ...]:
+    return tuple(
+        manifests.Graph(
+            name=s.name, file=_file(s), role=s.role, inputs=s.inputs, outputs=s.outputs, names=dict(s.names)
+        )
+        for s in specs
     )
 
 

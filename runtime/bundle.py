@@ -170,6 +170,8 @@ class Manifest:
 
     Attributes:
         method_config: the method's resolved settings.
+        graphs: those that any backend can run or build from.
+        forms: by backend, graphs that do the same and suit it better, where there are any.
         decode_offset: position of the first decoded token = prompt tokens (visual and text) + this.
         cache: one entry per decoder layer, or several where its heads hold different rows.
         text: None when the checkpoint had no tokenizer.
@@ -186,6 +188,7 @@ class Manifest:
     decode_offset: int
     stages: tuple[dict[str, Any], ...]
     graphs: tuple[Graph, ...]
+    forms: dict[str, tuple[Graph, ...]]
     cache: tuple[Cache, ...]
     embedding: Embedding
     image: ImageConfig
@@ -199,6 +202,10 @@ class Manifest:
 
     def graph(self, name: str) -> Graph:
         return next(g for g in self.graphs if g.name == name)
+
+    def form(self, backend: str) -> Manifest:
+        """The manifest with the graphs that a backend runs."""
+        return dataclasses.replace(self, graphs=self.forms.get(backend, self.graphs))
 
     def graphs_of(self, file: str) -> tuple[Graph, ...]:
         """The graphs that run a file; more than one where the file leaves sizes open."""
@@ -275,7 +282,7 @@ def _refuse(constant: str) -> None:
 
 def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     """What running a bundle takes for granted, each as what is wrong when it does not hold, and whether it holds."""
-    c, names = m.counts, [g.name for g in m.graphs]
+    c = m.counts
     yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
     yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", _positive(c)
     rows, crops = c.visual_tokens + c.separators + c.text_tokens, max(1, c.num_images * c.crops)
@@ -284,9 +291,6 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     yield f"{c.separators} separators for {crops} crops, expected none or one for each", c.separators in (0, crops)
     yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
     yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
-    yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
-    roles = [g.role for g in m.graphs]
-    yield f"roles of the graphs are {', '.join(roles)}, expected image, prefill and decode", set(roles) == ROLES
     caches = [c.name for c in m.cache]
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
@@ -294,6 +298,14 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     whole = canvas is None or (canvas in m.image.pinpoints and min(*canvas, *tiles) > 0)
     made = c.crops == tiles[0] * tiles[1] + 1 and (canvas is None) == (m.image.tiles is None) and whole
     yield f"{c.crops} crops are not a base view and tiles of {m.image.tiles} on {canvas}", made
+    for form in (m, *(m.form(name) for name in m.forms)):
+        yield from _graph_beliefs(form)
+
+
+def _graph_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
+    names, roles = [g.name for g in m.graphs], [g.role for g in m.graphs]
+    yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
+    yield f"roles of the graphs are {', '.join(roles)}, expected image, prefill and decode", set(roles) == ROLES
     yield from _tensor_beliefs(m)
 
 
@@ -371,7 +383,10 @@ def safe_name(name: str) -> str:
 
 def _check_references(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    named = [g.file for g in manifest.graphs] + [manifest.weights, manifest.embedding.file]
+    named = [g.file for graphs in (manifest.graphs, *manifest.forms.values()) for g in graphs] + [
+        manifest.weights,
+        manifest.embedding.file,
+    ]
     if manifest.text is not None:
         named += [manifest.text.tokenizer, manifest.text.chat_template]
     for name in named:
