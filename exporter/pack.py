@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +20,10 @@ from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from lvlm_edge.exporter.blocks import GraphSpec
-    from lvlm_edge.exporter.parts import Parts, Weight
+    from lvlm_edge.exporter.draw import Drawn
+    from lvlm_edge.exporter.parts import Weight
 
 WEIGHTS = "weights.bin"
-ORT = ".onnxruntime"  # ends the names of graphs that are for ONNX Runtime alone
 TABLE = "embed.weight"  # the token embedding, which no graph reads
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 _VERSIONS = ("lvlm-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
@@ -137,13 +132,11 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress) -> None:
-    from lvlm_edge.exporter import blob, graph, parts
+    from lvlm_edge.exporter import blob, draw, parts, ratios
 
-    built, mode = parts.fake(plan)
-    known = parts.weights(built)
     family = spec.family(plan.spec.family)
     d = plan.spec.decoder
-    specs = planning.method(plan.method).graphs(plan)
+    known = draw.weights(plan)
     sources = _sources(folder, plan, known, family)
     _check_room(out, planning.weights_bytes(plan))
     config = spec.read_json(folder / "config.json")
@@ -153,16 +146,13 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     ends = text.eos_token_ids(folder)
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
-    traced = _traced(specs, built, plan, mode, progress)
-    forms, more = _forms(plan, built, mode, progress)
-    traced += more
-    used = {name for _, model in traced for name in graph.weight_names(model, known)}
-    head_is_table = d.tied and plan.formats.head == "as-is"
+    drawn = draw.draw(plan, progress)
+    used, head_is_table = drawn.used(known), d.tied and plan.formats.head == "as-is"
     order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
     placed = blob.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)
     places = {name: p.place for name, p in placed.items()}
-    for wanted, model in traced:
-        graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, places), out / _file(wanted))
+    drawn.write(out, WEIGHTS, places)
+    ratios.record(out, plan, places)
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
     files = {WEIGHTS: blob.write(out / WEIGHTS, placed, ropes, plan.dtype, progress)}
     for path in sorted(out.iterdir()):
@@ -176,51 +166,8 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
         dtype=plan.dtype,
         columns=head_is_table,
     )
-    manifest = _manifest(
-        plan, specs, forms, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files
-    )
+    manifest = _manifest(plan, drawn, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files)
     manifests.save_manifest(out, manifest)  # the last of all files
-
-
-def _traced(
-    specs: Iterable[GraphSpec], built: Parts, plan: Plan, mode: Any, progress: Progress
-) -> list[tuple[GraphSpec, ir.Model]]:
-    """Every graph that is a file of its own, with its model."""
-    from lvlm_edge.exporter import trace
-
-    files = [wanted for wanted in specs if wanted.file is None]
-    found = []
-    for i, wanted in enumerate(files):
-        progress(f"tracing {wanted.name}", i, len(files))
-        found.append((wanted, trace.trace(wanted, built, plan, mode)))
-    return found
-
-
-def _forms(
-    plan: Plan, built: Parts, mode: Any, progress: Progress
-) -> tuple[dict[str, tuple[GraphSpec, ...]], list[tuple[GraphSpec, ir.Model]]]:
-    """Graphs for ONNX Runtime where it can do with fewer: its sessions share no weights, but a session may run both the
-    prompt and decode, if it leaves the number of rows open.
-
-    Returns:
-        the graphs by backend, and the models of those that are not among the portable ones.
-    """
-    shares = hasattr(planning.method(plan.method), "SHARES_WEIGHTS") and plan.lowering == "modern"
-    if not shares or plan.share_weights or plan.dtype == "bfloat16":
-        return {}, []
-    both = replace(plan, share_weights=True)
-    specs = planning.method(plan.method).graphs(both)
-    own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
-    traced = _traced(own, built, both, mode, progress)
-    names = {wanted.name: f"{wanted.name}{ORT}" for wanted in own}
-    named = tuple(replace(s, file=names.get(s.file or s.name, s.file)) for s in specs)
-    return {"ort": named}, [(replace(s, file=names[s.name]), model) for s, model in traced]
-
-
-def _file(wanted: GraphSpec) -> str:
-    """A graph's file: its name's, unless it says another."""
-    file = wanted.file or wanted.name
-    return file if file.endswith(ORT) else f"{file}.onnx"
 
 
 def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any) -> dict[str, checkpoint.Stored]:
@@ -251,8 +198,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 def _manifest(
     plan: Plan,
-    specs: tuple[GraphSpec, ...],
-    forms: Mapping[str, tuple[GraphSpec, ...]],
+    drawn: Drawn,
     embedding: manifests.Embedding,
     provenance: manifests.Provenance,
     *,
@@ -261,41 +207,19 @@ def _manifest(
     ends: tuple[int, ...],
     files: dict[str, manifests.FileInfo],
 ) -> manifests.Manifest:
-    d, v = plan.spec.decoder, plan.spec.vision
+    from lvlm_edge.exporter.draw import described
+
+    v = plan.spec.vision
     class_token = v.kind == "clip"
-    report = planning.report(plan)
     return manifests.Manifest(
         schema=manifests.SCHEMA,
-        model=report["model"],
+        model=planning.report(plan)["model"],
         method=plan.method,
-        method_config=dataclasses.asdict(plan.config),
         dtype=plan.dtype,
         opset=lowerings.load(plan.lowering).OPSET,
         lowering=plan.lowering,
-        counts=manifests.Counts(
-            num_images=plan.num_images,
-            crops=plan.crops,
-            visual_tokens=plan.visual_tokens,
-            separators=plan.separators,
-            kept_tokens=plan.kept_tokens,
-            text_tokens=plan.text_tokens,
-            prompt_tokens=plan.prompt_tokens,
-            new_tokens=plan.new_tokens,
-        ),
         decode_offset=0,
-        stages=tuple(report["stages"]),
-        graphs=_graphs(specs),
-        forms={name: _graphs(graphs) for name, graphs in forms.items()},
-        cache=tuple(
-            manifests.Cache(
-                name=group.name,
-                heads=len(group.kv_heads),
-                head_dim=d.head_dim,
-                capacity=plan.capacity(group),
-                dropped=group.dropped,
-            )
-            for group in plan.all_groups()
-        ),
+        **described(plan, drawn),
         embedding=embedding,
         image=manifests.ImageConfig(
             preprocessing=how,
@@ -313,15 +237,6 @@ def _manifest(
         formats=plan.formats,
         provenance=provenance,
         files=files,
-    )
-
-
-def _graphs(specs: Iterable[GraphSpec]) -> tuple[manifests.Graph, ...]:
-    return tuple(
-        manifests.Graph(
-            name=s.name, file=_file(s), role=s.role, inputs=s.inputs, outputs=s.outputs, names=dict(s.names)
-        )
-        for s in specs
     )
 
 

@@ -77,6 +77,7 @@ def check(
     cases: Sequence[Case] | None = None,
     steps: int = 16,
     backend: str = "ort",
+    keep_ratio: float | None = None,
     seed: int = 0,
     question: tuple[str, Sequence[Any]] | None = None,
     store: bool = True,
@@ -87,6 +88,7 @@ def check(
         against: checkpoint folder or Hugging Face id.
         cases: prompts; by default `synthetic` ones.
         steps: greedy tokens per prompt, at most the bundle's capacity.
+        keep_ratio: one of those that the bundle holds; that of its export by default.
         question: a prompt and its pictures to compare on too, through the bundle's own preprocessing.
         store: write `certificate.json` into the bundle.
 
@@ -97,7 +99,7 @@ def check(
         UnsupportedError: it is not for the bundle's method.
     """
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
-    pipe = Pipeline.load(bundle, backend, portable=True, **exact)
+    pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
     _check_fits(pipe.manifest, folder)
     model = references.load(folder)
@@ -112,7 +114,7 @@ def check(
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
     if given or backend in pipe.manifest.forms:
-        rows += _as_run(pipe, Pipeline.load(bundle, backend, verify=False), cases, steps)
+        rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
         _certify(pipe, folder, cases, steps, seed, verdict)
@@ -425,7 +427,7 @@ def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, se
     names = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
     content = {
         "passed": verdict.passed,
-        "manifest_sha256": manifests.sha256(bundle / manifests.MANIFEST),
+        "manifest_sha256": manifests.sha256(bundle / pipe.bundle.name),
         "against": str(folder),
         "against_config_sha256": manifests.sha256(folder / "config.json"),
         "backend": pipe.backend.name,
@@ -436,9 +438,10 @@ def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, se
         "rows": [asdict(row) for row in verdict.rows],
         "versions": {name: metadata.version(name) for name in names},
     }
-    partial = bundle / (manifests.CERTIFICATE + ".partial")
+    name = manifests.certificate_name(pipe.bundle.name)
+    partial = bundle / (name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(partial, bundle / manifests.CERTIFICATE)
+    os.replace(partial, bundle / name)
 
 
 def _digest(values: Array) -> str:

@@ -11,12 +11,12 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
@@ -214,42 +214,90 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its checked manifest."""
+    """An opened bundle: its folder, its checked manifest, and the name of the manifest's file."""
 
     folder: Path
     manifest: Manifest
+    name: str = MANIFEST
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
 
-def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
+def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | None = None) -> Bundle:
     """Read and check a bundle.
 
     Args:
         folder: the bundle.
         verify: hash every file; without it only presence and size are checked.
+        keep_ratio: which of the keep ratios that it holds; None for the one it was exported with.
 
     Raises:
         BundleError: not a bundle, another schema, or a file missing, altered or outside the folder.
+        UsageError: it does not hold the ratio.
     """
     folder = Path(folder)
     bundle = Bundle(folder, load_manifest(folder))
+    if keep_ratio is not None and bundle.manifest.method_config.get("keep_ratio") != keep_ratio:
+        name = _held(folder, keep_ratio)
+        bundle = Bundle(folder, load_manifest(folder, name), name)
     for name, info in bundle.manifest.files.items():
         _check_file(folder, name, info, verify)
     _check_references(bundle)
     return bundle
 
 
-def load_manifest(folder: Path) -> Manifest:
+def manifest_name(keep_ratio: float) -> str:
+    """File of the manifest of a keep ratio that was added to a bundle."""
+    return f"manifest.keep-{keep_ratio:g}.json"
+
+
+def certificate_name(manifest: str) -> str:
+    """File of the certificate that speaks of a manifest."""
+    return manifest.replace("manifest", "certificate", 1)
+
+
+def keep_ratios(folder: Path) -> list[float]:
+    """The keep ratios that a bundle holds, that of its export first; none where its method keeps everything."""
+    own = load_manifest(folder).method_config.get("keep_ratio")
+    if own is None:
+        return []
+    names = [path.name for path in folder.glob("manifest.keep-*.json")]
+    added = [name.removeprefix("manifest.keep-").removesuffix(".json") for name in names]
+    return [own, *sorted((float(name) for name in added if _is_number(name)), reverse=True)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _held(folder: Path, keep_ratio: float) -> str:
+    """The manifest's file of a keep ratio."""
+    found = keep_ratios(folder)
+    if keep_ratio not in found:
+        held = f"holds keep ratio {', '.join(f'{r:g}' for r in found)}" if found else "keeps every visual token"
+        raise UsageError(
+            f"{folder}: {held}, not {keep_ratio:g}; choose one of them, or add it with lvlm-edge export "
+            f"--add-keep-ratio {keep_ratio:g} {folder}"
+        )
+    return manifest_name(keep_ratio)
+
+
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a bundle, its own structure checked but not the files it names.
+
+    Args:
+        name: its file.
 
     Raises:
         BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if not path.is_file() or path.is_symlink():
-        found = f"has no {MANIFEST} of its own" if folder.is_dir() else "is no folder"
+        found = f"has no {name} of its own" if folder.is_dir() else "is no folder"
         raise BundleError(f"{folder}: {found}; give a bundle made by `lvlm-edge export`")
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse)
@@ -261,7 +309,7 @@ def load_manifest(folder: Path) -> Manifest:
     if schema != SCHEMA:
         raise BundleError(f"{path}: schema is {schema!r}, expected {SCHEMA}; export the bundle again")
     try:
-        manifest: Manifest = _parse(Manifest, content, "manifest")
+        manifest: Manifest = parse(Manifest, content, "manifest")
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
     for what, holds in _beliefs(manifest):
@@ -403,7 +451,7 @@ def _check_references(bundle: Bundle) -> None:
         raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
+def parse(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as an annotated type: dataclasses, tuples, dicts, unions with None, and plain types."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -411,7 +459,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _parse(next(a for a in args if a is not type(None)), value, where)
+        return parse(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, where)
     if origin is tuple:
@@ -420,11 +468,11 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         kinds = args[:1] * len(value) if args[1:] == (...,) else args
         if len(kinds) != len(value):
             raise TypeError(f"{where} has {len(value)} entries, expected {len(kinds)}")
-        return tuple(_parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))  # noqa: B905
-    if origin is dict:
+        return tuple(parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))  # noqa: B905
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise TypeError(f"{where} is {type(value).__name__}, expected an object")
-        return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and type(value) in (int, float):
         if not math.isfinite(value):
             raise ValueError(f"{where} is {value}, expected a finite number")
@@ -444,4 +492,4 @@ def _parse_fields(kind: Any, value: Any, where: str) -> Any:
         raise TypeError(
             f"{where} lacks {', '.join(missing) or 'nothing'}, has unknown {', '.join(unknown) or 'nothing'}"
         )
-    return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -60,23 +60,33 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, bundle: str | Path, backend: str = "ort", *, verify: bool = True, portable: bool = False, **options: Any
+        cls,
+        bundle: str | Path,
+        backend: str = "ort",
+        *,
+        keep_ratio: float | None = None,
+        verify: bool = True,
+        portable: bool = False,
+        **options: Any,
     ) -> Pipeline:
         """Open a bundle for running.
 
         Args:
             bundle: folder made by `lvlm-edge export`.
             backend: `ort`, `trt` or `trt-rtx`.
+            keep_ratio: one of those that the bundle holds; None for that of its export.
             verify: hash every file first.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
             options: the backend's own (`ort`: `threads`, `exact`).
 
         Raises:
             BundleError: the bundle is damaged, altered, or not for this version.
+            UsageError: the bundle does not hold the keep ratio.
             UnsupportedError: unknown backend, or its packages are missing.
             DeviceError: the GPU cannot be used.
         """
-        return cls(open_bundle(bundle, verify=verify), load(backend, **options), portable=portable)
+        opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
+        return cls(opened, load(backend, **options), portable=portable)
 
     def stream(
         self,
