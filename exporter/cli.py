@@ -225,6 +225,7 @@ def export(
             revision=revision,
             force=force,
             weights=weights,
+            ort=device.backend == "ort",
             progress=progress,
             **settings,
         )

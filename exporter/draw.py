@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lvlm_edge.exporter import graph, parts, planning, trace
+from lvlm_edge.exporter import graph, ort_form, parts, planning, trace
 from lvlm_edge.exporter.blocks import GraphSpec
 from lvlm_edge.exporter.graph import Place
 from lvlm_edge.exporter.parts import Parts, Weight
@@ -49,7 +49,13 @@ class Drawn:
         """
         for wanted, model in self.models:
             graph.save(graph.finish(model, wanted, self.opset, weights, places), folder / file_of(wanted))
-        return [file_of(wanted) for wanted, _ in self.models]
+        files = [file_of(wanted) for wanted, _ in self.models]
+        for wanted in {file_of(s): s for s in self.forms.get("ort", ())}.values():
+            file = file_of(wanted)
+            if file.endswith(ORT):
+                portable = f"{file.removesuffix(ORT)}.onnx"
+                ort_form.convert(folder / (file if file in files else portable), folder / file)
+        return sorted({*files, *(file_of(s) for s in self.forms.get("ort", ()))})
 
 
 def weights(plan: Plan) -> dict[str, Weight]:
@@ -57,12 +63,16 @@ def weights(plan: Plan) -> dict[str, Weight]:
     return parts.weights(parts.fake(plan)[0])
 
 
-def draw(plan: Plan, progress: Progress) -> Drawn:
-    """Trace the graphs of a plan; their weights are still fake."""
+def draw(plan: Plan, progress: Progress, *, ort: bool) -> Drawn:
+    """Trace the graphs of a plan; their weights are still fake.
+
+    Args:
+        ort: with graphs for ONNX Runtime beside the portable ones, where it gains by them.
+    """
     built, mode = parts.fake(plan)
     specs = planning.method(plan.method).graphs(plan)
     models = _traced(specs, built, plan, mode, progress)
-    forms, more = _forms(plan, built, mode, progress)
+    forms, more = _forms(plan, built, mode, specs, models, progress) if ort else ({}, [])
     return Drawn(specs, forms, models + more, built.ops.OPSET)
 
 
@@ -76,23 +86,36 @@ def _traced(specs: Iterable[GraphSpec], built: Parts, plan: Plan, mode: Any, pro
     return found
 
 
-def _forms(plan: Plan, built: Parts, mode: Any, progress: Progress) -> tuple[dict[str, tuple[GraphSpec, ...]], Models]:
-    """Graphs for ONNX Runtime where it can do with fewer: its sessions share no weights, but a session may run both the
-    prompt and decode, if it leaves the number of rows open.
+def _forms(
+    plan: Plan, built: Parts, mode: Any, specs: tuple[GraphSpec, ...], models: Models, progress: Progress
+) -> tuple[dict[str, tuple[GraphSpec, ...]], Models]:
+    """Graphs for ONNX Runtime where it gains by them.
+
+    Its sessions share no weights, but one session may run both the prompt and decode, if it leaves the number of rows
+    open. And graphs with integer weights are computed on integers (`ort_form`).
 
     Returns:
-        the graphs by backend, and the models of those that are not among the portable ones.
+        the graphs by backend, and the models of those that have to be traced for it.
     """
-    shares = hasattr(planning.method(plan.method), "SHARES_WEIGHTS") and plan.lowering == "modern"
-    if not shares or plan.share_weights or plan.dtype == "bfloat16":
+    if plan.dtype == "bfloat16":
         return {}, []
-    both = replace(plan, share_weights=True)
-    specs = planning.method(plan.method).graphs(both)
-    own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
-    models = _traced(own, built, both, mode, progress)
-    names = {wanted.name: f"{wanted.name}{ORT}" for wanted in own}
-    named = tuple(replace(s, file=names.get(s.file or s.name, s.file)) for s in specs)
-    return {"ort": named}, [(replace(s, file=names[s.name]), model) for s, model in models]
+    more: Models = []
+    shares = hasattr(planning.method(plan.method), "SHARES_WEIGHTS") and plan.lowering == "modern"
+    if shares and not plan.share_weights:
+        both = replace(plan, share_weights=True)
+        specs = planning.method(plan.method).graphs(both)
+        own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
+        more = [(replace(s, file=s.name + ORT), model) for s, model in _traced(own, built, both, mode, progress)]
+    known = parts.weights(built)
+    names = {s.name for s, model in (*models, *more) if s.file is not None or _has_integers(plan, model, known)}
+    named = tuple(replace(s, file=(s.file or s.name) + ORT) if (s.file or s.name) in names else s for s in specs)
+    return ({"ort": named} if names else {}), more
+
+
+def _has_integers(plan: Plan, model: ir.Model, known: Mapping[str, Weight]) -> bool:
+    """Whether a graph reads weights that are kept as integers."""
+    read = graph.weight_names(model, known)
+    return any(known[name].transposed and plan.format_of(name) != "as-is" for name in read)
 
 
 def file_of(wanted: GraphSpec) -> str:

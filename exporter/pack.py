@@ -47,6 +47,7 @@ def export(
     vision_weights: str = "as-is",
     head_weights: str | None = None,
     block_size: int = 128,
+    ort: bool = True,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -69,6 +70,7 @@ def export(
         vision_weights: the same for those of the encoder and the projector.
         head_weights: the same for lm_head; by default `int8` where the decoder's are small.
         block_size: input channels that share an INT4 scale: 32, or 128 where it divides them.
+        ort: with graphs for ONNX Runtime beside the portable ones, where it gains by them.
         force: replace an existing bundle.
 
     Returns:
@@ -110,7 +112,7 @@ def export(
         versions=_versions(),
     )
     with beside.folder(output) as partial:
-        _write(folder, partial, plan, provenance, progress or (lambda *_: None))
+        _write(folder, partial, plan, provenance, progress or (lambda *_: None), ort=ort)
     return output
 
 
@@ -131,7 +133,9 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress) -> None:
+def _write(
+    folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress, *, ort: bool
+) -> None:
     from lvlm_edge.exporter import blob, draw, parts, ratios
 
     family = spec.family(plan.spec.family)
@@ -146,7 +150,7 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     ends = text.eos_token_ids(folder)
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
-    drawn = draw.draw(plan, progress)
+    drawn = draw.draw(plan, progress, ort=ort)
     used, head_is_table = drawn.used(known), d.tied and plan.formats.head == "as-is"
     order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
     placed = blob.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)

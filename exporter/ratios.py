@@ -106,7 +106,7 @@ def _draw(
     """Trace the graphs of a ratio into a folder; its manifest, which lists them and what is the bundle's anyway."""
     from lvlm_edge.exporter.draw import described, draw
 
-    drawn = draw(plan, progress)
+    drawn = draw(plan, progress, ort="ort" in manifest.forms)
     names = drawn.write(folder, manifest.weights, places)
     graphs = {graph.file for form in (manifest.graphs, *manifest.forms.values()) for graph in form}
     files = {name: info for name, info in manifest.files.items() if name not in graphs}

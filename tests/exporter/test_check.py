@@ -382,7 +382,7 @@ def grouped(checkpoint_once) -> Path:
 def test_check_names_the_stage_of(wrong, grouped, tmp_path, monkeypatch, quick_tracing):
     stage, mutate = MUTATIONS[wrong]
     mutate(monkeypatch)
-    bundle = export(grouped, tmp_path / "bundle", **MUTANT)
+    bundle = export(grouped, tmp_path / "bundle", ort=False, **MUTANT)
     monkeypatch.undo()
 
     verdict = parity.check(bundle, grouped, steps=4, store=False)

@@ -161,7 +161,7 @@ def test_a_manifest_that_is_none_is_refused(content, folder):
 
 @pytest.mark.parametrize(
     ("schema", "said"),
-    [(3, "newer"), (10**30, "newer"), (1, "expected 2"), (-1, "expected 2"), ("2", "expected 2"), (None, "expected 2")],
+    [(4, "newer"), (10**30, "newer"), (2, "expected 3"), (-1, "expected 3"), ("3", "expected 3"), (None, "expected 3")],
 )
 def test_another_schema_is_refused(schema, said, folder):
     content = tiny.read_json(folder / MANIFEST) | {"schema": schema}

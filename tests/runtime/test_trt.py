@@ -140,7 +140,7 @@ def test_tokens_and_logits_of_every_oracle_are_those_of_onnx_runtime(
     options = {"prune_layer": case["prune_layer"], "keep_ratio": case["keep_ratio"]} if method == "fastv" else {}
     bundle = export_once(oracles / "llava_mha", method=method, dtype=dtype, lowering=lowering, **options)
     machine = Machine().install(monkeypatch, "tensorrt_rtx")
-    pipes = Pipeline.load(bundle), Pipeline.load(with_engines(bundle), "trt-rtx")
+    pipes = Pipeline.load(bundle, portable=True), Pipeline.load(with_engines(bundle), "trt-rtx")
 
     expected, found = (
         pipe.generate_tokens(case["prompt_token_ids"], tensors["pixel_values"], ignore_eos=True) for pipe in pipes
