@@ -3,7 +3,7 @@
 Left to itself ONNX Runtime makes floats of INT8 weights block by block, which is no faster than float32 weights where
 there are many rows. Here each row of activations is rounded to 8 bits by its own largest magnitude, once for all
 products that read it, multiplied by the weights as integers, and scaled back. Activations are unsigned around 128,
-because processors multiply unsigned by signed bytes; `MatMulInteger` takes that offset out again.
+because processors multiply unsigned by signed bytes; the operator takes that offset out again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class _Rewriter:
         self.constants: dict[str, ir.Value] = {}
 
     def node(self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        """The output of a new node."""
-        node = ir.node(kind, list(inputs), attributes=attributes)
+        """The output of a new node; its kind is an operator of ONNX, or `domain::operator`."""
+        domain, _, operator = kind.rpartition("::")
+        node = ir.node(operator, list(inputs), attributes=attributes, domain=domain)
         self.graph.insert_before(before, node)
         self.count += 1
         node.outputs[0].name = f"integer.{self.count}"
@@ -94,14 +95,14 @@ def rewrite(model: ir.Model) -> int:
         x, before = node.inputs[0], node
         assert x is not None
         row = made.rows(before, x)
-        product = made.node(
-            before, "MatMulInteger", [row.integers, integers, made.constant("integer.offset", np.array(ZERO, np.uint8))]
-        )
-        wide = made.node(before, "Cast", [product], to=ir.DataType.FLOAT)
         if scale.dtype != ir.DataType.FLOAT:
             scale = made.node(before, "Cast", [scale], to=ir.DataType.FLOAT)
-        both = made.node(before, "Mul", [row.scale, scale])
-        result = made.node(before, "Mul", [wide, both])
+        one = made.constant("integer.one", np.array([1], np.float32))
+        offset = made.constant("integer.offset", np.array(ZERO, np.uint8))
+        # As one operator: ONNX Runtime 1.31.1 makes it of MatMulInteger, Cast and Mul by itself, and then scales every
+        # row like the first. Its own scale of activations is one number, so that rows are scaled after it.
+        wide = made.node(before, "com.microsoft::MatMulIntegerToFloat", [row.integers, integers, one, scale, offset])
+        result = made.node(before, "Mul", [wide, row.scale])
         if node.outputs[0].dtype != ir.DataType.FLOAT:
             result = made.node(before, "Cast", [result], to=node.outputs[0].dtype)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
@@ -109,6 +110,8 @@ def rewrite(model: ir.Model) -> int:
         node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         found += 1
+    if found:
+        model.opset_imports["com.microsoft"] = 1
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         if not node.outputs[0].uses():
             model.graph.remove(node, safe=True)

@@ -195,6 +195,22 @@ class Pipeline:
         result.logits = np.stack(rows) if rows else np.zeros((0, vocab), np.float32)
         return result
 
+    def score_tokens(self, prompt_token_ids: Sequence[int], pixel_values: Array | None, tokens: Sequence[int]) -> Array:
+        """Logits before each of some given tokens, as if the model had answered with them: float32 [n, vocab].
+
+        Args:
+            prompt_token_ids, pixel_values: as in `generate_tokens`.
+            tokens: at most the bundle's capacity; row t is what comes after the prompt and `tokens[:t]`.
+
+        Raises:
+            InputError: see `generate_tokens`.
+        """
+        self._limit(len(tokens))
+        result = Result()
+        rows = [self._prefill(result, prompt_token_ids, pixel_values, {}).copy()]
+        rows += [self._decode(token, result.prompt_tokens + i).copy() for i, token in enumerate(tokens[:-1])]
+        return np.stack(rows)
+
     def buffer(self, graph: str, name: str) -> Buffer:
         """The buffer behind a graph's input or output, for checks and debugging."""
         found = self.manifest.graph(graph)

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime import InferenceSession
 
-from lvlm_edge.exporter import engine, export, parity, plan, quantise
+from lvlm_edge.exporter import engine, export, ort_form, parity, plan, quantise
 from lvlm_edge.exporter.engine import Settings
 from lvlm_edge.exporter.planning import PlanError
 from lvlm_edge.runtime import Pipeline
@@ -177,11 +178,50 @@ def test_the_file_of_weights_has_the_planned_bytes(checkpoint_once, export_once,
     assert (bundle / "weights.bin").stat().st_size == pytest.approx(found["weights_bytes"] + tables, rel=0.03)
 
 
+def test_rows_are_rounded_by_their_own_size(tmp_path):
+    """Small rows beside large ones keep their digits: a scale for all rows, or the first one's, would lose them."""
+    rng = np.random.default_rng(0)
+    size, wide, rows = 64, 48, (rng.standard_normal((1, 7, 64)) * 10.0 ** np.arange(-3, 4)[:, None]).astype(np.float32)
+    integers, scale = rng.integers(-127, 128, (size, wide)).astype(np.int8), rng.random(wide, np.float32)
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    ends = [[onnx.helper.make_tensor_value_info(n, kind, [1, 7, k])] for n, k in (("x", size), ("y", wide))]
+    constants = [onnx.numpy_helper.from_array(a, n) for a, n in ((integers, "q"), (scale, "s"))]
+    graph = onnx.helper.make_graph(nodes, "g", *ends, constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "plain")
+
+    ort_form.convert(tmp_path / "plain", tmp_path / "integer")
+
+    (found,) = InferenceSession(tmp_path / "integer").run(None, {"x": rows})
+    wanted = rows @ (integers * scale)
+    error = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
+    assert (error > 1e-5).any() and (error < 0.02).all()
+    operators = [n.op_type for n in onnx.load(tmp_path / "integer").graph.node]
+    assert "MatMulIntegerToFloat" in operators and "DequantizeLinear" not in operators
+
+
+def test_products_with_small_integers_are_computed_on_integers(gqa, export_once):
+    bundle = export_once(gqa, **FASTV, **FORMATS["all int8"])
+    products = 0
+    for graph in open_bundle(bundle).manifest.forms["ort"]:
+        if graph.role != "decode" and graph.name != "select":
+            model = onnx.load(bundle / graph.file, load_external_data=False)
+            products += sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node)
+
+    encoder, projector, decoder, head = 6 * 2, 2, 7 * 4, 1  # the encoder's last layer is not built
+    assert products == encoder + projector + decoder + head
+
+
 def test_exact_and_as_run_differ_but_little(gqa, export_once):
     bundle, prompt, pixels = export_once(gqa, **FORMATS["int4"]), checkpoints.prompt(20, 5), checkpoints.pixels()
 
     exact, quick = (
-        Pipeline.load(bundle, exact=flag).generate_tokens(prompt, pixels, max_new_tokens=1) for flag in (True, False)
+        Pipeline.load(bundle, exact=flag, portable=flag).generate_tokens(prompt, pixels, max_new_tokens=1)
+        for flag in (True, False)
     )
 
     difference = np.abs(exact.logits - quick.logits).max() / np.abs(exact.logits).max()

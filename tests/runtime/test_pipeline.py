@@ -12,7 +12,7 @@ import pytest
 from lvlm_edge.runtime import Pipeline, Sampling
 from lvlm_edge.runtime.bundle import BundleError
 from lvlm_edge.runtime.errors import FitError, InputError, UnsupportedError, UsageError
-from tests import tiny
+from tests import checkpoints, tiny
 from tests.checkpoints import IMAGE
 from tests.tiny import PROMPT, pixels
 
@@ -160,6 +160,32 @@ def test_a_seed_decides_what_is_sampled(pipe):
 def test_an_unknown_backend_is_answered_with_the_known_ones(bundle):
     with pytest.raises(UnsupportedError, match="known: ort"):
         Pipeline.load(bundle, "tensorflow")
+
+
+def test_scores_of_an_answer_are_the_logits_it_was_picked_from(bundle):
+    pipe = Pipeline.load(bundle)
+    answer = pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True)
+
+    scores = pipe.score_tokens(PROMPT, pixels(), answer.token_ids)
+
+    np.testing.assert_array_equal(scores, answer.logits)
+
+
+def test_scores_of_other_tokens_are_what_transformers_says(gqa, export_once):
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(gqa, attn_implementation="eager").eval()
+    prompt, picture, tokens = checkpoints.prompt(6, 2), checkpoints.pixels(), [7, 3, 50, 3]
+    pipe = Pipeline.load(export_once(gqa))
+    image, count = model.config.image_token_id, pipe.manifest.counts.visual_tokens
+    ids = [i for token in [*prompt, *tokens[:-1]] for i in ([token] * count if token == image else [token])]
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([ids]), pixel_values=torch.from_numpy(picture)).logits[0, -4:].numpy()
+
+    scores = pipe.score_tokens(prompt, picture, tokens)
+
+    np.testing.assert_allclose(scores, wanted, atol=1e-4)
 
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, tmp_path):
