@@ -26,12 +26,14 @@ def plan(
         source: checkpoint folder or Hugging Face id.
         method: token reduction.
         device: profile to predict the fit on, under `fit`.
-        weights: format of the decoder's matrices in that prediction: as-is, int8 or int4.
+        weights: format of the decoder's matrices: as-is, int8 or int4; fp8 is known to the prediction alone.
         options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
     """
     from lvlm_edge.exporter import fit, planning, profiles
+    from lvlm_edge.runtime.bundle import FORMATS
 
-    made = _make(source, method, options)
+    known = {"weights": weights} if weights in FORMATS else {}
+    made = _make(source, method, options | known)
     report = planning.report(made)
     if device is not None:
         profile = profiles.find(device) if isinstance(device, str) else device
@@ -48,7 +50,8 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
     from lvlm_edge.exporter import fit, profiles
 
     profile = profiles.find(device) if isinstance(device, str) else device
-    fit.check(_make(source, method, options), profile)
+    made = _make(source, method, options)
+    fit.check(made, profile, weights=made.formats.decoder)
 
 
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:

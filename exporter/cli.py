@@ -54,11 +54,21 @@ CAPACITY = (
         is_flag=True,
         help="Prompt and decode run in the same graphs: engines hold one copy of the weights, for small boards.",
     ),
+    click.Option(["--vision-weights"], help="The same for encoder and projector.  [default: as-is]"),
+    click.Option(
+        ["--head-weights"], help="The same for lm_head.  [default: int8 where the decoder's are small, else as-is]"
+    ),
+    click.Option(["--block-size"], type=int, help="Input channels of an INT4 scale, 32 or 128.  [default: 128]"),
     click.Option(
         ["--max-graph-gb"],
         type=float,
         help="GB of weights that one decoder graph may hold; more are split into several.  [default: 8]",
     ),
+)
+
+
+KEEP_RATIO = click.option(
+    "--keep-ratio", type=float, help="One of those that the bundle holds.  [default: its export's]"
 )
 
 
@@ -164,29 +174,47 @@ def plan(checkpoint: str, method: str, revision: str | None, weights: str, as_js
 
 @main.command(cls=MethodCommand)
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option(
+    "--add-keep-ratio",
+    type=float,
+    help="Instead of a new bundle: add graphs for this ratio to the BUNDLE given as CHECKPOINT, on its own weights.",
+)
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--weights",
+    default="as-is",
+    show_default=True,
+    help="Format of the decoder's matrices: as-is, int8 (a scale per channel) or int4 (a scale per block).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def export(
     checkpoint: str,
-    output: Path,
+    output: Path | None,
+    add_keep_ratio: float | None,
     method: str,
     revision: str | None,
     force: bool,
+    weights: str,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Checkpoint to bundle: static-shape graphs, weights, tokenizer, manifest."""
+    if add_keep_ratio is not None:
+        _add_keep_ratio(Path(checkpoint), add_keep_ratio, quiet, as_json)
+        return
+    if output is None:
+        raise UsageError("export: --output is missing; say where the bundle goes, as in -o BUNDLE")
     device = _device(options)
     settings = _settings(options, device)
     if device.kind != "cpu" or _given("device"):  # the bundle may be for another machine than this one
         from lvlm_edge.exporter import check_fit
 
-        check_fit(checkpoint, device, method=method, revision=revision, **settings)
+        check_fit(checkpoint, device, method=method, revision=revision, weights=weights, **settings)
     from lvlm_edge.exporter import export as exported
 
     with _progress(quiet) as progress:
@@ -196,6 +224,7 @@ def export(
             method=method,
             revision=revision,
             force=force,
+            weights=weights,
             progress=progress,
             **settings,
         )
@@ -206,8 +235,27 @@ def export(
         click.echo(f"{output}: {size / 1e6:,.1f} MB; next: lvlm-edge check {output} --against {checkpoint}")
 
 
+def _add_keep_ratio(bundle: Path, keep_ratio: float, quiet: bool, as_json: bool) -> None:
+    from lvlm_edge.exporter import ratios
+
+    context = click.get_current_context()
+    known = {"checkpoint", "add_keep_ratio", "quiet", "as_json"}
+    others = [f"--{name.replace('_', '-')}" for name in context.params if name not in known and _given(name)]
+    if others:
+        raise UsageError(f"export: --add-keep-ratio takes the bundle's own settings; leave out {', '.join(others)}")
+    with _progress(quiet) as progress:
+        written = ratios.add(bundle, keep_ratio, progress)
+    if as_json:
+        click.echo(written.read_text("utf-8"))
+    elif not quiet:
+        click.echo(
+            f"{bundle}: keep ratio {keep_ratio:g} added; next: lvlm-edge run {bundle} --keep-ratio {keep_ratio:g}"
+        )
+
+
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
 @click.option("--against", required=True, help="The checkpoint that was exported.")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Compare on this picture too.")
 @click.option("--prompt", help="Compare on this question about the pictures.")
@@ -217,6 +265,7 @@ def export(
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def check(
     bundle: Path,
+    keep_ratio: float | None,
     against: str,
     images: tuple[Path, ...],
     prompt: str | None,
@@ -228,7 +277,15 @@ def check(
     """Compare a bundle with PyTorch, graph by graph and token by token; exit 1 if it differs."""
     from lvlm_edge.exporter import parity
 
-    verdict = parity.check(bundle, against, steps=steps, backend=backend, seed=seed, question=_question(images, prompt))
+    verdict = parity.check(
+        bundle,
+        against,
+        steps=steps,
+        backend=backend,
+        keep_ratio=keep_ratio,
+        seed=seed,
+        question=_question(images, prompt),
+    )
     if as_json:
         rows = [dataclasses.asdict(row) for row in verdict.rows]
         click.echo(json.dumps({"passed": verdict.passed, "rows": rows}, indent=1))
@@ -240,6 +297,7 @@ def check(
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
 @click.option("--device", required=True, help="Device to build for; `lvlm-edge devices` lists them.")
 @click.option("--compute-capability", "targets", multiple=True, help="Instead of the device's: 8.9, or portable (RTX).")
 @click.option("--graph", "graphs", multiple=True, help="Build only this graph.")
@@ -248,6 +306,7 @@ def check(
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build(
     bundle: Path,
+    keep_ratio: float | None,
     device: str,
     targets: tuple[str, ...],
     graphs: tuple[str, ...],
@@ -266,7 +325,7 @@ def build(
         optimisation_level=optimisation_level,
     )
     with _progress(quiet) as progress:
-        out = engine.build(bundle, settings, graphs=graphs or None, progress=progress)
+        out = engine.build(bundle, settings, graphs=graphs or None, keep_ratio=keep_ratio, progress=progress)
     record = json.loads((out / engine.ENGINES).read_text("utf-8"))
     if as_json:
         click.echo(json.dumps(record, indent=1))
@@ -279,6 +338,7 @@ def build(
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
 @click.option("--image", "images", multiple=True, help="Picture file; as often as the bundle takes images.")
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System message, where the chat template takes one.")
@@ -306,7 +366,8 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         repetition_penalty=o["repetition_penalty"],
         seed=o["seed"],
     )
-    pipe = Pipeline.load(bundle, o["backend"], verify=not o["no_verify"], threads=o["threads"])
+    options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
+    pipe = Pipeline.load(bundle, o["backend"], **options)
     if overlay is not None:
         _check_overlay(pipe.manifest, overlay)
     begun = False
@@ -334,19 +395,41 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
 @click.option("--verify", is_flag=True, help="Hash every file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """What is in a bundle: counts, graphs with every tensor, caches, files, certificate."""
+def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool) -> None:
+    """What is in a bundle: counts, graphs with every tensor, caches, files and who shares them, certificate."""
+    from lvlm_edge.runtime.bundle import keep_ratios, open_bundle
+
+    opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
+    certificate, ratios = _certificate(bundle, opened.name), keep_ratios(bundle)
+    shared = _shared(bundle, ratios)
+    if as_json:
+        content = dataclasses.asdict(opened.manifest) | {"certificate": certificate, "verified": verify}
+        click.echo(json.dumps(content | {"keep_ratios": ratios, "shared": shared}, indent=1))
+    else:
+        _print_bundle(opened.manifest, certificate, verify)
+        if ratios[1:]:
+            _print_shared(shared)
+
+
+def _shared(bundle: Path, ratios: list[float]) -> dict[str, Any]:
+    """Which keep ratios read which bytes: of every file its size, its sha256 and the ratios that need it.
+
+    `beyond_weights` are the bytes of a ratio's files that no ratio before it has, weights left out.
+    """
     from lvlm_edge.runtime.bundle import open_bundle
 
-    manifest = open_bundle(bundle, verify=verify).manifest
-    certificate = _certificate(bundle)
-    if as_json:
-        content = dataclasses.asdict(manifest) | {"certificate": certificate, "verified": verify}
-        click.echo(json.dumps(content, indent=1))
-    else:
-        _print_bundle(manifest, certificate, verify)
+    files: dict[str, dict[str, Any]] = {}
+    beyond = {}
+    for ratio in ratios:
+        manifest = open_bundle(bundle, verify=False, keep_ratio=ratio).manifest
+        new = [name for name in manifest.files if name not in files]
+        beyond[f"{ratio:g}"] = sum(manifest.files[name].size for name in new if name != manifest.weights)
+        for name, info in manifest.files.items():
+            files.setdefault(name, {**dataclasses.asdict(info), "keep_ratios": []})["keep_ratios"].append(ratio)
+    return {"files": files, "beyond_weights": beyond}
 
 
 @main.command()
@@ -379,18 +462,19 @@ def doctor(as_json: bool) -> None:
         _print_doctor(found)
 
 
-def _certificate(bundle: Path) -> dict[str, Any] | None:
-    """Verdict of the last check, and whether it speaks of this very bundle; None where there was none."""
-    from lvlm_edge.runtime.bundle import CERTIFICATE, MANIFEST, sha256
+def _certificate(bundle: Path, manifest: str) -> dict[str, Any] | None:
+    """Verdict of the last check, and whether it speaks of this very manifest; None where there was none."""
+    from lvlm_edge.runtime.bundle import certificate_name, sha256
 
-    if not (bundle / CERTIFICATE).is_file():
+    path = bundle / certificate_name(manifest)
+    if not path.is_file():
         return None
     try:
-        stored = json.loads((bundle / CERTIFICATE).read_text("utf-8"))
+        stored = json.loads(path.read_text("utf-8"))
         passed, hashed = bool(stored["passed"]), stored["manifest_sha256"]
     except (OSError, RecursionError, ValueError, TypeError, KeyError):
         return {"passed": None, "of_this_bundle": False}
-    return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / MANIFEST)}
+    return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / manifest)}
 
 
 def _device(options: dict[str, Any]) -> Any:
@@ -614,7 +698,8 @@ def _print_verdict(verdict: Any) -> None:
     table = _table("prompt", "stage", "error", "bound", "", "")
     for row in verdict.rows:
         mark = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
-        table.add_row(row.case, row.stage, f"{row.figure:.2e}", f"{row.bound:.1e}", mark, row.note)
+        told = ("", "") if row.bound is None else (f"{row.bound:.1e}", mark)
+        table.add_row(row.case, row.stage, f"{row.figure:.2e}", *told, row.note)
     _show(table)
     if verdict.passed:
         _show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")
@@ -651,6 +736,17 @@ def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: b
     else:
         state = "passed" if certificate["passed"] else "FAILED"
         _show(f"certificate: {state}" + ("" if certificate["of_this_bundle"] else ", but of another export"))
+
+
+def _print_shared(shared: dict[str, Any]) -> None:
+    files = _table("file", "bytes", "sha256", "keep ratios")
+    for name, entry in shared["files"].items():
+        files.add_row(
+            name, f"{entry['size']:,}", entry["sha256"][:16], ", ".join(f"{r:g}" for r in entry["keep_ratios"])
+        )
+    _show(files)
+    for ratio, size in shared["beyond_weights"].items():
+        _show(f"keep ratio {ratio}: {size:,} bytes of its own")
 
 
 if __name__ == "__main__":

@@ -53,12 +53,14 @@ def build(
     settings: Settings,
     *,
     graphs: Iterable[str] | None = None,
+    keep_ratio: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build a bundle's engines. What is up to date stays; after a kill the same call goes on where it stopped.
 
     Args:
         graphs: names of graphs to build; all by default.
+        keep_ratio: one of those that the bundle holds; that of its export by default.
 
     Returns:
         The folder with the engines and `engines.json`.
@@ -68,7 +70,7 @@ def build(
         UnsupportedError: TensorRT is not installed here, or does not take a graph.
         UsageError: an unknown graph or compute capability.
     """
-    opened = manifests.open_bundle(bundle)
+    opened = manifests.open_bundle(bundle, keep_ratio=keep_ratio)
     version = _version(settings.backend)
     wanted = _chosen(opened.manifest, graphs)
     out = folder_of(opened.folder, settings.backend)

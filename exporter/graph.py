@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from lvlm_edge.exporter.blocks import GraphSpec
+from lvlm_edge.exporter.quantise import Format
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
 # Operators that no target takes, or that make shapes depend on data (`tensorrt` cannot parse or build them).
 TRAPS = frozenset({"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "BitShift", "DynamicQuantizeLinear"})
 IR_VERSION = 10
+_INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -23,12 +26,27 @@ _DTYPES = {
 }
 
 
-def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, offsets: Mapping[str, int]) -> ir.Model:
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies in the file of weights; what its integers and scales are where it is quantised.
+
+    Attributes:
+        offset: of its first byte.
+        how: its format; None for plain values.
+        scales: offset of its scales.
+    """
+
+    offset: int
+    how: Format | None = None
+    scales: int = 0
+
+
+def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, places: Mapping[str, Place]) -> ir.Model:
     """The traced model as it is shipped: weights by reference into one file, opset and names checked.
 
     Args:
         location: file name of the weights, beside the graph.
-        offsets: byte offset of every weight by name.
+        places: of every weight by name.
     """
     model.ir_version = IR_VERSION
     model.producer_name = "lvlm-edge"
@@ -39,16 +57,46 @@ def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, offsets:
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    for name, value in model.graph.initializers.items():
+    for name, value in list(model.graph.initializers.items()):
         value.metadata_props.clear()
-        if name in offsets:
+        if name in places and places[name].how is not None:
+            _dequantise(model.graph, value, location, places[name])
+        elif name in places:
             assert value.dtype is not None and value.shape is not None
-            length = math.prod(value.shape.numpy()) * value.dtype.itemsize
-            value.const_value = ir.ExternalTensor(
-                location, offsets[name], int(length), value.dtype, shape=value.shape, name=name
-            )
+            value.const_value = _external(name, location, places[name].offset, value.dtype, value.shape)
     check(model, spec, opset)
     return model
+
+
+def _external(name: str, location: str, offset: int, dtype: ir.DataType, shape: ir.Shape) -> ir.ExternalTensor:
+    length = math.ceil(math.prod(shape.numpy()) * dtype.itemsize)
+    return ir.ExternalTensor(location, offset, length, dtype, shape=shape, name=name)
+
+
+def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place) -> None:
+    """Put integers and scales where the weight was, and the node in front that makes the weight of them."""
+    how, dtype, shape, name = place.how, weight.dtype, weight.shape, weight.name
+    assert how is not None and dtype is not None and shape is not None and name is not None
+    integers = _initializer(graph, name, location, place.offset, _INTEGERS[how.bits], shape)
+    sizes = ir.Shape(how.scales(tuple(int(n) for n in shape.numpy())))
+    scales = _initializer(graph, f"{name}.scale", location, place.scales, dtype, sizes)
+    options = {"axis": 1} if how.block is None else {"axis": 0, "block_size": how.block}
+    node = ir.node("DequantizeLinear", [integers, scales], attributes=options)
+    (made,) = node.outputs
+    made.name, made.shape, made.type = f"{name}.dequantized", shape, weight.type
+    weight.replace_all_uses_with(made)
+    graph.insert_before(graph[0], node)
+
+
+def _initializer(
+    graph: ir.Graph, name: str, location: str, offset: int, dtype: ir.DataType, shape: ir.Shape
+) -> ir.Value:
+    """A weight of the graph, in the place of one that had its name."""
+    graph.initializers.pop(name, None)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+    value.const_value = _external(name, location, offset, dtype, shape)
+    graph.register_initializer(value)
+    return value
 
 
 def _name_outputs(model: ir.Model, spec: GraphSpec) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,24 +20,13 @@ from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+    from lvlm_edge.exporter.draw import Drawn
     from lvlm_edge.exporter.parts import Weight
 
 WEIGHTS = "weights.bin"
-PIECE = 1 << 24  # elements of a weight converted at a time
+TABLE = "embed.weight"  # the token embedding, which no graph reads
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 _VERSIONS = ("lvlm-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A weight in the weights file: its offset, and where its content comes from (None: computed)."""
-
-    offset: int
-    weight: Weight
-    source: checkpoint.Stored | None
 
 
 def export(
@@ -57,6 +43,10 @@ def export(
     max_new_tokens: int = 128,
     image_size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    weights: str = "as-is",
+    vision_weights: str = "as-is",
+    head_weights: str | None = None,
+    block_size: int = 128,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -75,6 +65,10 @@ def export(
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
         image_size: (width, height) of the pictures to come, for any-resolution checkpoints.
         grid: (rows, columns) of any-resolution tiles instead; with neither an image is its base view.
+        weights: `as-is`, `int8` (a scale per output channel) or `int4` (a scale per block) for the decoder's matrices.
+        vision_weights: the same for those of the encoder and the projector.
+        head_weights: the same for lm_head; by default `int8` where the decoder's are small.
+        block_size: input channels that share an INT4 scale: 32, or 128 where it divides them.
         force: replace an existing bundle.
 
     Returns:
@@ -104,6 +98,10 @@ def export(
         max_graph_gb=max_graph_gb,
         image_size=image_size,
         grid=grid,
+        weights=weights,
+        vision_weights=vision_weights,
+        head_weights=head_weights,
+        block_size=block_size,
     )
     provenance = manifests.Provenance(
         source=str(source),
@@ -134,14 +132,11 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress) -> None:
-    from lvlm_edge.exporter import graph, parts, trace
+    from lvlm_edge.exporter import blob, draw, parts, ratios
 
-    built, mode = parts.fake(plan)
-    known = parts.weights(built)
     family = spec.family(plan.spec.family)
     d = plan.spec.decoder
-    specs = planning.method(plan.method).graphs(plan)
-    traced = [wanted for wanted in specs if wanted.file is None]
+    known = draw.weights(plan)
     sources = _sources(folder, plan, known, family)
     _check_room(out, planning.weights_bytes(plan))
     config = spec.read_json(folder / "config.json")
@@ -151,31 +146,27 @@ def _write(folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance
     ends = text.eos_token_ids(folder)
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
-    models = []
-    for i, wanted in enumerate(traced):
-        progress(f"tracing {wanted.name}", i, len(traced))
-        models.append(trace.trace(wanted, built, plan, mode))
-    used = {name for model in models for name in graph.weight_names(model, known)}
-    table = "lm_head.weight" if d.tied else "embed.weight"
-    order = [name for name in known if name in used] + ([] if d.tied else ["embed.weight"])
-    placed = _place(order, known | {"embed.weight": parts.Weight((d.vocab, d.hidden), False)}, sources, plan.dtype)
-    offsets = {name: p.offset for name, p in placed.items()}
-    for wanted, model in zip(traced, models, strict=True):
-        graph.save(graph.finish(model, wanted, built.ops.OPSET, WEIGHTS, offsets), out / f"{wanted.name}.onnx")
+    drawn = draw.draw(plan, progress)
+    used, head_is_table = drawn.used(known), d.tied and plan.formats.head == "as-is"
+    order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
+    placed = blob.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)
+    places = {name: p.place for name, p in placed.items()}
+    drawn.write(out, WEIGHTS, places)
+    ratios.record(out, plan, places)
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
-    files = {WEIGHTS: write_weights(out / WEIGHTS, placed, ropes, parts.DTYPES[plan.dtype], progress)}
+    files = {WEIGHTS: blob.write(out / WEIGHTS, placed, ropes, plan.dtype, progress)}
     for path in sorted(out.iterdir()):
         if path.name not in files:
             files[path.name] = manifests.FileInfo(path.stat().st_size, manifests.sha256(path))
     embedding = manifests.Embedding(
         file=WEIGHTS,
-        offset=offsets[table],
+        offset=places["lm_head.weight" if head_is_table else TABLE].offset,
         vocab=d.vocab,
         hidden=d.hidden,
         dtype=plan.dtype,
-        columns=d.tied,
+        columns=head_is_table,
     )
-    manifest = _manifest(plan, specs, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files)
+    manifest = _manifest(plan, drawn, embedding, provenance, how=how, text_config=text_config, ends=ends, files=files)
     manifests.save_manifest(out, manifest)  # the last of all files
 
 
@@ -185,29 +176,15 @@ def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any)
 
     d = plan.spec.decoder
     wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
-    wanted["embed.weight"] = (d.vocab, d.hidden)
+    wanted[TABLE] = (d.vocab, d.hidden)
     stored = family.tensors(spec.read_json(folder / "config.json"), folder, plan.spec)
     if d.tied:
         del wanted["lm_head.weight"]
         stored = {k: v for k, v in stored.items() if family.rename(k) != "lm_head.weight"}
     found = checkpoint.match(stored, wanted, family, folder)
     if d.tied:
-        found["lm_head.weight"] = found["embed.weight"]
+        found["lm_head.weight"] = found[TABLE]
     return found
-
-
-def _place(
-    order: list[str], known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored], dtype: str
-) -> dict[str, Placed]:
-    """Offsets of the weights, one after the other: large ones on page borders so that they can be mapped."""
-    placed, end = {}, 0
-    for name in order:
-        size = known[name].count * planning.BYTES[dtype]
-        border = 4096 if size >= 1 << 20 else 64
-        end = -(-end // border) * border
-        placed[name] = Placed(end, known[name], sources.get(name))
-        end += size
-    return placed
 
 
 def _check_room(out: Path, needed: int) -> None:
@@ -219,62 +196,9 @@ def _check_room(out: Path, needed: int) -> None:
         )
 
 
-def write_weights(
-    path: Path, placed: Mapping[str, Placed], computed: Mapping[str, Tensor], dtype: torch.dtype, progress: Progress
-) -> manifests.FileInfo:
-    """Write every weight at its offset, one at a time and in pieces.
-
-    Raises:
-        CheckpointError: a value that `dtype` cannot hold.
-    """
-    digest, at = hashlib.sha256(), 0
-    size = max(p.offset + p.weight.count * dtype.itemsize for p in placed.values())
-    with path.open("wb") as file:
-        for name, place in placed.items():
-            progress("writing weights", at, size)
-            for data in _pieces(name, place, computed, dtype):
-                if at < place.offset:
-                    pad = bytes(place.offset - at)
-                    file.write(pad)
-                    digest.update(pad)
-                    at = place.offset
-                file.write(data)
-                digest.update(data)
-                at += len(data)
-    progress("writing weights", size, size)
-    assert at == size, (at, size)
-    return manifests.FileInfo(size, digest.hexdigest())
-
-
-def _pieces(name: str, place: Placed, computed: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a weight as the graphs read it, converted a few rows at a time."""
-    import torch
-
-    tensor = computed[name] if place.source is None else checkpoint.read(place.source)
-    if place.weight.transposed:
-        tensor = tensor.t()
-    assert tuple(tensor.shape) == place.weight.shape, name
-    flat = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
-    step = max(1, PIECE // max(1, place.weight.count // flat.shape[0]))
-    for start in range(0, flat.shape[0], step):
-        rows = flat[start : start + step]
-        piece = rows.to(dtype).contiguous()
-        if not bool(piece.isfinite().all()):
-            raise _unfit(name if place.source is None else place.source.key, rows, dtype)
-        yield piece.view(torch.uint8).numpy().data.cast("B")
-
-
-def _unfit(key: str, values: Tensor, dtype: torch.dtype) -> CheckpointError:
-    """What is wrong with values that are not finite in the bundle's dtype."""
-    if not bool(values.isfinite().all()):
-        return CheckpointError(f"{key}: holds values that are infinite or not a number; download the checkpoint again")
-    largest, name = float(values.abs().max()), str(dtype).removeprefix("torch.")
-    return CheckpointError(f"{key}: holds {largest:.3g}, too large for {name}; export with --dtype float32")
-
-
 def _manifest(
     plan: Plan,
-    specs: tuple[Any, ...],
+    drawn: Drawn,
     embedding: manifests.Embedding,
     provenance: manifests.Provenance,
     *,
@@ -283,50 +207,19 @@ def _manifest(
     ends: tuple[int, ...],
     files: dict[str, manifests.FileInfo],
 ) -> manifests.Manifest:
-    d, v = plan.spec.decoder, plan.spec.vision
+    from lvlm_edge.exporter.draw import described
+
+    v = plan.spec.vision
     class_token = v.kind == "clip"
-    report = planning.report(plan)
     return manifests.Manifest(
         schema=manifests.SCHEMA,
-        model=report["model"],
+        model=planning.report(plan)["model"],
         method=plan.method,
-        method_config=dataclasses.asdict(plan.config),
         dtype=plan.dtype,
         opset=lowerings.load(plan.lowering).OPSET,
         lowering=plan.lowering,
-        counts=manifests.Counts(
-            num_images=plan.num_images,
-            crops=plan.crops,
-            visual_tokens=plan.visual_tokens,
-            separators=plan.separators,
-            kept_tokens=plan.kept_tokens,
-            text_tokens=plan.text_tokens,
-            prompt_tokens=plan.prompt_tokens,
-            new_tokens=plan.new_tokens,
-        ),
         decode_offset=0,
-        stages=tuple(report["stages"]),
-        graphs=tuple(
-            manifests.Graph(
-                name=s.name,
-                file=f"{s.file or s.name}.onnx",
-                role=s.role,
-                inputs=s.inputs,
-                outputs=s.outputs,
-                names=dict(s.names),
-            )
-            for s in specs
-        ),
-        cache=tuple(
-            manifests.Cache(
-                name=group.name,
-                heads=len(group.kv_heads),
-                head_dim=d.head_dim,
-                capacity=plan.capacity(group),
-                dropped=group.dropped,
-            )
-            for group in plan.all_groups()
-        ),
+        **described(plan, drawn),
         embedding=embedding,
         image=manifests.ImageConfig(
             preprocessing=how,
@@ -341,6 +234,7 @@ def _manifest(
         image_token_id=plan.spec.image_token_id,
         eos_token_ids=ends,
         weights=WEIGHTS,
+        formats=plan.formats,
         provenance=provenance,
         files=files,
     )

@@ -44,12 +44,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: what, the figure found, the bound it must keep, and the verdict."""
+    """One comparison: what, the figure found, the bound it must keep (None: it is only told), and the verdict."""
 
     case: str
     stage: str
     figure: float
-    bound: float
+    bound: float | None
     passed: bool
     note: str = ""
 
@@ -77,6 +77,7 @@ def check(
     cases: Sequence[Case] | None = None,
     steps: int = 16,
     backend: str = "ort",
+    keep_ratio: float | None = None,
     seed: int = 0,
     question: tuple[str, Sequence[Any]] | None = None,
     store: bool = True,
@@ -87,6 +88,7 @@ def check(
         against: checkpoint folder or Hugging Face id.
         cases: prompts; by default `synthetic` ones.
         steps: greedy tokens per prompt, at most the bundle's capacity.
+        keep_ratio: one of those that the bundle holds; that of its export by default.
         question: a prompt and its pictures to compare on too, through the bundle's own preprocessing.
         store: write `certificate.json` into the bundle.
 
@@ -96,7 +98,8 @@ def check(
         CheckpointError: transformers cannot load the checkpoint, or it is not the bundle's.
         UnsupportedError: it is not for the bundle's method.
     """
-    pipe = Pipeline.load(bundle, backend)
+    exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
+    pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
     _check_fits(pipe.manifest, folder)
     model = references.load(folder)
@@ -105,7 +108,13 @@ def check(
         prompt, pixels = pipe.prepare(*question)
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
     steps = min(steps, pipe.manifest.counts.new_tokens)
+    given = [_run(pipe, model, case, steps) for case in cases] if pipe.manifest.formats.small else []
+    if given:
+        references.quantised.apply(model, pipe.manifest.formats, pipe.manifest.dtype)
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
+    rows += _losses(pipe, cases, given, steps)
+    if given or backend in pipe.manifest.forms:
+        rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
         _certify(pipe, folder, cases, steps, seed, verdict)
@@ -171,6 +180,53 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
         if not np.array_equal(kept, expected.kept.numpy()) and all(row.passed for row in rows):
             expected = run(model, manifest.method_config, case.prompt, pixels, steps, kept=torch.from_numpy(kept))
     return rows + _answers(pipe, case, expected, answer.token_ids, answer.logits, answer.kept_visual)
+
+
+def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
+    """What PyTorch says of a case."""
+    run = references.module(pipe.manifest.method).run
+    found: Reference = run(model, pipe.manifest.method_config, case.prompt, torch.from_numpy(case.pixels), steps)
+    return found
+
+
+def _losses(pipe: Pipeline, cases: Sequence[Case], given: Sequence[Reference], steps: int) -> list[Row]:
+    """What rounded weights cost: answers against the checkpoint's own weights, told and not judged."""
+    rows = []
+    for case, expected in zip(cases, given, strict=False):
+        answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
+        error, same = _apart(answer.token_ids, answer.logits, expected.tokens, expected.logits.numpy())
+        note = f"{same} of {steps} tokens are the checkpoint's"
+        rows.append(Row(case=case.name, stage="loss", figure=error, bound=None, passed=True, note=note))
+    return rows
+
+
+def _as_run(portable: Pipeline, quick: Pipeline, cases: Sequence[Case], steps: int) -> list[Row]:
+    """Answers of the graphs that the backend really runs against those of the portable ones, which were just judged.
+
+    Told and not judged where the backend rounds activations too, or where another set of tokens was kept.
+    """
+    rows = []
+    for case in cases:
+        wanted, found = (
+            pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
+            for pipe in (portable, quick)
+        )
+        assert wanted.logits is not None
+        error, same = _apart(found.token_ids, found.logits, wanted.token_ids, wanted.logits)
+        mine, theirs = ([] if answer.kept_visual is None else answer.kept_visual.tolist() for answer in (found, wanted))
+        judged = not portable.manifest.formats.small and mine == theirs
+        bound = TOLERANCE[portable.manifest.dtype] if judged else None
+        note = f"{same} of {steps} tokens as the portable graphs"
+        passed = bound is None or error <= bound
+        rows.append(Row(case=case.name, stage="as run", figure=error, bound=bound, passed=passed, note=note))
+    return rows
+
+
+def _apart(tokens: list[int], logits: Array | None, wanted: list[int], reference: Array) -> tuple[float, int]:
+    """Error of the logits as long as the tokens before them are equal, and how many tokens are."""
+    assert logits is not None
+    same = next((t for t, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), len(wanted))
+    return _error(logits[: same + 1], reference[: same + 1]), same
 
 
 def _projects(manifest: manifests.Manifest) -> bool:
@@ -371,7 +427,7 @@ def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, se
     names = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
     content = {
         "passed": verdict.passed,
-        "manifest_sha256": manifests.sha256(bundle / manifests.MANIFEST),
+        "manifest_sha256": manifests.sha256(bundle / pipe.bundle.name),
         "against": str(folder),
         "against_config_sha256": manifests.sha256(folder / "config.json"),
         "backend": pipe.backend.name,
@@ -382,9 +438,10 @@ def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, se
         "rows": [asdict(row) for row in verdict.rows],
         "versions": {name: metadata.version(name) for name in names},
     }
-    partial = bundle / (manifests.CERTIFICATE + ".partial")
+    name = manifests.certificate_name(pipe.bundle.name)
+    partial = bundle / (name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(partial, bundle / manifests.CERTIFICATE)
+    os.replace(partial, bundle / name)
 
 
 def _digest(values: Array) -> str:

@@ -6,12 +6,13 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
+from lvlm_edge.exporter import quantise
 from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
-from lvlm_edge.runtime.bundle import WIDTHS, TensorInfo
+from lvlm_edge.runtime.bundle import FORMATS, WIDTHS, TensorInfo, WeightFormats
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
 from lvlm_edge.runtime.image import best_canvas
 from lvlm_edge.runtime.kv_cache import PRESENT
@@ -27,6 +28,10 @@ CAPACITIES = (
     "max_graph_gb",
     "image_size",
     "grid",
+    "weights",
+    "vision_weights",
+    "head_weights",
+    "block_size",
 )
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 
@@ -102,6 +107,7 @@ class Plan:
     share_weights: bool = False
     max_graph_bytes: int = round(MAX_GRAPH_GB * 1e9)
     grid: tuple[int, int] | None = None
+    formats: WeightFormats = field(default_factory=WeightFormats)
 
     @property
     def crops(self) -> int:
@@ -134,6 +140,12 @@ class Plan:
     def positions(self) -> int:
         """Rows of the rotary tables: every position a prompt or an answer can reach."""
         return self.prompt_tokens + self.new_tokens
+
+    def format_of(self, weight: str) -> str:
+        """The format of a matrix, by its name in `Parts`."""
+        if weight.startswith(("vision.", "projector.")):
+            return self.formats.vision
+        return self.formats.head if weight.startswith("lm_head.") else self.formats.decoder
 
     def stage_of(self, layer: int) -> Stage:
         return next(stage for stage in self.stages if layer in stage.layers)
@@ -258,6 +270,10 @@ def make(
     max_graph_gb: float = MAX_GRAPH_GB,
     image_size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    weights: str = "as-is",
+    vision_weights: str = "as-is",
+    head_weights: str | None = None,
+    block_size: int = 128,
     nominal: bool = False,
 ) -> Plan:
     """The plan of a model under a method.
@@ -266,6 +282,10 @@ def make(
         nominal: where a file beside config.json is missing, count with what config.json says of it.
         image_size: (width, height) of the pictures to come, which decides the grid of any-resolution tiles.
         grid: (rows, columns) of the tiles instead; with neither the base view stands alone.
+        weights: format of the decoder's matrices: `as-is`, `int8` or `int4`.
+        vision_weights: of the encoder's and the projector's.
+        head_weights: of lm_head; by default `int8` where the decoder's are small, else `as-is`.
+        block_size: input channels that share an INT4 scale: 32, or 128 where it divides them.
 
     Raises:
         PlanError: a count is out of range, the model has no such grid, or the positions exceed what the model was
@@ -312,6 +332,7 @@ def make(
         raise PlanError(f"{method_name}: {num_images} images, but it is defined for one; leave out --num-images")
     # Separators are no visual tokens, and to the counts of a method they are as good as text.
     others = max_text_tokens + tiles * spec.newline
+    formats = _formats(weights, vision_weights, head_weights, block_size, lowering)
     plan = Plan(
         spec=spec,
         method=method_name,
@@ -325,6 +346,7 @@ def make(
         share_weights=share_weights,
         max_graph_bytes=round(max_graph_gb * 1e9),
         grid=grid,
+        formats=formats,
     )
     limit = spec.decoder.max_positions
     if plan.positions > limit:
@@ -339,6 +361,27 @@ def make(
             "or --max-new-tokens"
         )
     return plan
+
+
+def _formats(weights: str, vision: str, head: str | None, block: int, lowering: str) -> WeightFormats:
+    """The formats that were asked for.
+
+    Raises:
+        UnsupportedError: a format this version does not know, or INT4 in graphs that cannot hold it.
+        PlanError: another block size than 32 and 128.
+    """
+    if head is None:
+        head = "as-is" if weights == "as-is" else "int8"
+    for flag, name in (("weights", weights), ("vision_weights", vision), ("head_weights", head)):
+        if name not in FORMATS:
+            raise UnsupportedError(f"{flag}: {name!r} is not supported; {nearest(name, FORMATS)}")
+    if block not in quantise.BLOCKS:
+        raise PlanError(f"block_size: {block}, expected 32 or 128")
+    if lowering == "legacy" and "int4" in (weights, vision, head):
+        raise UnsupportedError(
+            "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
+        )
+    return WeightFormats(decoder=weights, vision=vision, head=head, block=block)
 
 
 def dense(plan: Plan) -> Plan:
@@ -470,10 +513,34 @@ def weights(spec: ModelSpec) -> Weights:
 
 
 def weights_bytes(plan: Plan) -> int:
-    """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables."""
-    w, d = weights(plan.spec), plan.spec.decoder
-    decoder = d.layers * (w.matrices + w.vectors) + w.norm + w.head * (1 if d.tied else 2)
-    return (w.vision + w.projector + decoder + own_weights(plan)) * BYTES[plan.dtype]
+    """Bytes of every weight the graphs and the embedding read, each counted once; without rotary tables.
+
+    A quantised head is not the embedding's table, which stays in the plan's dtype.
+    """
+    w, d, formats, width = weights(plan.spec), plan.spec.decoder, plan.formats, BYTES[plan.dtype]
+    v, wide = plan.spec.vision, len(plan.spec.vision.feature_layers) * plan.spec.vision.hidden
+    dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    encoder = [(v.hidden, v.hidden)] * 4 + [(v.hidden, v.ffn), (v.ffn, v.hidden)]
+    matrices = [(formats.vision, shape, max(v.feature_layers)) for shape in encoder]
+    if plan.spec.projector_act is not None:
+        matrices += [(formats.vision, shape, 1) for shape in ((wide, d.hidden), (d.hidden, d.hidden))]
+    layer = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]
+    layer += [(d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)]
+    matrices += [(formats.decoder, shape, d.layers) for shape in layer]
+    matrices.append((formats.head, (d.hidden, d.vocab), 1))
+    dense = sum(shape[0] * shape[1] * count for _, shape, count in matrices)
+    stored = sum(_matrix_bytes(plan, name, shape) * count for name, shape, count in matrices)
+    tables = w.head * (1 if not d.tied or formats.head != "as-is" else 0)
+    others = w.vision + w.projector + d.layers * (w.matrices + w.vectors) + w.norm + w.head - dense
+    return stored + (others + tables + own_weights(plan)) * width
+
+
+def _matrix_bytes(plan: Plan, name: str, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix [in, out] in a format."""
+    how = quantise.fitting(name, shape[0], plan.formats.block)
+    if how is None:
+        return shape[0] * shape[1] * BYTES[plan.dtype]
+    return how.integer_bytes(shape) + how.scale_bytes(shape, plan.dtype)
 
 
 def own_weights(plan: Plan) -> int:

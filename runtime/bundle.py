@@ -11,19 +11,20 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of
+FORMATS = ("as-is", "int8", "int4")  # of matrices
 ROLES = frozenset({"image", "prefill", "decode"})
 
 T = TypeVar("T")
@@ -103,6 +104,29 @@ class Embedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightFormats:
+    """How the matrices of a model's parts are kept: `as-is`, `int8` or `int4`; vectors and tables stay as they are.
+
+    `int8` has a scale per output channel, `int4` one per `block` input channels of an output channel. Where `block`
+    does not divide a matrix's input channels the block is 32, and where that does not either the matrix is `int8`.
+
+    Attributes:
+        decoder: of its layers, a method's own included.
+        vision: of the encoder and the projector.
+    """
+
+    decoder: str = "as-is"
+    vision: str = "as-is"
+    head: str = "as-is"
+    block: int = 128
+
+    @property
+    def small(self) -> bool:
+        """Whether any are integers."""
+        return (self.decoder, self.vision, self.head) != ("as-is",) * 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How a picture becomes `pixel_values`, and how visual tokens lie on it: row-major on `grid` (rows, columns).
 
@@ -146,6 +170,8 @@ class Manifest:
 
     Attributes:
         method_config: the method's resolved settings.
+        graphs: those that any backend can run or build from.
+        forms: by backend, graphs that do the same and suit it better, where there are any.
         decode_offset: position of the first decoded token = prompt tokens (visual and text) + this.
         cache: one entry per decoder layer, or several where its heads hold different rows.
         text: None when the checkpoint had no tokenizer.
@@ -162,6 +188,7 @@ class Manifest:
     decode_offset: int
     stages: tuple[dict[str, Any], ...]
     graphs: tuple[Graph, ...]
+    forms: dict[str, tuple[Graph, ...]]
     cache: tuple[Cache, ...]
     embedding: Embedding
     image: ImageConfig
@@ -169,11 +196,16 @@ class Manifest:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     weights: str
+    formats: WeightFormats
     provenance: Provenance
     files: dict[str, FileInfo]
 
     def graph(self, name: str) -> Graph:
         return next(g for g in self.graphs if g.name == name)
+
+    def form(self, backend: str) -> Manifest:
+        """The manifest with the graphs that a backend runs."""
+        return dataclasses.replace(self, graphs=self.forms.get(backend, self.graphs))
 
     def graphs_of(self, file: str) -> tuple[Graph, ...]:
         """The graphs that run a file; more than one where the file leaves sizes open."""
@@ -182,42 +214,90 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its checked manifest."""
+    """An opened bundle: its folder, its checked manifest, and the name of the manifest's file."""
 
     folder: Path
     manifest: Manifest
+    name: str = MANIFEST
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
 
-def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
+def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | None = None) -> Bundle:
     """Read and check a bundle.
 
     Args:
         folder: the bundle.
         verify: hash every file; without it only presence and size are checked.
+        keep_ratio: which of the keep ratios that it holds; None for the one it was exported with.
 
     Raises:
         BundleError: not a bundle, another schema, or a file missing, altered or outside the folder.
+        UsageError: it does not hold the ratio.
     """
     folder = Path(folder)
     bundle = Bundle(folder, load_manifest(folder))
+    if keep_ratio is not None and bundle.manifest.method_config.get("keep_ratio") != keep_ratio:
+        name = _held(folder, keep_ratio)
+        bundle = Bundle(folder, load_manifest(folder, name), name)
     for name, info in bundle.manifest.files.items():
         _check_file(folder, name, info, verify)
     _check_references(bundle)
     return bundle
 
 
-def load_manifest(folder: Path) -> Manifest:
+def manifest_name(keep_ratio: float) -> str:
+    """File of the manifest of a keep ratio that was added to a bundle."""
+    return f"manifest.keep-{keep_ratio:g}.json"
+
+
+def certificate_name(manifest: str) -> str:
+    """File of the certificate that speaks of a manifest."""
+    return manifest.replace("manifest", "certificate", 1)
+
+
+def keep_ratios(folder: Path) -> list[float]:
+    """The keep ratios that a bundle holds, that of its export first; none where its method keeps everything."""
+    own = load_manifest(folder).method_config.get("keep_ratio")
+    if own is None:
+        return []
+    names = [path.name for path in folder.glob("manifest.keep-*.json")]
+    added = [name.removeprefix("manifest.keep-").removesuffix(".json") for name in names]
+    return [own, *sorted((float(name) for name in added if _is_number(name)), reverse=True)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _held(folder: Path, keep_ratio: float) -> str:
+    """The manifest's file of a keep ratio."""
+    found = keep_ratios(folder)
+    if keep_ratio not in found:
+        held = f"holds keep ratio {', '.join(f'{r:g}' for r in found)}" if found else "keeps every visual token"
+        raise UsageError(
+            f"{folder}: {held}, not {keep_ratio:g}; choose one of them, or add it with lvlm-edge export "
+            f"--add-keep-ratio {keep_ratio:g} {folder}"
+        )
+    return manifest_name(keep_ratio)
+
+
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a bundle, its own structure checked but not the files it names.
+
+    Args:
+        name: its file.
 
     Raises:
         BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if not path.is_file() or path.is_symlink():
-        found = f"has no {MANIFEST} of its own" if folder.is_dir() else "is no folder"
+        found = f"has no {name} of its own" if folder.is_dir() else "is no folder"
         raise BundleError(f"{folder}: {found}; give a bundle made by `lvlm-edge export`")
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse)
@@ -229,7 +309,7 @@ def load_manifest(folder: Path) -> Manifest:
     if schema != SCHEMA:
         raise BundleError(f"{path}: schema is {schema!r}, expected {SCHEMA}; export the bundle again")
     try:
-        manifest: Manifest = _parse(Manifest, content, "manifest")
+        manifest: Manifest = parse(Manifest, content, "manifest")
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
     for what, holds in _beliefs(manifest):
@@ -250,7 +330,7 @@ def _refuse(constant: str) -> None:
 
 def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     """What running a bundle takes for granted, each as what is wrong when it does not hold, and whether it holds."""
-    c, names = m.counts, [g.name for g in m.graphs]
+    c = m.counts
     yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
     yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", _positive(c)
     rows, crops = c.visual_tokens + c.separators + c.text_tokens, max(1, c.num_images * c.crops)
@@ -259,9 +339,6 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     yield f"{c.separators} separators for {crops} crops, expected none or one for each", c.separators in (0, crops)
     yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
     yield f"decode_offset is {m.decode_offset}, beyond the prompt", abs(m.decode_offset) <= c.prompt_tokens
-    yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
-    roles = [g.role for g in m.graphs]
-    yield f"roles of the graphs are {', '.join(roles)}, expected image, prefill and decode", set(roles) == ROLES
     caches = [c.name for c in m.cache]
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     yield f"image grid is {m.image.grid}, expected sizes above 0", min(m.image.grid) > 0
@@ -269,6 +346,14 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     whole = canvas is None or (canvas in m.image.pinpoints and min(*canvas, *tiles) > 0)
     made = c.crops == tiles[0] * tiles[1] + 1 and (canvas is None) == (m.image.tiles is None) and whole
     yield f"{c.crops} crops are not a base view and tiles of {m.image.tiles} on {canvas}", made
+    for form in (m, *(m.form(name) for name in m.forms)):
+        yield from _graph_beliefs(form)
+
+
+def _graph_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
+    names, roles = [g.name for g in m.graphs], [g.role for g in m.graphs]
+    yield f"graphs are {', '.join(names)}, expected different names", len(set(names)) == len(names)
+    yield f"roles of the graphs are {', '.join(roles)}, expected image, prefill and decode", set(roles) == ROLES
     yield from _tensor_beliefs(m)
 
 
@@ -346,7 +431,10 @@ def safe_name(name: str) -> str:
 
 def _check_references(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    named = [g.file for g in manifest.graphs] + [manifest.weights, manifest.embedding.file]
+    named = [g.file for graphs in (manifest.graphs, *manifest.forms.values()) for g in graphs] + [
+        manifest.weights,
+        manifest.embedding.file,
+    ]
     if manifest.text is not None:
         named += [manifest.text.tokenizer, manifest.text.chat_template]
     for name in named:
@@ -363,7 +451,7 @@ def _check_references(bundle: Bundle) -> None:
         raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
+def parse(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as an annotated type: dataclasses, tuples, dicts, unions with None, and plain types."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -371,7 +459,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _parse(next(a for a in args if a is not type(None)), value, where)
+        return parse(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, where)
     if origin is tuple:
@@ -380,11 +468,11 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         kinds = args[:1] * len(value) if args[1:] == (...,) else args
         if len(kinds) != len(value):
             raise TypeError(f"{where} has {len(value)} entries, expected {len(kinds)}")
-        return tuple(_parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))  # noqa: B905
-    if origin is dict:
+        return tuple(parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))  # noqa: B905
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise TypeError(f"{where} is {type(value).__name__}, expected an object")
-        return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and type(value) in (int, float):
         if not math.isfinite(value):
             raise ValueError(f"{where} is {value}, expected a finite number")
@@ -404,4 +492,4 @@ def _parse_fields(kind: Any, value: Any, where: str) -> Any:
         raise TypeError(
             f"{where} lacks {', '.join(missing) or 'nothing'}, has unknown {', '.join(unknown) or 'nothing'}"
         )
-    return kind(**{name: _parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: parse(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -45,9 +45,9 @@ class Result:
 class Pipeline:
     """A bundle, its sessions and its buffers. One prompt at a time; not safe for use from several threads at once."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, portable: bool = False) -> None:
         self.bundle, self.backend = bundle, backend
-        self.manifest = bundle.manifest
+        self.manifest = bundle.manifest if portable else bundle.manifest.form(backend.name)
         kv_cache.check_layout(self.manifest.cache, self.manifest.counts)
         self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
         self._buffers: dict[TensorInfo, Buffer] = {}
@@ -59,21 +59,34 @@ class Pipeline:
         self.last: Result | None = None
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "ort", *, verify: bool = True, **options: Any) -> Pipeline:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "ort",
+        *,
+        keep_ratio: float | None = None,
+        verify: bool = True,
+        portable: bool = False,
+        **options: Any,
+    ) -> Pipeline:
         """Open a bundle for running.
 
         Args:
             bundle: folder made by `lvlm-edge export`.
             backend: `ort`, `trt` or `trt-rtx`.
+            keep_ratio: one of those that the bundle holds; None for that of its export.
             verify: hash every file first.
-            options: the backend's own (`ort`: `threads`).
+            portable: run the graphs that are for every backend, even where the bundle has others for this one.
+            options: the backend's own (`ort`: `threads`, `exact`).
 
         Raises:
             BundleError: the bundle is damaged, altered, or not for this version.
+            UsageError: the bundle does not hold the keep ratio.
             UnsupportedError: unknown backend, or its packages are missing.
             DeviceError: the GPU cannot be used.
         """
-        return cls(open_bundle(bundle, verify=verify), load(backend, **options))
+        opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
+        return cls(opened, load(backend, **options), portable=portable)
 
     def stream(
         self,

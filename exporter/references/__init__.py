@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.references import original
+from lvlm_edge.exporter.references import original, quantised
 from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 
@@ -44,6 +44,9 @@ class Reference:
     kept: Tensor | None = None
     cache: list[tuple[Tensor, Tensor]] | None = None
     image_kv: Tensor | None = None
+
+
+__all__ = ["Reference", "load", "module", "quantised"]
 
 
 def module(method: str) -> ModuleType:

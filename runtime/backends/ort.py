@@ -53,8 +53,8 @@ class OrtBackend:
 
     name = "ort"
 
-    def __init__(self, runtime: Any, threads: int) -> None:
-        self._runtime, self._threads = runtime, threads
+    def __init__(self, runtime: Any, threads: int, exact: bool) -> None:
+        self._runtime, self._threads, self._exact = runtime, threads, exact
         self._sessions: dict[Path, onnxruntime.InferenceSession] = {}
 
     def allocate(self, info: TensorInfo) -> HostBuffer:
@@ -87,6 +87,8 @@ class OrtBackend:
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if self._exact else "4")
         try:
             # its fallback prints to stdout, which belongs to the answer
             return self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
@@ -109,11 +111,12 @@ def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
     return buffer.array
 
 
-def create(threads: int | None = None) -> OrtBackend:
+def create(threads: int | None = None, exact: bool = False) -> OrtBackend:
     """The backend.
 
     Args:
         threads: threads to compute with; None lets ONNX Runtime take the physical cores.
+        exact: multiply weights of small integers as the floating-point numbers they stand for, which is slower.
 
     Raises:
         UnsupportedError: onnxruntime is not installed.
@@ -122,4 +125,4 @@ def create(threads: int | None = None) -> OrtBackend:
         import onnxruntime
     except ImportError as error:
         raise UnsupportedError("ort: onnxruntime is not installed; pip install 'lvlm-edge[ort]'") from error
-    return OrtBackend(onnxruntime, threads or 0)
+    return OrtBackend(onnxruntime, threads or 0, exact)

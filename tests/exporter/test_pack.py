@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import beside, export, pack
+from lvlm_edge.exporter import beside, export, quantise
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle, sha256
@@ -139,7 +139,7 @@ def test_a_checkpoint_without_picture_settings_takes_its_encoders(folder, tmp_pa
 
 
 def test_pieces_of_a_weight_do_not_change_it(good, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "PIECE", 100)
+    monkeypatch.setattr(quantise, "PIECE", 100)
 
     export(good, tmp_path / "bundle", **SMALL)
 

@@ -1,0 +1,238 @@
+"""Weights as small integers: what is in the file of weights, what the graphs make of it, and what TensorRT keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from lvlm_edge.exporter import engine, export, parity, plan, quantise
+from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.exporter.planning import PlanError
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import open_bundle
+from lvlm_edge.runtime.errors import UnsupportedError
+from tests import checkpoints
+
+FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.5}
+FORMATS = {
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4", "block_size": 32},
+    "all int8": {"weights": "int8", "vision_weights": "int8"},
+    "all int4, blocks of 128": {
+        "weights": "int4", "vision_weights": "int4", "head_weights": "int4"
+    },
+    "head alone": {"head_weights": "int8"},
+}  # fmt: skip
+
+
+def weight(model: onnx.ModelProto, folder: Path, name: str) -> np.ndarray:
+    """A weight [in, out] as a graph's file has it, from its integers and scales and nothing of ours."""
+    (node,) = (n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == name)
+    found = {a.name: a.i for a in node.attribute}
+    tensors = {t.name: t for t in model.graph.initializer}
+    raw = {}
+    for key in node.input:
+        where = {entry.key: entry.value for entry in tensors[key].external_data}
+        with (folder / where["location"]).open("rb") as file:
+            file.seek(int(where["offset"]))
+            raw[key] = file.read(int(where["length"]))
+    rows, columns = tensors[name].dims
+    if tensors[name].data_type == onnx.TensorProto.INT4:
+        packed = np.frombuffer(raw[name], np.uint8)
+        halves = np.stack([packed & 15, packed >> 4], 1).reshape(-1).astype(np.int8)
+        integers = np.where(halves > 7, halves - 16, halves).reshape(rows, columns)
+        assert found["axis"] == 0
+    else:
+        integers = np.frombuffer(raw[name], np.int8).reshape(rows, columns)
+        assert found["axis"] == 1 and "block_size" not in found
+    scale = np.frombuffer(raw[node.input[1]], np.float32).reshape(tuple(tensors[node.input[1]].dims))
+    return integers * (scale.repeat(found["block_size"], 0) if "block_size" in found else scale)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 1 / 127), ("int4", 1 / 6.5)])
+def test_a_weight_is_no_farther_from_its_own_than_half_a_step(gqa, export_once, kind, share):
+    from safetensors.numpy import load_file
+
+    bundle = export_once(gqa, **FORMATS[kind])
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    stored = load_file(gqa / "model.safetensors")
+    (name,) = (n for n in stored if n.endswith("layers.1.mlp.down_proj.weight"))
+    wanted = stored[name].T
+
+    found = weight(model, bundle, "layers.1.down_proj.weight")
+
+    blocks = (1, len(wanted)) if kind == "int8" else (len(wanted) // 32, 32)
+    step = np.abs(wanted.reshape(*blocks, -1)).max(1) * share
+    assert (np.abs(found - wanted).reshape(*blocks, -1).max(1) <= step * (0.501 if kind == "int8" else 1.0)).all()
+    assert np.abs(found - wanted).max() > 0
+
+
+def test_int4_takes_the_nearest_grid_of_each_block():
+    torch.manual_seed(0)
+    matrix = torch.randn(64, 24)
+    how = quantise.Format(4, 32)
+
+    scale = quantise.scales(matrix, how, torch.float32)
+
+    plain = matrix.reshape(2, 32, 24).abs().amax(1) / 7
+    nearest, rough = (
+        (quantise.integers(matrix, s, how) * s.repeat_interleave(32, 0) - matrix).square().sum() for s in (scale, plain)
+    )
+    assert nearest < 0.97 * rough
+
+
+def test_zeros_stay_zeros():
+    for how in (quantise.Format(8), quantise.Format(4, 32)):
+        matrix = torch.zeros(64, 8)
+        scale = quantise.scales(matrix, how, torch.float16)
+        packed = torch.cat(list(quantise.packed(matrix, how, scale)))
+        assert scale.isfinite().all() and (scale > 0).all() and (packed == 0).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_graphs_say_what_pytorch_says_with_the_rounded_weights(gqa, export_once, name):
+    bundle = export_once(gqa, **FASTV, **FORMATS[name])
+
+    verdict = parity.check(bundle, gqa, steps=8, store=False)
+
+    assert verdict.passed, verdict.first_failure
+    judged = [row for row in verdict.rows if row.bound is not None]
+    told = [row for row in verdict.rows if row.bound is None]
+    assert {row.stage for row in told} == {"loss", "as run"} and len(judged) > 20
+    assert all(row.figure > 0 and " of 8 tokens" in row.note for row in told)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("proxyv", {}),
+        ("yopo", {"semantics": "released"}),
+        ("yopo", {"semantics": "dropped"}),
+        ("himix", {}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_every_method_has_small_weights(original, export_once, method, more, kind):
+    checkpoint = original(method=method, side=8)
+    bundle = export_once(checkpoint, method=method, vision_weights=kind, **more, **FORMATS[kind])
+
+    verdict = parity.check(bundle, checkpoint, steps=4, store=False)
+
+    assert verdict.passed, verdict.first_failure
+
+
+def test_shared_and_legacy_graphs_have_them_too(gqa, export_once):
+    for more in ({"share_weights": True}, {"lowering": "legacy"}):
+        verdict = parity.check(export_once(gqa, **FASTV, **FORMATS["int8"], **more), gqa, steps=4, store=False)
+        assert verdict.passed, verdict.first_failure
+
+
+def test_a_changed_scale_is_caught(gqa, export_once, tmp_path):
+    bundle = Path(shutil.copytree(export_once(gqa, **FORMATS["int8"]), tmp_path / "bundle"))
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    (tensor,) = (t for t in model.graph.initializer if t.name == "layers.1.q_proj.weight.scale")
+    offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
+    with (bundle / "weights.bin").open("r+b") as file:
+        file.seek(offset)
+        file.write(np.float32(1).tobytes())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["weights.bin"]["sha256"] = (
+        __import__("hashlib").sha256((bundle / "weights.bin").read_bytes()).hexdigest()
+    )
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    verdict = parity.check(bundle, gqa, steps=4, store=False)
+
+    assert not verdict.passed
+    assert verdict.first_failure.note.startswith("first in layer 1") or "logits" in verdict.first_failure.stage
+
+
+def test_what_blocks_do_not_divide_is_int8(checkpoint_once, export_once):
+    checkpoint = checkpoint_once(text={"intermediate_size": 112})
+    bundle = export_once(checkpoint, **FORMATS["int4"])
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+
+    assert kinds["layers.0.down_proj.weight"] == onnx.TensorProto.INT8
+    assert kinds["layers.0.up_proj.weight"] == onnx.TensorProto.INT4
+    assert parity.check(bundle, checkpoint, steps=4, store=False).passed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_file_of_weights_has_the_planned_bytes(checkpoint_once, export_once, name, tied):
+    checkpoint = checkpoint_once(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
+    found = plan(checkpoint, **FORMATS[name], max_text_tokens=64, max_new_tokens=16)
+    bundle = export_once(checkpoint, **FORMATS[name])
+    counts = open_bundle(bundle).manifest.counts
+    tables = (counts.prompt_tokens + 16) * 16 * 4
+
+    assert (bundle / "weights.bin").stat().st_size == pytest.approx(found["weights_bytes"] + tables, rel=0.03)
+
+
+def test_exact_and_as_run_differ_but_little(gqa, export_once):
+    bundle, prompt, pixels = export_once(gqa, **FORMATS["int4"]), checkpoints.prompt(20, 5), checkpoints.pixels()
+
+    exact, quick = (
+        Pipeline.load(bundle, exact=flag).generate_tokens(prompt, pixels, max_new_tokens=1) for flag in (True, False)
+    )
+
+    difference = np.abs(exact.logits - quick.logits).max() / np.abs(exact.logits).max()
+    assert 1e-6 < difference < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weights": "int5"}, UnsupportedError, r"weights: 'int5' is not supported"),
+        ({"head_weights": "fp8"}, UnsupportedError, r"head_weights: 'fp8' is not supported"),
+        ({"weights": "int4", "block_size": 64}, PlanError, r"block_size: 64, expected 32 or 128"),
+        ({"weights": "int4", "lowering": "legacy"}, UnsupportedError, r"legacy lowering, has no INT4"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused(gqa, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        export(gqa, tmp_path / "bundle", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_are_no_numbers_are_refused(gqa, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(gqa, tmp_path / "checkpoint"))
+    stored = load_file(folder / "model.safetensors")
+    (name,) = (n for n in stored if n.endswith("layers.1.mlp.down_proj.weight"))
+    stored[name][3, 4] = float("nan")
+    save_file(stored, folder / "model.safetensors")
+
+    with pytest.raises(Exception, match=r"down_proj.weight: holds values that are infinite or not a number"):
+        export(folder, tmp_path / "bundle", weights="int8")
+    assert not (tmp_path / "bundle").exists()
+
+
+# A decoder large enough that an engine's own code does not count: 6.3 M weights in matrices.
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 1.1), ("int4", 0.62)])
+def test_tensorrt_rtx_keeps_small_weights_small(checkpoint_once, export_once, kind, most):
+    checkpoint = checkpoint_once(text={**WIDE, "num_key_value_heads": 4, "head_dim": 64})
+    sizes = {}
+    for weights in ("as-is", kind):
+        bundle = export_once(checkpoint, dtype="float16", weights=weights, head_weights="as-is")
+        out = engine.build(
+            bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)), graphs=("prefill", "decode")
+        )
+        sizes[weights] = sum(path.stat().st_size for path in out.glob("*.engine"))
+    matrices = 2 * 2 * (512 * (2 * 512 + 2 * 256) + 3 * 512 * 1536)  # two engines of two layers
+
+    saved = (sizes["as-is"] - sizes[kind]) / matrices
+
+    assert 2 - saved <= most
