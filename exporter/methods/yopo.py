@@ -291,7 +291,7 @@ def _dropped(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A layer whose pruned heads do not know of visual tokens: two layers in one, of other heads and other rows."""
     layer, found, groups, last = parts.layers[i], heads(plan, i), plan.groups(i), i == limit(plan) - 1
-    projected: list[Tensor] = []
+    results: list[Tensor] = []  # of text
     written: dict[str, Tensor] = {}
     of_visual = None
     if found.kept:
@@ -299,14 +299,18 @@ def _dropped(
         written |= parts.ops.store(inputs, groups[0], *rows[1:])
         key, value = (_per_query(plan, x, found.kept, found.kept_kv) for x in rows[1:])
         of_visual, of_text = _attend(parts, plan, rows[0], key, value, sees)
-        projected.append(_project(plan, layer, of_text, found.kept))
+        results.append(of_text)
     if found.pruned:
         rows = _rows(parts, layer, None, text, inputs, found.pruned, found.pruned_kv)
         written |= parts.ops.store(inputs, groups[-1], *rows[1:])
         key, value = (_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:])
-        attended = parts.ops.attend(rows[0], key, value, inputs["text_index"][None])
-        projected.append(_project(plan, layer, attended, found.pruned))
-    text = blocks.feed_forward(parts, layer, text + _biased(sum(projected[1:], projected[0]), layer.o_proj))
+        results.append(parts.ops.attend(rows[0], key, value, inputs["text_index"][None]))
+    # The weight in the order of the heads, selected where that is its own too: TensorRT-RTX 1.7.1 ends with a
+    # segmentation fault on heads of two attentions in the weight's order, and on more masks without the selection.
+    joined = [blocks.join_heads(x) for x in results]
+    heads_of_text = joined[0] if len(joined) == 1 else blocks.concat(joined, -1)
+    projected = heads_of_text @ _selected(plan, layer, found.kept + found.pruned)
+    text = blocks.feed_forward(parts, layer, text + _biased(projected, layer.o_proj))
     if not last:
         visual = _finish_visual(parts, plan, layer, visual, of_visual, found.kept)
     return visual, text, written
@@ -382,25 +386,21 @@ def _finish_visual(
 ) -> Tensor:
     """Output projection of the kept heads, residual, the first FFN channels, residual."""
     n = channels(plan.spec, plan.config)
-    x = _biased(x if attended is None else x + _project(plan, layer, attended, kept), layer.o_proj)
+    if attended is not None:
+        every = len(kept) == parts.spec.decoder.heads
+        x = x + blocks.join_heads(attended) @ (layer.o_proj.weight if every else _selected(plan, layer, kept))
+    x = _biased(x, layer.o_proj)
     normed = parts.ops.rms_norm(x, layer.post_attention_layernorm.weight, parts.spec.decoder.eps)
     gate, up = _first(normed, layer.gate_proj, n), _first(normed, layer.up_proj, n)
     down = (parts.act(gate) * up) @ layer.down_proj.weight[:n]
     return x + _biased(down, layer.down_proj)
 
 
-def _project(plan: Plan, layer: DecoderLayer, attended: Tensor, some: tuple[int, ...]) -> Tensor:
-    """What some heads add to the output projection, [1, rows, D], without its bias.
-
-    Heads of one layer that were attended apart are projected apart: TensorRT-RTX 1.7.1 ends with a segmentation fault
-    on a projection of heads that come out of two attentions in their order.
-    """
+def _selected(plan: Plan, layer: DecoderLayer, order: tuple[int, ...]) -> Tensor:
+    """The output projection's rows of some heads, in that order, [heads * D_h, D]."""
     weight: Tensor = layer.o_proj.weight
-    count = plan.spec.decoder.heads
-    if len(some) < count:
-        by_head = weight.reshape(count, -1, weight.shape[1]).index_select(0, blocks.constant(some))
-        weight = by_head.reshape(-1, weight.shape[1])
-    return blocks.join_heads(attended) @ weight
+    by_head = weight.reshape(plan.spec.decoder.heads, -1, weight.shape[1]).index_select(0, blocks.constant(order))
+    return by_head.reshape(-1, weight.shape[1])
 
 
 def _biased(x: Tensor, linear: Linear) -> Tensor:
