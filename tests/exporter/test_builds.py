@@ -100,11 +100,8 @@ def drawn(count: int, seed: int = 0) -> list[tuple[tuple[str, ...], int]]:
     ]
 
 
-# Of those drawn, the compiler ends with a segmentation fault on these; samples/jetson/README.md has what was tried.
-REFUSED = [
-    (("1111", "1010", "1100", "0100"), 2),
-    (("0010", "1110", "0000", "1101", "0011", "1111"), 4),
-]
+# The one of those drawn here that ends the compiler with a segmentation fault; samples/jetson/README.md has more.
+REFUSED = (("1111", "1010", "1100", "0100"), 2)
 
 
 @pytest.fixture
@@ -128,11 +125,11 @@ def test_tensorrt_rtx_builds_yopo_with_uneven_heads(yopo_prompt, name):
     yopo_prompt(rows, **{"kv_heads": 2} | options)
 
 
-@pytest.mark.parametrize(("rows", "kv_heads"), [case for case in drawn(8) if case not in REFUSED])
+@pytest.mark.parametrize(("rows", "kv_heads"), [case for case in drawn(6) if case != REFUSED])
 def test_tensorrt_rtx_builds_yopo_with_drawn_heads(yopo_prompt, rows, kv_heads):
     yopo_prompt(rows, kv_heads)
 
 
 def test_a_refused_graph_points_to_the_legacy_lowering(yopo_prompt):
     with pytest.raises(LvlmEdgeError, match="--lowering legacy"):
-        yopo_prompt(*REFUSED[0])
+        yopo_prompt(*REFUSED)
