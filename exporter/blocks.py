@@ -201,7 +201,11 @@ def keys_and_values(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Ten
 
 def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, feed-forward, residual."""
-    x = x + layer.o_proj(join_heads(attended))
+    return feed_forward(parts, layer, x + layer.o_proj(join_heads(attended)))
+
+
+def feed_forward(parts: Parts, layer: DecoderLayer, x: Tensor) -> Tensor:
+    """A layer's second half, with its residual."""
     normed = parts.ops.rms_norm(x, layer.post_attention_layernorm.weight, parts.spec.decoder.eps)
     out: Tensor = x + layer.down_proj(parts.act(layer.gate_proj(normed)) * layer.up_proj(normed))
     return out

@@ -49,12 +49,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None) -> Tensor:
     """Softmax attention among fresh rows, causal where `positions` are given (which must ascend). [1, H, S, D_h]."""
+    if query.shape[1] == 1:  # TensorRT-RTX 1.7.1 has no kernel for one head
+        attended: Tensor = legacy.attend(query, key, value, positions)
+        return attended
     return onnx_op("Attention", [query, key, value], query, is_causal=int(positions is not None))
 
 
 def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention of queries [1, H, Q, D_h] to the keys [1, H_kv, K, D_h] they see, `visible` [Q, K], bool."""
-    if query.shape[1] == 1:  # with a mask, TensorRT-RTX 1.7.1 has no kernel for one head
+    # For one head TensorRT-RTX 1.7.1 has no kernel; one row beside an attention of all rows to the same keys ends it
+    # with a segmentation fault in bfloat16.
+    if 1 in query.shape[1:3]:
         attended: Tensor = legacy.attend_where(query, key, value, visible)
         return attended
     return onnx_op("Attention", [query, key, value, visible[None, None]], query)

@@ -235,25 +235,19 @@ def cache_groups(plan: Plan, layer: int) -> tuple[CacheGroup, ...]:
 # Graphs. Visual tokens and text are apart from the start: they use different weights.
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Which rows see which, bool: visual tokens [V, V + T], text [T, V + T]; the keys are visual tokens, then text."""
+def seen(plan: Plan, inputs: dict[str, Tensor]) -> Tensor:
+    """Which rows see which keys, both visual tokens, then text, [V + T, V + T], bool.
 
-    visual: Tensor
-    text: Tensor
-
-
-def seen(plan: Plan, inputs: dict[str, Tensor]) -> Seen:
-    """Causal, but that visual tokens see their neighbours on all sides, and no other visual token."""
+    Causal, but that visual tokens see their neighbours on all sides, and no other visual token.
+    """
     visual, text = inputs["visual_index"], inputs["text_index"]
     apart = distances(visual - visual[:1], math.isqrt(plan.visual_tokens))
     reach = (plan.config.window - 1) // 2
     # One comparison at the end: TensorRT-RTX 1.7.1 ends with a segmentation fault on joined and combined booleans.
     later = (text[None] - visual[:, None]) * (reach + 1)  # beyond reach where text comes after the image
-    return Seen(
-        visual=blocks.concat([apart, later], 1) <= reach,
-        text=blocks.concat([visual, text])[None] <= text[:, None],
-    )
+    of_text = (blocks.concat([visual, text])[None] - text[:, None]) * (reach + 1)
+    sees: Tensor = blocks.concat([blocks.concat([apart, later], 1), of_text]) <= reach
+    return sees
 
 
 def distances(index: Tensor, side: int) -> Tensor:
@@ -293,33 +287,37 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
 
 
 def _dropped(
-    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Seen
+    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A layer whose pruned heads do not know of visual tokens: two layers in one, of other heads and other rows."""
     layer, found, groups, last = parts.layers[i], heads(plan, i), plan.groups(i), i == limit(plan) - 1
-    results: list[tuple[tuple[int, ...], Tensor]] = []
+    results: list[Tensor] = []  # of text
     written: dict[str, Tensor] = {}
-    attended = None
+    of_visual = None
     if found.kept:
         rows = _rows(parts, layer, visual, text, inputs, found.kept, found.kept_kv, asks=not last)
         written |= parts.ops.store(inputs, groups[0], *rows[1:])
-        keys = [_per_query(plan, x, found.kept, found.kept_kv) for x in rows[1:]]
-        results.append((found.kept, parts.ops.attend_where(rows[0][:, :, -plan.text_tokens :], *keys, sees.text)))
-        if not last:
-            attended = parts.ops.attend_where(rows[0][:, :, : plan.visual_tokens], *keys, sees.visual)
+        key, value = (_per_query(plan, x, found.kept, found.kept_kv) for x in rows[1:])
+        of_visual, of_text = _attend(parts, plan, rows[0], key, value, sees)
+        results.append(of_text)
     if found.pruned:
         rows = _rows(parts, layer, None, text, inputs, found.pruned, found.pruned_kv)
         written |= parts.ops.store(inputs, groups[-1], *rows[1:])
-        keys = [_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:]]
-        results.append((found.pruned, parts.ops.attend(rows[0], *keys, inputs["text_index"][None])))
-    text = blocks.finish(parts, layer, text, _in_order(results))
+        key, value = (_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:])
+        results.append(parts.ops.attend(rows[0], key, value, inputs["text_index"][None]))
+    # The weight in the order of the heads, selected where that is its own too: TensorRT-RTX 1.7.1 ends with a
+    # segmentation fault on heads of two attentions in the weight's order, and on more masks without the selection.
+    joined = [blocks.join_heads(x) for x in results]
+    heads_of_text = joined[0] if len(joined) == 1 else blocks.concat(joined, -1)
+    projected = heads_of_text @ _selected(plan, layer, found.kept + found.pruned)
+    text = blocks.feed_forward(parts, layer, text + _biased(projected, layer.o_proj))
     if not last:
-        visual = _finish_visual(parts, plan, layer, visual, attended, found.kept)
+        visual = _finish_visual(parts, plan, layer, visual, of_visual, found.kept)
     return visual, text, written
 
 
 def _released(
-    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Seen
+    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A layer that takes visual tokens into the softmax, and their values as zero where the release zeroes columns."""
     layer, found, d = parts.layers[i], heads(plan, i), plan.spec.decoder
@@ -334,14 +332,24 @@ def _released(
     is_text = [False] * plan.visual_tokens + [True] * plan.text_tokens
     value = value * _flags(read, value).maximum(_flags(is_text, value).transpose(1, 2))
     written = parts.ops.store(inputs, group, key, value)
-    text = blocks.finish(
-        parts, layer, text, parts.ops.attend_where(query[:, :, -plan.text_tokens :], key, value, sees.text)
-    )
-    if last:
-        return visual, text, written
-    attended = parts.ops.attend_where(query[:, :, : plan.visual_tokens], key, value, sees.visual)
-    attended = attended * _flags([h in found.kept for h in every], attended)
-    return _finish_visual(parts, plan, layer, visual, attended, every), text, written
+    of_visual, of_text = _attend(parts, plan, query, key, value, sees)
+    text = blocks.finish(parts, layer, text, of_text)
+    if of_visual is not None:
+        of_visual = of_visual * _flags([h in found.kept for h in every], of_visual)
+        visual = _finish_visual(parts, plan, layer, visual, of_visual, every)
+    return visual, text, written
+
+
+def _attend(
+    parts: Parts, plan: Plan, query: Tensor, key: Tensor, value: Tensor, sees: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Results of visual tokens, None where they have no queries, and of text, as one attention.
+
+    Two that read the same keys end TensorRT-RTX 1.7.1 with a segmentation fault, in bfloat16 wherever it was tried.
+    """
+    rows, text = query.shape[2], plan.text_tokens
+    attended = parts.ops.attend_where(query, key, value, sees[-rows:])
+    return (attended[:, :, :-text] if rows > text else None), attended[:, :, -text:]
 
 
 def _rows(
@@ -377,21 +385,26 @@ def _finish_visual(
     parts: Parts, plan: Plan, layer: DecoderLayer, x: Tensor, attended: Tensor | None, kept: tuple[int, ...]
 ) -> Tensor:
     """Output projection of the kept heads, residual, the first FFN channels, residual."""
-    n, out = channels(plan.spec, plan.config), layer.o_proj
+    n = channels(plan.spec, plan.config)
     if attended is not None:
-        weight: Tensor = out.weight
-        if len(kept) < plan.spec.decoder.heads:
-            by_head = weight.reshape(plan.spec.decoder.heads, -1, weight.shape[1]).index_select(
-                0, blocks.constant(kept)
-            )
-            weight = by_head.reshape(-1, weight.shape[1])
-        x = x + blocks.join_heads(attended) @ weight
-    if out.bias is not None:
-        x = x + out.bias
+        every = len(kept) == parts.spec.decoder.heads
+        x = x + blocks.join_heads(attended) @ (layer.o_proj.weight if every else _selected(plan, layer, kept))
+    x = _biased(x, layer.o_proj)
     normed = parts.ops.rms_norm(x, layer.post_attention_layernorm.weight, parts.spec.decoder.eps)
     gate, up = _first(normed, layer.gate_proj, n), _first(normed, layer.up_proj, n)
     down = (parts.act(gate) * up) @ layer.down_proj.weight[:n]
-    return x + (down if layer.down_proj.bias is None else down + layer.down_proj.bias)
+    return x + _biased(down, layer.down_proj)
+
+
+def _selected(plan: Plan, layer: DecoderLayer, order: tuple[int, ...]) -> Tensor:
+    """The output projection's rows of some heads, in that order, [heads * D_h, D]."""
+    weight: Tensor = layer.o_proj.weight
+    by_head = weight.reshape(plan.spec.decoder.heads, -1, weight.shape[1]).index_select(0, blocks.constant(order))
+    return by_head.reshape(-1, weight.shape[1])
+
+
+def _biased(x: Tensor, linear: Linear) -> Tensor:
+    return x if linear.bias is None else x + linear.bias
 
 
 def _first(x: Tensor, linear: Linear, count: int) -> Tensor:
@@ -406,13 +419,6 @@ def _per_query(plan: Plan, x: Tensor, asking: tuple[int, ...], kv_heads: tuple[i
     wanted = tuple(kv_heads.index(h // each) for h in asking)
     even = tuple(i * len(kv_heads) // len(asking) for i in range(len(asking)))
     return x if wanted == even and len(asking) % len(kv_heads) == 0 else blocks.pick(x, wanted)
-
-
-def _in_order(results: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    """Results of some heads each as one tensor with the heads in their order."""
-    order = [head for some, _ in results for head in some]
-    whole = results[0][1] if len(results) == 1 else blocks.concat([x for _, x in results], 1)
-    return blocks.pick(whole, tuple(order.index(head) for head in range(len(order))))
 
 
 def _flags(kept: Sequence[bool], like: Tensor) -> Tensor:

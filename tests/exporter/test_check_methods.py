@@ -338,14 +338,14 @@ SEEN = {
         (yopo, "channels", "int(spec.decoder.ffn / config.ffn_ratio)", "int(spec.decoder.ffn / config.ffn_ratio) + 1"),
     ),
     "no feed-forward for visual tokens": wrong(
-        " @1", (yopo, "_finish_visual", "return x + (down", "return x + 0 * (down")
+        " @1", (yopo, "_finish_visual", "return x + _biased(down", "return x + 0 * _biased(down")
     ),
     "logits of the row before the last": wrong(
         "prefill logits", (yopo, "run", "- plan.visual_tokens)", "- plan.visual_tokens - 1)")
     ),
 }
-FULL = "tuple(range(plan.spec.decoder.heads)))"
-ASKED = "parts.ops.attend_where(query[:, :, -plan.text_tokens :], key, value, sees.text)"
+SUM = "sum(projected[1:], projected[0])"
+OF_TEXT = "blocks.finish(parts, layer, text, of_text)"
 COUNTED = "(value.abs().sum(-1, keepdim=True) > 0).to(value.dtype).expand_as(value)"
 RELEASED = SEEN | {
     "attention renormalised without visual tokens": wrong(
@@ -353,8 +353,8 @@ RELEASED = SEEN | {
         (
             yopo,
             "_released",
-            ASKED,
-            f"{ASKED} / {ASKED.replace('value', COUNTED)}",
+            OF_TEXT,
+            OF_TEXT.replace("of_text", f"of_text / _attend(parts, plan, query, key, {COUNTED}, sees)[1]"),
         ),
     ),
     "text with the first FFN channels": wrong(
@@ -362,20 +362,20 @@ RELEASED = SEEN | {
         (
             yopo,
             "_released",
-            f"blocks.finish(\n        parts, layer, text, {ASKED}\n    )",
-            f"_finish_visual(parts, plan, layer, text, {ASKED}, every)",
+            OF_TEXT,
+            "_finish_visual(parts, plan, layer, text, of_text, every)",
         ),
     ),
     "visual rows of pruned heads are not zero": wrong(
-        " @1", (yopo, "_released", "_flags([h in found.kept for h in every], attended)", "1")
+        " @1", (yopo, "_released", "_flags([h in found.kept for h in every], of_visual)", "1")
     ),
     "visual rows zero in the kept heads too, behind the cutoff": wrong(
         " @3",
         (
             yopo,
             "_released",
-            "_flags([h in found.kept for h in every], attended)",
-            "_flags([h in found.kept and i < plan.config.cutoff for h in every], attended)",
+            "_flags([h in found.kept for h in every], of_visual)",
+            "_flags([h in found.kept and i < plan.config.cutoff for h in every], of_visual)",
         ),
         of={"cutoff": 2},
     ),
@@ -406,16 +406,20 @@ DROPPED = SEEN | {
         (
             yopo,
             "_dropped",
-            "blocks.finish(parts, layer, text, _in_order(results))",
-            "_finish_visual(parts, plan, layer, text, _in_order(results), " + FULL,
+            f"blocks.feed_forward(parts, layer, text + _biased({SUM}, layer.o_proj))",
+            f"_finish_visual(parts, plan, layer, text + {SUM}, None, found.kept)",
         ),
     ),
-    "results of heads not put in order": wrong(
-        " @1", (yopo, "_in_order", "order.index(head) for head", "head for head")
-    ),
     "the output projection of other heads": wrong(
-        " @1", (yopo, "_finish_visual", "blocks.constant(kept)", "blocks.constant(range(len(kept)))")
+        " @1", (yopo, "_project", "blocks.constant(some)", "blocks.constant(range(len(some)))")
     ),
+    "the output projection of other heads, for visual tokens": wrong(
+        " @1", (yopo, "_finish_visual", "attended, kept)", "attended, tuple(range(len(kept))))")
+    ),
+    "the output projection of other heads, for text in the pruned": wrong(
+        " @1", (yopo, "_dropped", "attended, found.pruned)", "attended, tuple(range(len(found.pruned))))")
+    ),
+    "pruned heads add nothing": wrong(" @1", (yopo, "_dropped", SUM, "projected[0]")),
     "no visual tokens in the layer before the cutoff": wrong(
         "prefill_tail caches @3", (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff - 1)")
     ),

@@ -105,6 +105,11 @@ def test_proxyv_says_what_its_reference_says(original, export_once, name, loweri
 YOPO = {
     "uneven heads": {},
     "gqa, uneven within groups": {"kv_heads": 2, "head_mask": ["1111", "1111", "1000", "0111", "0101", "0011"]},
+    "gqa, one head apart": {
+        "kv_heads": 2,
+        "head_mask": ["1110", "0111", "1100", "1000", "0100", "1101"],
+        "cutoff": 6,
+    },
     "gqa, whole groups": {"kv_heads": 2, "head_mask": ["1111", "1100", "0011", "0000", "1100", "1111"]},
     "no head kept": {"head_mask": ["0000"] * 6},
     "all heads kept, no cutoff": {"head_mask": ["1111"] * 6, "cutoff": 6},
