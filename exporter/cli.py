@@ -28,6 +28,14 @@ def _pair(value: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _shares(value: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in value.split(",") if part)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not numbers like 0.75,0.5") from error
+
+
 CAPACITY = (
     click.Option(["--num-images"], default=1, show_default=True, help="Images in a prompt."),
     click.Option(
@@ -147,15 +155,39 @@ def main() -> None:
 @click.argument("checkpoint")
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4.")
+@click.option(
+    "--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4, fp4."
+)
+@click.option(
+    "--rates", type=click.Path(path_type=Path), help="Predict times from the rates in this file of `bench --json`."
+)
+@click.option("--ratios", type=_shares, default="", metavar="R,R", help="Predict times at these keep ratios too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def plan(checkpoint: str, method: str, revision: str | None, weights: str, as_json: bool, **options: Any) -> None:
-    """Print stages, token counts, FLOPs, cache and weight bytes; reads config.json only."""
+def plan(
+    checkpoint: str,
+    method: str,
+    revision: str | None,
+    weights: str,
+    rates: Path | None,
+    ratios: tuple[float, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Print stages, token counts, FLOPs, bytes, and what the device would take; reads config.json only."""
     from lvlm_edge.exporter import plan as planned
 
     device = _device(options)
     settings = _settings(options, device)
-    report = planned(checkpoint, method=method, revision=revision, device=device, weights=weights, **settings)
+    report = planned(
+        checkpoint,
+        method=method,
+        revision=revision,
+        device=device,
+        weights=weights,
+        rates=rates,
+        ratios=ratios,
+        **settings,
+    )
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -531,6 +563,7 @@ def _print_plan(report: dict[str, Any]) -> None:
         _show(f"paper     {paper['name']}: {paper['value']:,.2f} {paper['unit']}, {paper['ratio']:.1%} of dense")
     if "fit" in report:
         _print_fit(report["fit"])
+        _print_prediction(report["prediction"])
 
 
 def _print_fit(fit: dict[str, Any]) -> None:
@@ -545,6 +578,36 @@ def _print_fit(fit: dict[str, Any]) -> None:
         _show(f"          {fit['device']} {problem}")
     for remedy in fit["helps"]:
         _show(f"          would fit: {' and '.join(remedy['changes'])} ({remedy['run'] / 1e9:,.2f} GB)")
+
+
+def _print_prediction(found: dict[str, Any]) -> None:
+    if not found["available"]:
+        _show(f"times     not predicted: {found['reason'].removeprefix('cost: ')}")
+        return
+    table = _table("predicted", "ms", "limit")
+    for stage in found["stages"]:
+        table.add_row(stage["name"], f"{stage['ms']:,.3g}", stage["bound"])
+    _show(table)
+    for name, row in (("", found), ("none: ", found["none"]))[: 1 if found["pays"] is None else 2]:
+        _show(
+            f"{name}first token {row['first_token_ms']:,.4g} ms, then {row['decode_ms']:,.3g} ms per token "
+            f"({row['tokens_per_second']:,.3g} tokens/s), {row['memory_bytes'] / 1e9:,.2f} GB"
+        )
+    if found["pays"] is not None:
+        said = "pays" if found["pays"] else f"does not pay: {found['why_not']}"
+        _show(f"first token {found['speed_up']:.2f} times as fast as none's; {said}")
+    if found["ratios"]:
+        table = _table("keep ratio", "first token ms", "times as fast", "ms per token", "GB", "")
+        for row in found["ratios"]:
+            figures = f"{row['first_token_ms']:,.4g}", f"{row['speed_up']:.2f}", f"{row['decode_ms']:,.3g}"
+            memory = f"{row['memory_bytes'] / 1e9:,.2f}"
+            table.add_row(f"{row['keep_ratio']:g}", *figures, memory, "" if row["pays"] else "does not pay")
+        _show(table)
+    error, own = found["held_out_error"], found["held_out_error_of_this_device"]
+    if error is not None:
+        here = f"on this device {own['median']:.0%}, {own['worst']:.0%}" if own else "never compared on this device"
+        _show(f"error on held-out times: median {error['median']:.0%}, worst {error['worst']:.0%}; {here}")
+    _show(f"from {found['basis']}")
 
 
 def _print_devices(found: list[Any]) -> None:
