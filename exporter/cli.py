@@ -365,6 +365,48 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 
 
 @main.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.option("--backend", "backends", multiple=True, default=["ort"], show_default=True, help="What runs the bundles.")
+@click.option("--against", help="The first bundle's checkpoint: time PyTorch on it too.")
+@click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Turns of each that count.")
+@click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Turns before them that do not.")
+@click.option("--threads", type=AT_LEAST_1, help="Threads of each.  [default: as many as may be used]")
+@click.option("--text-tokens", type=int, help="Of a prompt.  [default: the smallest capacity]")
+@click.option("--new-tokens", type=int, help="Of an answer.  [default: 16, or the smallest capacity]")
+@click.option("--seed", type=FROM_0, default=0, show_default=True, help="Of pictures and prompts.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw stages beside their floors.")
+@click.option("--no-verify", is_flag=True, help="Do not hash the bundles' files first.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def bench(
+    bundles: tuple[Path, ...],
+    backends: tuple[str, ...],
+    against: str | None,
+    plot: Path | None,
+    no_verify: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Time to first token by stage, decode speed and peak memory of bundles in turns, beside their floors."""
+    from lvlm_edge.exporter import bench as benched
+    from lvlm_edge.exporter import chart
+
+    if plot is not None:
+        chart.check(plot)
+    with _progress(quiet) as progress:
+        report = benched.bench(
+            bundles, backends=backends, against=against, verify=not no_verify, progress=progress, **options
+        )
+    if plot is not None:
+        chart.save(report, plot)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_bench(report)
+
+
+@main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash every file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -608,6 +650,34 @@ def _print_prediction(found: dict[str, Any]) -> None:
         here = f"on this device {own['median']:.0%}, {own['worst']:.0%}" if own else "never compared on this device"
         _show(f"error on held-out times: median {error['median']:.0%}, worst {error['worst']:.0%}; {here}")
     _show(f"from {found['basis']}")
+
+
+def _print_bench(report: dict[str, Any]) -> None:
+    rates = report["rates"]
+    _show(
+        f"{report['machine']['processor']}, {report['threads']} thread(s); prompts of {report['text_tokens']} text "
+        f"tokens, answers of {report['new_tokens']}; medians of {report['rounds']} turns"
+    )
+    if rates:
+        reached = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
+        _show(f"this machine: {reached[0]:,.0f} GFLOP/s, {reached[1]:,.1f} GB/s")
+    for row in report["contenders"]:
+        table = _table(row["name"], "ms", "lowest to highest", "floor ms", "times floor")
+        for part in (*row["stages"], row["first_token"] | {"name": "first token"}, row["decode"]):
+            figures = [f"{part['median_ms']:,.4g}", f"{part['low_ms']:,.4g} to {part['high_ms']:,.4g}"]
+            if "floor_ms" in part:
+                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}"]
+            table.add_row(part["name"], *figures)
+        memory, first, each = row["memory"], row["first_token"], row["decode"]
+        anonymous = memory["anonymous_bytes"]
+        rest = "" if anonymous is None else f", {anonymous / 1e9:,.2f} GB without pages of mapped files"
+        _show(
+            table,
+            f"{1e3 / each['median_ms']:,.1f} tokens/s; peak memory {memory['peak_bytes'] / 1e9:,.2f} GB{rest}",
+            f"first token {first['ratio']:.2f}, decode {each['ratio']:.2f} of the time of {row['ratio_to']}",
+        )
+    for note in report["notes"]:
+        _show(note)
 
 
 def _print_devices(found: list[Any]) -> None:
