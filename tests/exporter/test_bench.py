@@ -120,13 +120,17 @@ def test_pictures_of_tiles_have_their_canvas(original, export_once):
     assert contenders.pixels(manifest, pictures).shape == (3, 3, 112, 112)
 
 
-def test_memory_is_that_of_the_process():
+def test_memory_is_that_of_the_process(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(50_000_000))
     before = contenders.memory()
     held = np.ones(25_000_000)
     after = contenders.memory()
 
     assert after["anonymous_bytes"] - before["anonymous_bytes"] == pytest.approx(held.nbytes, rel=0.05)
-    assert after["peak_bytes"] >= after["anonymous_bytes"]
+    mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
+    assert mapped.sum() == 0
+    assert contenders.memory()["anonymous_bytes"] - after["anonymous_bytes"] < 25_000_000
+    assert contenders.memory()["peak_bytes"] >= after["anonymous_bytes"] + mapped.nbytes
 
 
 # Work and floors of real bundles.
@@ -153,6 +157,7 @@ def test_work_of_a_bundle_is_that_of_its_plan(bundles, checkpoint):
     # 4 visual tokens of which 2 are kept from layer 1 on, 20 text tokens, and half of 8 new ones.
     d = plan.spec.decoder
     caches = 2 * d.kv_heads * d.head_dim * 4 * ((4 + 20 + 4) + (2 + 20 + 4))
+    assert bench.cache_bytes(open_bundle(bundles[1]).manifest, who) == caches
     count = planning.weights(plan.spec)
     weights = 4 * (d.layers * (count.matrices + count.vectors) + count.norm + count.head)
     tables = 4 * 2 * plan.positions * d.head_dim  # cosines and sines, half of the head each or whole
