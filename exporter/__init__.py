@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lvlm_edge.exporter.pack import export
@@ -18,6 +19,8 @@ def plan(
     method: str = "none",
     device: str | Profile | None = None,
     weights: str = "as-is",
+    rates: str | Path | None = None,
+    ratios: Sequence[float] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Stages, token counts, FLOPs and bytes of a checkpoint under a method, as `plan --json`; reads config.json only.
@@ -25,19 +28,28 @@ def plan(
     Args:
         source: checkpoint folder or Hugging Face id.
         method: token reduction.
-        device: profile to predict the fit on, under `fit`.
-        weights: format of the decoder's matrices: as-is, int8 or int4; fp8 is known to the prediction alone.
+        device: profile to predict for: what fits, under `fit`, and times, under `prediction`.
+        weights: format of the decoder's matrices: as-is, int8 or int4; fp8 and fp4 are known to predictions alone.
+        rates: file of `lvlm-edge bench --json`, for times from the rates that it measured.
+        ratios: keep ratios to predict beside the plan's own, for a method that has one.
         options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
     """
-    from lvlm_edge.exporter import fit, planning, profiles
+    from pathlib import Path
+
+    from lvlm_edge.exporter import cost, fit, planning, profiles
     from lvlm_edge.runtime.bundle import FORMATS
 
-    known = {"weights": weights} if weights in FORMATS else {}
-    made = _make(source, method, options | known)
+    options |= {"weights": weights} if weights in FORMATS else {}
+    more = [_make(source, method, options | {"keep_ratio": ratio}) for ratio in ratios]
+    made = _make(source, method, options)
     report = planning.report(made)
     if device is not None:
         profile = profiles.find(device) if isinstance(device, str) else device
         report["fit"] = fit.report(made, profile, weights=weights)
+        measured = None if rates is None else Path(rates)
+        report["prediction"] = cost.report(made, profile, weights=weights, rates=measured)
+        rows = [cost.report(each, profile, weights=weights, rates=measured) for each in more]
+        report["prediction"]["ratios"] = [{"keep_ratio": r} | row for r, row in zip(ratios, rows, strict=True)]
     return report
 
 
@@ -57,6 +69,7 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
     from lvlm_edge.exporter import checkpoint, planning, spec
 
+    options = dict(options)
     folder = checkpoint.resolve(source, options.pop("revision", None), weights=False)
     capacities = {key: options.pop(key) for key in planning.CAPACITIES if key in options}
     return planning.make(spec.load(folder), method_name=method, options=options, nominal=True, **capacities)

@@ -28,6 +28,14 @@ def _pair(value: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _shares(value: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in value.split(",") if part)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not numbers like 0.75,0.5") from error
+
+
 CAPACITY = (
     click.Option(["--num-images"], default=1, show_default=True, help="Images in a prompt."),
     click.Option(
@@ -157,15 +165,39 @@ def main() -> None:
 @click.argument("checkpoint")
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4.")
+@click.option(
+    "--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4, fp4."
+)
+@click.option(
+    "--rates", type=click.Path(path_type=Path), help="Predict times from the rates in this file of `bench --json`."
+)
+@click.option("--ratios", type=_shares, default="", metavar="R,R", help="Predict times at these keep ratios too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def plan(checkpoint: str, method: str, revision: str | None, weights: str, as_json: bool, **options: Any) -> None:
-    """Print stages, token counts, FLOPs, cache and weight bytes; reads config.json only."""
+def plan(
+    checkpoint: str,
+    method: str,
+    revision: str | None,
+    weights: str,
+    rates: Path | None,
+    ratios: tuple[float, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Print stages, token counts, FLOPs, bytes, and what the device would take; reads config.json only."""
     from lvlm_edge.exporter import plan as planned
 
     device = _device(options)
     settings = _settings(options, device)
-    report = planned(checkpoint, method=method, revision=revision, device=device, weights=weights, **settings)
+    report = planned(
+        checkpoint,
+        method=method,
+        revision=revision,
+        device=device,
+        weights=weights,
+        rates=rates,
+        ratios=ratios,
+        **settings,
+    )
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -395,6 +427,48 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 
 
 @main.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.option("--backend", "backends", multiple=True, default=["ort"], show_default=True, help="What runs the bundles.")
+@click.option("--against", help="The first bundle's checkpoint: time PyTorch on it too.")
+@click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Turns of each that count.")
+@click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Turns before them that do not.")
+@click.option("--threads", type=AT_LEAST_1, help="Threads of each.  [default: as many as may be used]")
+@click.option("--text-tokens", type=int, help="Of a prompt.  [default: the smallest capacity]")
+@click.option("--new-tokens", type=int, help="Of an answer.  [default: 16, or the smallest capacity]")
+@click.option("--seed", type=FROM_0, default=0, show_default=True, help="Of pictures and prompts.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw stages beside their floors.")
+@click.option("--no-verify", is_flag=True, help="Do not hash the bundles' files first.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def bench(
+    bundles: tuple[Path, ...],
+    backends: tuple[str, ...],
+    against: str | None,
+    plot: Path | None,
+    no_verify: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Time to first token by stage, decode speed and peak memory of bundles in turns, beside their floors."""
+    from lvlm_edge.exporter import bench as benched
+    from lvlm_edge.exporter import chart
+
+    if plot is not None:
+        chart.check(plot)
+    with _progress(quiet) as progress:
+        report = benched.bench(
+            bundles, backends=backends, against=against, verify=not no_verify, progress=progress, **options
+        )
+    if plot is not None:
+        chart.save(report, plot)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_bench(report)
+
+
+@main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @KEEP_RATIO
 @click.option("--verify", is_flag=True, help="Hash every file.")
@@ -616,6 +690,7 @@ def _print_plan(report: dict[str, Any]) -> None:
         _show(f"paper     {paper['name']}: {paper['value']:,.2f} {paper['unit']}, {paper['ratio']:.1%} of dense")
     if "fit" in report:
         _print_fit(report["fit"])
+        _print_prediction(report["prediction"])
 
 
 def _print_fit(fit: dict[str, Any]) -> None:
@@ -630,6 +705,64 @@ def _print_fit(fit: dict[str, Any]) -> None:
         _show(f"          {fit['device']} {problem}")
     for remedy in fit["helps"]:
         _show(f"          would fit: {' and '.join(remedy['changes'])} ({remedy['run'] / 1e9:,.2f} GB)")
+
+
+def _print_prediction(found: dict[str, Any]) -> None:
+    if not found["available"]:
+        _show(f"times     not predicted: {found['reason'].removeprefix('cost: ')}")
+        return
+    table = _table("predicted", "ms", "limit")
+    for stage in found["stages"]:
+        table.add_row(stage["name"], f"{stage['ms']:,.3g}", stage["bound"])
+    _show(table)
+    for name, row in (("", found), ("none: ", found["none"]))[: 1 if found["pays"] is None else 2]:
+        _show(
+            f"{name}first token {row['first_token_ms']:,.4g} ms, then {row['decode_ms']:,.3g} ms per token "
+            f"({row['tokens_per_second']:,.3g} tokens/s), {row['memory_bytes'] / 1e9:,.2f} GB"
+        )
+    if found["pays"] is not None:
+        said = "pays" if found["pays"] else f"does not pay: {found['why_not']}"
+        _show(f"first token {found['speed_up']:.2f} times as fast as none's; {said}")
+    if found["ratios"]:
+        table = _table("keep ratio", "first token ms", "times as fast", "ms per token", "GB", "")
+        for row in found["ratios"]:
+            figures = f"{row['first_token_ms']:,.4g}", f"{row['speed_up']:.2f}", f"{row['decode_ms']:,.3g}"
+            memory = f"{row['memory_bytes'] / 1e9:,.2f}"
+            table.add_row(f"{row['keep_ratio']:g}", *figures, memory, "" if row["pays"] else "does not pay")
+        _show(table)
+    error, own = found["held_out_error"], found["held_out_error_of_this_device"]
+    if error is not None:
+        here = f"on this device {own['median']:.0%}, {own['worst']:.0%}" if own else "never compared on this device"
+        _show(f"error on held-out times: median {error['median']:.0%}, worst {error['worst']:.0%}; {here}")
+    _show(f"from {found['basis']}")
+
+
+def _print_bench(report: dict[str, Any]) -> None:
+    rates = report["rates"]
+    _show(
+        f"{report['machine']['processor']}, {report['threads']} thread(s); prompts of {report['text_tokens']} text "
+        f"tokens, answers of {report['new_tokens']}; medians of {report['rounds']} turns"
+    )
+    if rates:
+        reached = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
+        _show(f"this machine: {reached[0]:,.0f} GFLOP/s, {reached[1]:,.1f} GB/s")
+    for row in report["contenders"]:
+        table = _table(row["name"], "ms", "lowest to highest", "floor ms", "times floor")
+        for part in (*row["stages"], row["first_token"] | {"name": "first token"}, row["decode"]):
+            figures = [f"{part['median_ms']:,.4g}", f"{part['low_ms']:,.4g} to {part['high_ms']:,.4g}"]
+            if "floor_ms" in part:
+                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}"]
+            table.add_row(part["name"], *figures)
+        memory, first, each = row["memory"], row["first_token"], row["decode"]
+        anonymous = memory["anonymous_bytes"]
+        rest = "" if anonymous is None else f", {anonymous / 1e9:,.2f} GB without pages of mapped files"
+        _show(
+            table,
+            f"{1e3 / each['median_ms']:,.1f} tokens/s; peak memory {memory['peak_bytes'] / 1e9:,.2f} GB{rest}",
+            f"first token {first['ratio']:.2f}, decode {each['ratio']:.2f} of the time of {row['ratio_to']}",
+        )
+    for note in report["notes"]:
+        _show(note)
 
 
 def _print_devices(found: list[Any]) -> None:

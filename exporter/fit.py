@@ -28,7 +28,8 @@ from lvlm_edge.exporter.planning import BYTES, Plan
 from lvlm_edge.exporter.profiles import GIB, Profile
 from lvlm_edge.runtime.errors import FitError, UnsupportedError, UsageError, nearest
 
-WEIGHTS = {"as-is": None, "int8": 1.07, "int4": 0.58, "fp8": 1.07}  # bytes per weight in an engine; None: the dtype's
+# Bytes per weight in an engine; None: the dtype's. fp4 (NVFP4) is the format's own size, unverified in an engine.
+WEIGHTS = {"as-is": None, "int8": 1.07, "int4": 0.58, "fp8": 1.07, "fp4": 0.5625}
 ENGINE = 4_000_000  # bytes of an engine beside its weights: 1.8 and 3.3 MB measured, 8.4 MB with two wide profiles
 LIBRARIES = 700_000_000  # bytes of Python and the TensorRT libraries in a building process, measured
 # Bytes that a process needs beside its buffers. With unified memory the libraries and the CUDA context, on a card the

@@ -101,7 +101,7 @@ def check(
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
-    _check_fits(pipe.manifest, folder)
+    check_fits(pipe.manifest, folder)
     model = references.load(folder)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:
@@ -121,7 +121,7 @@ def check(
     return verdict
 
 
-def _check_fits(manifest: manifests.Manifest, folder: Path) -> None:
+def check_fits(manifest: manifests.Manifest, folder: Path) -> None:
     """Raise an error for a checkpoint that cannot be the one that was exported."""
     found, counts = spec.load(folder), manifest.counts
     method = planning.method(manifest.method)

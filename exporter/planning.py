@@ -452,10 +452,16 @@ def layer_flops(d: DecoderSpec, queries: int, keys: int) -> int:
 def prefill_flops(plan: Plan) -> int:
     """FLOPs of the decoder over the padded prompt, with lm_head on the one emitted row."""
     d = plan.spec.decoder
-    return sum(_stage_flops(d, stage) for stage in plan.stages) + 2 * d.hidden * d.vocab
+    return sum(stage_flops(d, stage) for stage in plan.stages) + head_flops(d)
 
 
-def _stage_flops(d: DecoderSpec, stage: Stage) -> int:
+def head_flops(d: DecoderSpec) -> int:
+    """FLOPs of lm_head on one row."""
+    return 2 * d.hidden * d.vocab
+
+
+def stage_flops(d: DecoderSpec, stage: Stage) -> int:
+    """FLOPs of a prefill stage's layers, without lm_head."""
     if stage.flops is not None:
         return stage.flops
     scores = 2 * stage.scored * d.heads * d.head_dim
@@ -466,7 +472,7 @@ def decode_flops(plan: Plan) -> int:
     """FLOPs of one decoded token, attending to full caches."""
     d = plan.spec.decoder
     attended = sum(4 * len(g.queries) * d.head_dim * plan.capacity(g) for g in plan.all_groups())
-    return d.layers * layer_flops(d, 1, 0) + attended + 2 * d.hidden * d.vocab
+    return d.layers * layer_flops(d, 1, 0) + attended + head_flops(d)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """A LLaVA-1.5-shaped checkpoint with random weights, for timing: `python samples/bench/make_checkpoint.py smol DIR`.
 
 smol: CLIP-B/14 at 336 px and a decoder of SmolLM2-135M's dimensions (250 M parameters). tinyllama: CLIP-L/14 at
-336 px and TinyLlama-1.1B's (1.4 B). llava-7b: LLaVA-1.5-7B's (7.1 B). 576 visual tokens. Written tensor by tensor,
-never held as a whole.
+336 px and TinyLlama-1.1B's (1.4 B). llava-7b: LLaVA-1.5-7B's (7.1 B). 576 visual tokens. large-eye: CLIP-L/14 at
+336 px and a decoder of 4 M parameters. small-picture: smol at 56 px, 16 visual tokens. Written tensor by tensor, never
+held as a whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ VISION = {
     "b": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "l": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
+VISION["b at 56 px"] = VISION["b"] | {"image_size": 56}
 SIZES = {
     "smol": (
         "b",
@@ -44,23 +46,33 @@ SIZES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
+    "large-eye": (
+        "l",
+        {
+            "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
 }  # fmt: skip
+SIZES["small-picture"] = ("b at 56 px", SIZES["smol"][1])
 
 
 def config(size: str) -> dict:
     """config.json in hub layout."""
     tower, text = SIZES[size]
     vision = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 768}
+    vision |= VISION[tower]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": text["vocab_size"] - 1,
-        "image_seq_length": 576,
+        "image_seq_length": (vision["image_size"] // 14) ** 2,
         "tie_word_embeddings": text["tie_word_embeddings"],
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "text_config": {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, **text},
-        "vision_config": vision | VISION[tower],
+        "vision_config": vision,
     }
 
 
@@ -84,7 +96,7 @@ def tensors(c: dict) -> Iterator[tuple[str, tuple[int, ...], float]]:
     at = "vision_tower.vision_model."
     yield f"{at}embeddings.class_embedding", (w,), 1.0
     yield f"{at}embeddings.patch_embedding.weight", (w, 3, 14, 14), 588**-0.5
-    yield f"{at}embeddings.position_embedding.weight", (577, w), 0.02
+    yield f"{at}embeddings.position_embedding.weight", ((v["image_size"] // 14) ** 2 + 1, w), 0.02
     for i in range(v["num_hidden_layers"]):
         for name, shape in (
             *((f"self_attn.{p}_proj", (w, w)) for p in ("q", "k", "v", "out")),

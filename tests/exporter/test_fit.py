@@ -270,7 +270,7 @@ def test_what_is_said_to_fit_does(model, keep, device, planned):
 
 
 def test_an_unknown_weight_format_names_the_nearest(planned):
-    with pytest.raises(UsageError, match="known: as-is, fp8, int4, int8"):
+    with pytest.raises(UsageError, match="known: as-is, fp4, fp8, int4, int8"):
         fit.predict(planned(), ORIN_8GB, weights="int3")
 
 

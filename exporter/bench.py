@@ -1,0 +1,420 @@
+"""Bench: time to first token by stage, decode speed and peak memory of bundles on this machine, beside their floors.
+
+Every contender (a bundle on a backend, PyTorch, and the measurement of the machine's own rates) is a process of its
+own. They take turns, one prompt each, so that what else the machine does meets all alike. A turn has a fresh picture
+and a fresh prompt, the same for all. Runs on the device: PyTorch is imported for `against` alone, and where onnx_ir is
+not installed there are no floors.
+
+What is timed:
+
+- `preprocess`: a picture in memory to pixel values; reading a file, chat template and tokenizer are not in it.
+- every graph of image and prompt, as `Result.seconds` has it. The projector is part of the graph `vision`.
+- `between`: what the host does beside them: token embedding, filling buffers, choosing the token.
+- `first_token`: all of these. `decode`: per token after the first.
+
+A floor is the longer of FLOPs at the matrix rate and bytes of weights (in decode also of filled cache rows) at the
+bandwidth; both rates are the best that was measured in any turn. Weights that stay in the processor's cache from one
+token to the next can be read faster than that. `select` only moves rows and has no floor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lvlm_edge.exporter.contenders import MATRIX, RATES, VECTOR, Contender, Runner
+from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, open_bundle
+from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
+
+Progress = Callable[[str, int, int], None]
+
+PACKAGES = ("lvlm-edge", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "transformers")
+TORCH = "PyTorch"
+
+
+class Worker:
+    """A contender's process.
+
+    Raises:
+        LvlmEdgeError: the contender cannot begin, or ends; with the exit code of its own error.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        self.name = contender.name
+        threads = str(contender.threads)
+        own = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1" if contender.kind == RATES else threads}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lvlm_edge.exporter.contenders", json.dumps(asdict(contender))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | own,
+            start_new_session=True,  # a Ctrl-C is for the parent, which ends them all
+        )
+        try:
+            self.about = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer says what happened
+            self._process.stdin.write(f"{seed}\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise LvlmEdgeError(
+                f"bench: the process of {self.name} ended with code {self._process.wait()}, expected timings; look at "
+                "what it printed, and at the memory that is left (-9 is the system's own end of it)"
+            )
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            error = LvlmEdgeError(found["error"])
+            error.exit_code = found["exit_code"]
+            raise error
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def bench(
+    bundles: Sequence[str | Path],
+    *,
+    backends: Sequence[str] = ("ort",),
+    against: str | Path | None = None,
+    rounds: int = 7,
+    warm_up: int = 1,
+    threads: int | None = None,
+    text_tokens: int | None = None,
+    new_tokens: int | None = None,
+    seed: int = 0,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time bundles, each on each backend, in turns; see the module for what is timed.
+
+    Args:
+        against: checkpoint of the first bundle, to time PyTorch with too: transformers in float32 with sdpa, on every
+            visual token whatever the bundle's method.
+        rounds: turns that count.
+        warm_up: turns before them that do not.
+        threads: of every contender; by default as many as this process may use.
+        text_tokens: of a prompt; by default the smallest capacity among the bundles.
+        new_tokens: of an answer, at least 2; by default 16, or the smallest capacity.
+        verify: hash the bundles' files first.
+
+    Returns:
+        `contenders` with median, lowest and highest of every figure and all its values, `rates`, `machine`, `notes`.
+
+    Raises:
+        BundleError: a bundle is damaged.
+        UsageError: a count is out of range for a bundle, or a bundle is given twice.
+        UnsupportedError: a backend that is not there, or PyTorch cannot run the checkpoint as it is.
+        CheckpointError: the checkpoint is not the first bundle's.
+    """
+    opened = [open_bundle(folder, verify=verify) for folder in bundles]
+    room = [(b.manifest.counts.text_tokens, b.manifest.counts.new_tokens) for b in opened]
+    text = _within("--text-tokens", text_tokens, 1, min(t for t, _ in room), min(t for t, _ in room))
+    new = _within("--new-tokens", new_tokens, 2, min(n for _, n in room), min(16, *(n for _, n in room)))
+    common: dict[str, Any] = {
+        "threads": threads or len(os.sched_getaffinity(0)),
+        "text_tokens": text,
+        "new_tokens": new,
+    }
+    names = _names([b.folder for b in opened], backends)
+    contenders = [
+        Contender(name=name, kind="bundle", folder=str(folder), bundle=str(folder), backend=backend, **common)
+        for (folder, backend), name in names.items()
+    ]
+    if against is not None:
+        from lvlm_edge.exporter import checkpoint
+
+        folder, first = str(checkpoint.resolve(against)), str(opened[0].folder)
+        contenders.append(Contender(name=TORCH, kind="torch", folder=folder, bundle=first, backend=TORCH, **common))
+    notes = []
+    if not _has_onnx_ir():
+        notes.append("no floors: onnx_ir is not installed here, which counts a graph's FLOPs")
+    elif "ort" in backends:
+        contenders.append(Contender(name=RATES, kind=RATES, **common))
+    notes += [f"no floors for {b}: the rates measured are those of a processor" for b in backends if b != "ort"]
+    before = _clocks()
+    turns, about = _run(contenders, rounds=rounds, warm_up=warm_up, seed=seed, progress=progress)
+    rates = best_rates(turns.pop(RATES)) if RATES in turns else None
+    about.pop(RATES, None)
+    manifests = {str(b.folder): b for b in opened}
+    rows = [
+        _row(c, turns[c.name], about[c.name], manifests[c.bundle], rates if c.backend == "ort" else None, notes)
+        for c in contenders
+        if c.kind != RATES
+    ]
+    _compare(rows, turns)
+    notes.append("preprocess: a picture in memory to pixels, without reading a file, chat template and tokenizer")
+    if any(any(s["name"] == "vision" for s in row["stages"]) for row in rows):
+        notes.append("vision: encoder and projector, which are one graph")
+    if against is not None:
+        notes.append("PyTorch: float32, sdpa, every visual token; one stage, its vision encoder in it")
+    return {
+        "machine": _machine() | {"clocks_mhz": {"before": before, "after": _clocks()}},
+        **common,
+        "rounds": rounds,
+        "warm_up": warm_up,
+        "seed": seed,
+        "rates": rates,
+        "contenders": rows,
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def interleaved(
+    runners: Mapping[str, Runner], *, rounds: int, warm_up: int, seed: int = 0, progress: Progress | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Turns by contender, without those of `warm_up`.
+
+    In every round each takes one turn, all with one seed; every other round goes backwards through them, so that none
+    always follows the same one.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in runners}
+    for turn in range(warm_up + rounds):
+        for name in list(runners)[:: -1 if turn % 2 else 1]:
+            if progress:
+                progress(name, turn, warm_up + rounds)
+            answer = runners[name].ask(seed + turn)
+            if turn >= warm_up:
+                found[name].append(answer)
+    return found
+
+
+def _run(
+    contenders: Sequence[Contender], **settings: Any
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """Turns by contender, and what each says of itself; they begin one after the other."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for contender in contenders:
+            workers[contender.name] = worker = Worker(contender)
+            stack.callback(worker.close)
+        return interleaved(workers, **settings), {name: worker.about for name, worker in workers.items()}
+
+
+def _within(flag: str, value: int | None, least: int, most: int, default: int) -> int:
+    found = default if value is None else value
+    if not least <= found <= most:
+        raise UsageError(f"bench: {flag} is {found}, the bundles hold {least} to {most}; choose one of these")
+    return found
+
+
+def _names(folders: Sequence[Path], backends: Sequence[str]) -> dict[tuple[Path, str], str]:
+    """Names of (folder, backend): the folder's where that tells them apart, the backend where there are more."""
+    if len(set(folders)) < len(folders) or len(set(backends)) < len(backends):
+        raise UsageError("bench: a bundle or backend is given twice; name each once")
+    plain = [f.name for f in folders]
+    shown = {f: f.name if plain.count(f.name) == 1 and f.name not in (RATES, TORCH) else str(f) for f in folders}
+    return {(f, b): shown[f] + (f", {b}" if len(backends) > 1 else "") for f in folders for b in backends}
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_onnx_ir() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("onnx_ir") is not None
+
+
+# Figures of the turns.
+
+
+def summarised(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and range in ms, and every value."""
+    times = [s * 1e3 for s in seconds]
+    return {"median_ms": median(times), "low_ms": min(times), "high_ms": max(times), "all_ms": times}
+
+
+def best_rates(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The highest rates of all turns, and the medians beside them."""
+    found: dict[str, Any] = {}
+    for key in ("flops_per_second", "bytes_per_second"):
+        values = [turn[key] for turn in turns]
+        found |= {key: max(values), f"median_{key}": median(values)}
+    return found | {
+        "how": f"float32 on ONNX Runtime and numpy: a product of {' x '.join(map(str, MATRIX))}, and reading "
+        f"{4 * VECTOR[0] * VECTOR[1] / 1e6:.0f} MB"
+    }
+
+
+def floor(flops: float, size: float, rates: Mapping[str, float]) -> float:
+    """Seconds that FLOPs and bytes take at least."""
+    return max(flops / rates["flops_per_second"], size / rates["bytes_per_second"])
+
+
+def _row(
+    contender: Contender,
+    turns: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    bundle: Bundle,
+    rates: Mapping[str, Any] | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """What is reported of one contender."""
+    work = {} if rates is None or contender.kind != "bundle" else works(bundle, contender, notes)
+
+    def with_floor(name: str, seconds: Sequence[float]) -> dict[str, Any]:
+        own = work.get(name)
+        found: dict[str, Any] = {"name": name} | summarised(seconds)
+        if own is not None and rates is not None and own["flops"]:  # moving rows has no floor by its weights
+            at_least = floor(own["flops"], own["bytes"], rates) * 1e3
+            found |= own | {"floor_ms": at_least, "times_floor": found["median_ms"] / at_least}
+        return found
+
+    stages = [with_floor(name, [turn["stages"][name] for turn in turns]) for name in turns[0]["stages"]]
+    first = summarised([turn["first_token"] for turn in turns])
+    if any("floor_ms" in stage for stage in stages):
+        first["floor_ms"] = sum(stage.get("floor_ms", 0.0) for stage in stages)
+        first["times_floor"] = first["median_ms"] / first["floor_ms"]
+    return {
+        "name": contender.name,
+        "kind": contender.kind,
+        "folder": contender.folder,
+        "backend": contender.backend,
+        **about,
+        "stages": stages,
+        "first_token": first,
+        "decode": with_floor("decode", [turn["decode"] for turn in turns]),
+        "memory": {
+            "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+            "anonymous_bytes": max(turn["anonymous_bytes"] or 0 for turn in turns) or None,
+            "how": "peak_bytes: most that was resident at any time, mapped file pages with it; anonymous_bytes: "
+            "without those, the most after any turn",
+        },
+    }
+
+
+def _compare(rows: Sequence[dict[str, Any]], turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Give each row its ratios to the base, PyTorch or else the first: medians of the ratios of each round."""
+    base = next((row for row in rows if row["kind"] == "torch"), rows[0])
+    for row in rows:
+        row["ratio_to"] = base["name"]
+        for key in ("first_token", "decode"):
+            pairs = zip(turns[row["name"]], turns[base["name"]], strict=True)
+            row[key]["ratio"] = median(ours[key] / theirs[key] for ours, theirs in pairs)
+
+
+def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, dict[str, float]]:
+    """FLOPs and bytes of every graph of image and prompt, and of `decode`, the graphs of one token together.
+
+    A graph whose rows are decided at run time (`--share-weights`) has none, and a note says so.
+    """
+    from lvlm_edge.exporter import graph as graphs
+
+    manifest = bundle.manifest
+    found: dict[str, dict[str, float]] = {}
+    files = [g.file for g in manifest.graphs]
+    for graph in manifest.graphs:
+        if files.count(graph.file) > 1:
+            notes.append("graphs that share weights are for any number of rows: no floors for them")
+            continue
+        path = bundle.path(graph.file)
+        size = {"flops": float(graphs.flops(path)), "bytes": float(_weights(path))}
+        runs = _runs(graph, manifest)
+        size = {key: value * runs for key, value in size.items()}
+        name = "decode" if graph.role == "decode" else graph.name
+        before = found.get(name, {"flops": 0.0, "bytes": 0.0})
+        found[name] = {key: before[key] + value for key, value in size.items()}
+    if "decode" in found:
+        found["decode"]["bytes"] += cache_bytes(manifest, contender)
+    return found
+
+
+def _runs(graph: Graph, manifest: Manifest) -> int:
+    """How often a prompt runs a graph: that of the pixels once per crop."""
+    seen = any(info.name == "pixel_values" for info in graph.inputs)
+    return manifest.counts.num_images * manifest.counts.crops if seen else 1
+
+
+def cache_bytes(manifest: Manifest, contender: Contender) -> float:
+    """Bytes of the cache rows that a token reads, in the middle of the answer."""
+    counts = manifest.counts
+    rows = counts.prompt_tokens - counts.text_tokens + contender.text_tokens + contender.new_tokens / 2
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[manifest.dtype]
+    return sum(2 * c.heads * c.head_dim * width * (rows - c.dropped) for c in manifest.cache)
+
+
+def _weights(path: Path) -> int:
+    """Bytes of the initializers of a graph file."""
+    import onnx_ir as ir
+
+    values = ir.load(path).graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+# The machine.
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures depend on beside the bundles."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory": _field("/proc/meminfo", "MemTotal"),
+        "board": _read("/proc/device-tree/model").rstrip("\0 \n") or None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _clocks() -> dict[str, list[float]]:
+    """Clocks at this moment in MHz, of the cores and, where the system tells, of devices such as a Jetson's GPU."""
+    found = {"cores": [float(line.split(":")[1]) for line in _lines("/proc/cpuinfo") if line.startswith("cpu MHz")]}
+    if not found["cores"]:
+        found["cores"] = [int(_read(str(p)) or 0) / 1e3 for p in _sorted("cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    for path in sorted(Path("/sys/class/devfreq").glob("*/cur_freq")):
+        found[path.parent.name] = [int(_read(str(path)) or 0) / 1e6]
+    return found
+
+
+def _sorted(pattern: str) -> list[Path]:
+    return sorted(Path("/sys/devices/system").glob(pattern))
+
+
+def _lines(path: str) -> list[str]:
+    return _read(path).splitlines()
+
+
+def _field(path: str, name: str) -> str:
+    return next((line.split(":", 1)[1].strip() for line in _lines(path) if line.startswith(name)), "")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

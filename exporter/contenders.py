@@ -1,0 +1,300 @@
+"""Contenders of a bench, each in a process of its own: a bundle on a backend, PyTorch, the machine's own rates.
+
+`python -m lvlm_edge.exporter.contenders JSON` is one of them: it says what it is, and answers a seed per line with the
+figures of a turn. See `bench` for what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import Manifest, open_bundle
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
+
+Array = NDArray[Any]
+
+MATRIX = (1024, 2048, 2048)  # rows, inner, columns of the product that gives the matrix rate: 8.6 GFLOP
+VECTOR = (8192, 8192)  # the matrix that gives the bandwidth: 268 MB, far more than a cache holds
+TRIES = 3  # of each rate per turn
+PICTURE = (640, 480)  # of random pictures, where no canvas is prescribed: width, height
+RATES = "rates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One that takes turns; what its process is told.
+
+    Attributes:
+        kind: bundle, torch or rates.
+        folder: the bundle; for torch the checkpoint.
+        bundle: whose pictures and prompts these are; for torch another folder than its own.
+        text_tokens: of each prompt.
+        new_tokens: of each answer.
+    """
+
+    name: str
+    kind: str
+    folder: str = ""
+    bundle: str = ""
+    backend: str = "ort"
+    threads: int = 1
+    text_tokens: int = 1
+    new_tokens: int = 2
+
+
+class Runner(Protocol):
+    """What takes turns.
+
+    Attributes:
+        about: what it says of itself.
+    """
+
+    about: dict[str, Any]
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        """The figures of a turn; seconds and bytes."""
+
+
+def memory() -> dict[str, int | None]:
+    """Memory of this process, bytes: the most it had resident, and what of it now is no page of a mapped file."""
+    status = Path("/proc/self/status")
+
+    def of(name: str) -> int | None:
+        lines = status.read_text().splitlines() if status.is_file() else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+    peak = of("VmHWM")
+    if peak is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak, "anonymous_bytes": of("RssAnon")}
+
+
+def prompt(manifest: Manifest, seed: int, text_tokens: int) -> tuple[list[int], list[Any]]:
+    """Random text with one image token per image a third into it, and random pictures of the size of a photograph."""
+    from PIL import Image
+
+    rng, counts = np.random.default_rng(seed), manifest.counts
+    ids = rng.integers(0, manifest.embedding.vocab, text_tokens)
+    ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
+    before = text_tokens // 3
+    whole = [*ids[:before], *[manifest.image_token_id] * counts.num_images, *ids[before:]]
+    width, height = manifest.image.canvas or PICTURE
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(counts.num_images)
+    ]
+    return [int(i) for i in whole], pictures
+
+
+def pixels(manifest: Manifest, pictures: Sequence[Any]) -> Array:
+    """What the encoder sees of pictures, float32 [crops, 3, H, W]."""
+    from lvlm_edge.runtime.image import preprocess, tiled
+
+    config = manifest.image
+    if config.tiles is None or config.canvas is None:
+        return np.concatenate([preprocess(p, config.preprocessing) for p in pictures])
+    return np.concatenate([tiled(p, config.preprocessing, config.canvas, config.tiles) for p in pictures])
+
+
+class _BundleRunner:
+    """A bundle on a backend."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._pipe = Pipeline.load(contender.folder, contender.backend, verify=False, threads=contender.threads)
+        self._contender = contender
+        manifest = self._pipe.manifest
+        self.about: dict[str, Any] = {
+            "method": manifest.method,
+            "method_config": manifest.method_config,
+            "dtype": manifest.dtype,
+            "lowering": manifest.lowering,
+            "source": manifest.provenance.source,
+            "visual_tokens": manifest.counts.visual_tokens,
+            "kept_tokens": manifest.counts.kept_tokens,
+            "prompt_capacity": manifest.counts.prompt_tokens,
+        }
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        manifest, new = self._pipe.manifest, self._contender.new_tokens
+        ids, pictures = prompt(manifest, seed, self._contender.text_tokens)
+        began = time.perf_counter()
+        seen = pixels(manifest, pictures)
+        prepared = time.perf_counter() - began
+        self._pipe.forget_images()
+        seconds = self._pipe.generate_tokens(ids, seen, max_new_tokens=new, ignore_eos=True).seconds
+        graphs = {g.name: seconds[g.name] for g in manifest.graphs if g.role != "decode"}
+        between = seconds["first_token"] - sum(graphs.values())
+        return {
+            "stages": {"preprocess": prepared} | graphs | {"between": between},
+            "first_token": prepared + seconds["first_token"],
+            "decode": seconds["decode"] / (new - 1),
+            **memory(),
+        }
+
+
+class _TorchRunner:
+    """Transformers on the checkpoint: float32, sdpa, every visual token.
+
+    Raises:
+        CheckpointError: the checkpoint is not the bundle's.
+        UnsupportedError: its layers need a method's own arithmetic, which transformers does not have.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        import torch
+
+        from lvlm_edge.exporter import parity, references
+        from lvlm_edge.exporter.references import original
+
+        torch.set_num_threads(contender.threads)
+        self._contender, self._manifest = contender, open_bundle(contender.bundle, verify=False).manifest
+        folder = Path(contender.folder)
+        parity.check_fits(self._manifest, folder)
+        self._model = references.load(folder)
+        self._hub = not isinstance(self._model, original.Original)
+        if not self._hub and self._model.projector is None:
+            raise UnsupportedError(
+                f"{folder}: transformers cannot run HiMix's layers, so there is nothing to time; leave out --against"
+            )
+        for part in (self._model,) if self._hub else (self._model.tower, self._model.language):
+            part.set_attn_implementation("sdpa")
+        self.about: dict[str, Any] = {"method": "none", "dtype": "float32", "source": str(folder)}
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        import torch
+
+        ids, pictures = prompt(self._manifest, seed, self._contender.text_tokens)
+        with torch.no_grad():
+            began = time.perf_counter()
+            seen = torch.from_numpy(pixels(self._manifest, pictures))
+            prepared = time.perf_counter() - began
+            out = self._prefill(ids, seen)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            first = time.perf_counter() - began
+            language = self._model if self._hub else self._model.language
+            for _ in range(self._contender.new_tokens - 1):
+                out = language(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+            whole = time.perf_counter() - began
+        return {
+            "stages": {"preprocess": prepared, "model": first - prepared},
+            "first_token": first,
+            "decode": (whole - first) / (self._contender.new_tokens - 1),
+            **memory(),
+        }
+
+    def _prefill(self, ids: Sequence[int], seen: Any) -> Any:
+        import torch
+
+        if not self._hub:
+            rows = self._model.read(ids, seen)[2]
+            return self._model.language(inputs_embeds=rows[None], use_cache=True, logits_to_keep=1)
+        counts, image = self._manifest.counts, self._manifest.image_token_id
+        count = counts.visual_tokens // counts.num_images
+        tokens = torch.tensor([[t for i in ids for t in ([i] * count if i == image else [i])]])
+        return self._model(input_ids=tokens, pixel_values=seen, use_cache=True, logits_to_keep=1)
+
+
+class _RatesRunner:
+    """The machine's own rates, as ONNX Runtime and numpy reach them with the contenders' threads."""
+
+    def __init__(self, contender: Contender) -> None:
+        import onnxruntime
+
+        self._threads = contender.threads
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = contender.threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        rng = np.random.default_rng(0)
+
+        def session(inner: int, columns: int) -> Any:
+            weights = rng.standard_normal((inner, columns), np.float32)
+            return onnxruntime.InferenceSession(_product(weights), options, providers=["CPUExecutionProvider"])
+
+        self._matrix, self._vector = session(*MATRIX[1:]), session(*VECTOR)
+        self._rows = rng.standard_normal(MATRIX[:2], np.float32)
+        self._buffer = np.ones(VECTOR, np.float32).reshape(-1)
+        self.about: dict[str, Any] = {}
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        rows, inner, columns = MATRIX
+        product = _best(lambda: self._matrix.run(None, {"x": self._rows}))
+        times = _best(lambda: self._vector.run(None, {"x": self._buffer[None, : VECTOR[0]]}))
+        with ThreadPoolExecutor(self._threads) as pool:
+            parts = np.array_split(self._buffer, self._threads)
+            summed = _best(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+        return {
+            "flops_per_second": 2 * rows * inner * columns / product,
+            "bytes_per_second": self._buffer.nbytes / min(times, summed),
+        }
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some tries."""
+    found = []
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _product(weights: Array) -> bytes:
+    """A graph that multiplies `x` [rows, inner] by constant weights [inner, columns]."""
+    import onnx_ir as ir
+
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    inner, columns = weights.shape
+    x = ir.Value(name="x", shape=ir.Shape(["rows", inner]), type=kind)
+    w = ir.Value(name="w", shape=ir.Shape(weights.shape), type=kind, const_value=ir.tensor(weights, name="w"))
+    node = ir.node("MatMul", [x, w])
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["rows", columns]), kind
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 21}, name="product")
+    content: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return content
+
+
+RUNNERS: dict[str, Callable[[Contender], Runner]] = {
+    "bundle": _BundleRunner,
+    "torch": _TorchRunner,
+    RATES: _RatesRunner,
+}
+
+
+def _serve(contender: Contender) -> None:
+    """Say what the contender is, then answer a seed per line with the figures of a turn, until the input ends."""
+    with _own_stdout() as answer:
+        try:
+            runner = RUNNERS[contender.kind](contender)
+            answer(runner.about)
+            for line in sys.stdin:
+                answer(runner.ask(int(line)))
+        except LvlmEdgeError as error:
+            answer({"error": str(error), "exit_code": error.exit_code})
+
+
+@contextlib.contextmanager
+def _own_stdout() -> Iterator[Callable[[Any], None]]:
+    """Writes answers to stdout; what libraries print meanwhile goes to stderr."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        yield lambda content: print(json.dumps(content), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(Contender(**json.loads(sys.argv[1])))

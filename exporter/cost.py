@@ -1,0 +1,357 @@
+"""Cost: time to first token and per decoded token of a plan on a device, predicted. From config.json and the profile.
+
+A roofline. Each stage takes as long as its FLOPs at the rate that the device reaches, or its bytes of weights and
+caches at the bandwidth that it reaches, whichever is longer, and a fixed time per layer beside that. FLOPs are the
+plan's, which are those of the graphs' nodes.
+
+Peaks are the profile's. What is reached of them, and the time per layer, are constants of a class of GPUs, fitted by
+`samples/cost/fit.py` on half of the times that TensorRT Edge-LLM publishes for Jetsons; `cost.json` holds them with
+the errors on the other half. They speak of that runtime's kernels: no engine of this project's has been timed on a
+Jetson. A float16 decoder is given the efficiency of the float16 vision encoders, since no published row has one. For a
+machine whose rates were measured (`lvlm-edge bench --json`), the prediction is the floor: all of those rates, and
+nothing per layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.exporter import fit, planning
+from lvlm_edge.exporter.planning import BYTES, Plan
+from lvlm_edge.exporter.profiles import Profile, numbers
+from lvlm_edge.runtime.errors import UnsupportedError, UsageError
+
+PAYS_FROM = 0.05  # share of the time to first token that a method has to save
+# Formats whose matrices are unpacked and multiplied in the graph's dtype; the others have a rate of their own.
+UNPACKED = {"int8": "int4", "int4": "int4"}
+# The class of constants by the major compute capability from which it holds; fitted on boards of 8.7 and 11.0.
+CLASSES = {8: "orin", 10: "thor"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What a class of GPUs reaches.
+
+    Attributes:
+        efficiency: of the peak rate, by format of the weights: float16, int4 and, where there is one, fp4.
+        bandwidth: of the peak bandwidth.
+        prompt_layer: seconds per layer of a stage that runs once per prompt, beside its work.
+        decode_layer: the same for a decoded token.
+    """
+
+    efficiency: Mapping[str, float]
+    bandwidth: float
+    prompt_layer: float
+    decode_layer: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one device reaches.
+
+    Attributes:
+        vision: FLOPs per second of the vision encoder and projector.
+        decoder: FLOPs per second of the decoder, in its weights' format.
+        bandwidth: bytes per second.
+        prompt_layer: seconds, see `Constants`.
+        decode_layer: seconds.
+    """
+
+    vision: float
+    decoder: float
+    bandwidth: float
+    prompt_layer: float = 0.0
+    decode_layer: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage does.
+
+    Attributes:
+        flops: 2 x multiply-accumulate.
+        bytes: of weights and caches, read once.
+        layers: that have a fixed time each.
+        decode: of a decoded token, not of a prompt.
+        vision: at the rate of the vision encoder.
+    """
+
+    name: str
+    flops: float
+    bytes: float
+    layers: int
+    decode: bool = False
+    vision: bool = False
+
+    def compute(self, machine: Machine) -> float:
+        """Seconds of the FLOPs alone."""
+        return self.flops / (machine.vision if self.vision else machine.decoder)
+
+    def memory(self, machine: Machine) -> float:
+        """Seconds of the bytes alone."""
+        return self.bytes / machine.bandwidth
+
+    def seconds(self, machine: Machine) -> float:
+        """Predicted time."""
+        fixed = self.layers * (machine.decode_layer if self.decode else machine.prompt_layer)
+        return max(self.compute(machine), self.memory(machine)) + fixed
+
+
+# What a stage would be without a floor, by the floor's name.
+FLOORS: dict[str, Callable[[Work], Work]] = {
+    "the choice of tokens": lambda w: replace(w, bytes=0, layers=0) if w.name == "select" else w,
+    "reading the weights": lambda w: w if w.vision else replace(w, bytes=0),
+    "the fixed time of the layers": lambda w: w if w.vision else replace(w, layers=0),
+    "the vision encoder": lambda w: replace(w, flops=0, bytes=0, layers=0) if w.vision else w,
+}
+
+
+def constants() -> dict[str, Any]:
+    """`cost.json`: the constants of each class, how they were fitted, and the errors."""
+    found: dict[str, Any] = json.loads(resources.files("lvlm_edge.exporter").joinpath("cost.json").read_text("utf-8"))
+    return found
+
+
+def class_of(profile: Profile) -> str:
+    """The class of constants of a device.
+
+    Raises:
+        UnsupportedError: there is none, for a processor or an older GPU.
+    """
+    capability = profile.compute_capability
+    found = [name for since, name in CLASSES.items() if capability and numbers(capability.value)[0] >= since]
+    if not found:
+        advice = "measure it there: lvlm-edge bench BUNDLE --json > FILE, then --rates FILE"
+        raise UnsupportedError(f"cost: no constants are fitted for {profile.name}; {advice}")
+    return found[-1]
+
+
+def machine(profile: Profile, constants: Constants, *, dtype: str = "float16", weights: str = "as-is") -> Machine:
+    """What a device reaches with a graph's dtype and a format of the decoder's weights.
+
+    Raises:
+        UnsupportedError: the profile does not say its bandwidth or a rate, or the constants do not have the format.
+    """
+    if profile.bandwidth_gb_s is None:
+        raise UnsupportedError(f"cost: the profile of {profile.name} has no bandwidth; add it with its source")
+    own = "float16" if weights == "as-is" else UNPACKED.get(weights, weights)
+    if own not in constants.efficiency:
+        known = ", ".join(constants.efficiency)
+        raise UnsupportedError(f"cost: no published time to fit {weights} weights on; there are some for {known}")
+    return Machine(
+        vision=_peak(profile, dtype) * constants.efficiency["float16"],
+        decoder=_peak(profile, dtype if weights in ("as-is", *UNPACKED) else weights) * constants.efficiency[own],
+        bandwidth=profile.bandwidth_gb_s.value * 1e9 * constants.bandwidth,
+        prompt_layer=constants.prompt_layer,
+        decode_layer=constants.decode_layer,
+    )
+
+
+def _peak(profile: Profile, number_format: str) -> float:
+    figure = (profile.tflops or {}).get(number_format)
+    if figure is None:
+        raise UnsupportedError(
+            f"cost: the profile of {profile.name} has no rate of {number_format}; choose another --dtype or --weights, "
+            "or add it with its source"
+        )
+    return figure.value * 1e12
+
+
+def measured(path: Path) -> Machine:
+    """The machine that `lvlm-edge bench --json` has measured.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no rates.
+    """
+    try:
+        rates = json.loads(path.read_text("utf-8"))["rates"]
+        matrix, bandwidth = float(rates["flops_per_second"]), float(rates["bytes_per_second"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: holds no measured rates ({type(error).__name__}); make it with lvlm-edge bench BUNDLE --json"
+        ) from error
+    if not (0 < matrix < float("inf") and 0 < bandwidth < float("inf")):
+        raise UsageError(f"{path}: rates are {matrix:g} and {bandwidth:g}, expected numbers above 0; measure again")
+    return Machine(vision=matrix, decoder=matrix, bandwidth=bandwidth)
+
+
+def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[Work, ...]:
+    """The stages before the first token, in order; preprocessing is not among them.
+
+    `select` is the choice of the kept tokens between two stages: their rows are read and written.
+    """
+    spec, width = plan.spec, BYTES[plan.dtype]
+    count, pictures = planning.weights(spec), plan.num_images * plan.crops
+    found = [
+        Work(
+            name="vision",
+            flops=pictures * planning.vision_flops(spec),
+            bytes=pictures * count.vision * width,
+            layers=pictures * max(spec.vision.feature_layers),
+            vision=True,
+        )
+    ]
+    if spec.projector_act is not None:
+        found.append(
+            Work(
+                name="projector",
+                flops=pictures * planning.projector_flops(spec),
+                bytes=pictures * count.projector * width,
+                layers=pictures,
+                vision=True,
+            )
+        )
+    layer = _layer_bytes(plan, weights)
+    for i, stage in enumerate(plan.stages):
+        last = i == len(plan.stages) - 1
+        end = (count.norm + count.head + planning.own_weights(plan)) * width if last else 0
+        found.append(
+            Work(
+                name="prefill" if len(plan.stages) == 1 else f"prefill {stage.layers.start}..{stage.layers.stop - 1}",
+                flops=planning.stage_flops(spec.decoder, stage) + (planning.head_flops(spec.decoder) if last else 0),
+                bytes=len(stage.layers) * layer + end,
+                layers=len(stage.layers),
+            )
+        )
+        if stage.scored and not last:
+            moved = 2 * plan.stages[i + 1].queries * spec.decoder.hidden * width
+            found.append(Work(name="select", flops=0, bytes=moved, layers=1))
+    return tuple(found)
+
+
+def decode_work(plan: Plan, *, weights: str = "as-is") -> Work:
+    """One decoded token, reading every weight of the decoder and caches that are full."""
+    count, layers = planning.weights(plan.spec), plan.spec.decoder.layers
+    read = layers * _layer_bytes(plan, weights) + (count.norm + count.head) * BYTES[plan.dtype]
+    return Work(
+        name="decode",
+        flops=planning.decode_flops(plan),
+        bytes=read + plan.kv_cache_bytes(),
+        layers=layers,
+        decode=True,
+    )
+
+
+def _layer_bytes(plan: Plan, weights: str) -> float:
+    count, width = planning.weights(plan.spec), BYTES[plan.dtype]
+    return count.matrices * (fit.WEIGHTS[weights] or width) + count.vectors * width
+
+
+def first_token(works: tuple[Work, ...], machine: Machine) -> float:
+    """Seconds of the stages, one after the other."""
+    return sum(work.seconds(machine) for work in works)
+
+
+def verdict(plan: Plan, machine: Machine, *, weights: str = "as-is") -> tuple[bool, str]:
+    """Whether a method pays: it saves 5 % of the time to first token or more. With the reason where it does not.
+
+    The reason is the first floor without which it would pay (the choice of tokens, the reading of weights, the time per
+    layer, the vision encoder), or all of them; where it would not even then, too few FLOPs are saved.
+    """
+    ours, dense = (prompt_work(p, weights=weights) for p in (plan, planning.dense(plan)))
+    if _saves(ours, dense, machine):
+        return True, ""
+    for floor, without in FLOORS.items():
+        if _saves(tuple(map(without, ours)), tuple(map(without, dense)), machine):
+            return False, f"{floor} {_costs(ours, without, machine)}"
+    for without in FLOORS.values():
+        ours, dense = tuple(map(without, ours)), tuple(map(without, dense))
+    if _saves(ours, dense, machine):
+        return False, f"{', '.join(FLOORS)} together leave too little to save"
+    flops = planning.prefill_flops(plan) / planning.prefill_flops(planning.dense(plan))
+    kept = f"{plan.kept_tokens} of {plan.visual_tokens} visual tokens kept"
+    where = f", from layer {plan.stages[-1].layers.start} of {plan.spec.decoder.layers} on" if plan.stages[1:] else ""
+    rows = f"{plan.visual_tokens} of {plan.visual_tokens + plan.text_tokens + plan.separators} rows are visual"
+    return False, f"the decoder is left with {flops:.1%} of its FLOPs ({kept}{where}; {rows})"
+
+
+def _saves(ours: tuple[Work, ...], dense: tuple[Work, ...], machine: Machine) -> bool:
+    before = first_token(dense, machine)
+    return before - first_token(ours, machine) >= PAYS_FROM * before
+
+
+def _costs(works: tuple[Work, ...], without: Callable[[Work], Work], machine: Machine) -> str:
+    """What a floor costs of a prompt, in words."""
+    whole = first_token(works, machine)
+    rest = first_token(tuple(map(without, works)), machine)
+    return f"costs {_ms(whole - rest)} of {_ms(whole)} that the method leaves"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{2 if seconds < 0.01 else 0}f} ms"
+
+
+def report(plan: Plan, profile: Profile, *, weights: str = "as-is", rates: Path | None = None) -> dict[str, Any]:
+    """The prediction as `plan --json` prints it under `prediction`; ms, bytes.
+
+    Args:
+        rates: file of `lvlm-edge bench --json` to take the machine's rates from, instead of the fitted constants.
+
+    Raises:
+        UsageError: the file holds no rates.
+    """
+    stored = constants()
+    try:
+        if rates is None:
+            name = class_of(profile)
+            found = machine(profile, of_class(stored, name), dtype=plan.dtype, weights=weights)
+            compared = profile.name in stored["devices"]
+            basis = f"constants of {name}, fitted on {stored['fitted_on']}"
+        else:
+            found, compared = _measured_for(plan, weights, rates), False
+            basis = f"rates measured in {rates}: a floor"
+    except UnsupportedError as error:
+        return {"available": False, "reason": str(error)}
+    dense = planning.dense(plan)
+    ours, none = (_times(p, profile, found, weights) for p in (plan, dense))
+    pays, why = (None, "") if plan.method == "none" else verdict(plan, found, weights=weights)
+    return {
+        "available": True,
+        "basis": basis,
+        "held_out_error": stored["held_out"]["all"] if rates is None else None,
+        "held_out_error_of_this_device": stored["held_out_of"][profile.name] if compared else None,
+        **ours,
+        "none": none,
+        "speed_up": none["first_token_ms"] / ours["first_token_ms"],
+        "pays": pays,
+        "why_not": why,
+    }
+
+
+def of_class(stored: Mapping[str, Any], name: str) -> Constants:
+    """The constants of a class in `cost.json`."""
+    return Constants(**stored["classes"][name])
+
+
+def _measured_for(plan: Plan, weights: str, rates: Path) -> Machine:
+    found = measured(rates)
+    if plan.dtype != "float32" or weights != "as-is":
+        raise UnsupportedError(
+            f"cost: {rates} has float32 rates, the plan is {plan.dtype} with {weights} weights; choose --dtype float32"
+        )
+    return found
+
+
+def _times(plan: Plan, profile: Profile, machine: Machine, weights: str) -> dict[str, Any]:
+    works, token = prompt_work(plan, weights=weights), decode_work(plan, weights=weights).seconds(machine)
+    return {
+        "stages": [
+            {
+                "name": work.name,
+                "ms": work.seconds(machine) * 1e3,
+                "bound": "FLOPs" if work.compute(machine) > work.memory(machine) else "bytes",
+                "flops": work.flops,
+                "bytes": round(work.bytes),
+            }
+            for work in works
+        ],
+        "first_token_ms": first_token(works, machine) * 1e3,
+        "decode_ms": token * 1e3,
+        "tokens_per_second": 1 / token,
+        "memory_bytes": fit.predict(plan, profile, weights=weights).run,
+    }
