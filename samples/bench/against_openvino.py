@@ -1,4 +1,4 @@
-"""Bundles against OpenVINO and transformers in one interleaved run: `python samples/bench/against_openvino.py --python OTHER`.
+"""Bundles against OpenVINO and transformers in one run: `python samples/bench/against_openvino.py --python OTHER`.
 
 OTHER is a Python with `openvino` and `optimum-intel[openvino]` (and no torchvision), which this project does not need:
 

@@ -1,8 +1,9 @@
-"""Realised over predicted speed-up of FastV at every keep ratio of a bundle: `python samples/bench/ratios.py NONE FASTV`.
+"""Realised over predicted speed-up of FastV by keep ratio: `python samples/bench/ratios.py NONE FASTV`.
 
 NONE and FASTV are bundles of one checkpoint with equal capacities, FASTV with several ratios (`--add-keep-ratio`). Each
-ratio takes turns with NONE in one process, a fresh picture and prompt per turn. Speed-up is that of the decoder's graphs
-from the first layer's input to the first token's logits, predicted by their FLOPs; encoder and projector are left out.
+ratio takes turns with NONE in one process, a fresh picture and prompt per turn. Speed-up is that of the decoder's
+graphs from the first layer's input to the first token's logits, predicted by their FLOPs; encoder and projector are
+left out.
 """
 
 from __future__ import annotations
