@@ -5,7 +5,8 @@ The prediction is a sum of bytes, made before any work. Its rules, and where the
 - An engine holds one copy of its weights, and engines share none: a prompt engine and a decode engine are two copies
   of the decoder. Measured with TensorRT-RTX 1.7.1 on plans built for compute capability 8.6: separate engines of
   28 MB of weights, 31.1 + 29.6 MB; one engine with two wide optimization profiles (`share_weights`), 36.2 MB. ONNX
-  Runtime 1.31.1 also keeps one packed copy for each of the two (measured on x86-64).
+  Runtime 1.31.1 also keeps one packed copy for each of the two (measured on x86-64), but for methods whose prompt and
+  decode run in one of its sessions.
 - The embedding lies in a mapped file of which each token reads one row; it is in no engine and counts nothing.
 - Bytes per weight of a quantised decoder matrix in an engine, TensorRT-RTX 1.7.1: int4 in blocks of 128 0.58, int8
   per channel 1.07, fp8 per tensor 1.07. Norms, biases, lm_head, projector and vision encoder keep the graph's dtype.
@@ -130,8 +131,9 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     """
     if weights not in WEIGHTS:
         raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
-    engines = engine_bytes(plan, weights=weights)
     built = profile.backend != "ort"
+    together = not built and plan.lowering == "modern" and hasattr(planning.method(plan.method), "SHARES_WEIGHTS")
+    engines = engine_bytes(replace(plan, share_weights=True) if together else plan, weights=weights)
     memory = _memory(profile)
     usable = None if memory is None else round(memory * profile.usable_share.value)
     # TensorRT-RTX builds anywhere, and for a card TensorRT builds in the host's memory, which the profile cannot know.

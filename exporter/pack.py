@@ -15,7 +15,7 @@ from lvlm_edge.exporter import beside, checkpoint, lowerings, planning, preproce
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import bundle as manifests
-from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
@@ -105,6 +105,11 @@ def export(
         head_weights=head_weights,
         block_size=block_size,
     )
+    formats = plan.formats
+    if plan.lowering == "legacy" and "int4" in (formats.decoder, formats.vision, formats.head):
+        raise UnsupportedError(
+            "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
+        )
     provenance = manifests.Provenance(
         source=str(source),
         revision=revision or _snapshot(folder),

@@ -332,7 +332,7 @@ def make(
         raise PlanError(f"{method_name}: {num_images} images, but it is defined for one; leave out --num-images")
     # Separators are no visual tokens, and to the counts of a method they are as good as text.
     others = max_text_tokens + tiles * spec.newline
-    formats = _formats(weights, vision_weights, head_weights, block_size, lowering)
+    formats = _formats(weights, vision_weights, head_weights, block_size)
     plan = Plan(
         spec=spec,
         method=method_name,
@@ -363,11 +363,11 @@ def make(
     return plan
 
 
-def _formats(weights: str, vision: str, head: str | None, block: int, lowering: str) -> WeightFormats:
+def _formats(weights: str, vision: str, head: str | None, block: int) -> WeightFormats:
     """The formats that were asked for.
 
     Raises:
-        UnsupportedError: a format this version does not know, or INT4 in graphs that cannot hold it.
+        UnsupportedError: a format this version does not know.
         PlanError: another block size than 32 and 128.
     """
     if head is None:
@@ -377,10 +377,6 @@ def _formats(weights: str, vision: str, head: str | None, block: int, lowering: 
             raise UnsupportedError(f"{flag}: {name!r} is not supported; {nearest(name, FORMATS)}")
     if block not in quantise.BLOCKS:
         raise PlanError(f"block_size: {block}, expected 32 or 128")
-    if lowering == "legacy" and "int4" in (weights, vision, head):
-        raise UnsupportedError(
-            "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
-        )
     return WeightFormats(decoder=weights, vision=vision, head=head, block=block)
 
 

@@ -571,7 +571,7 @@ def test_a_full_disk_is_found_before_anything_is_written(output, good, place, mo
     ],
 )
 def test_a_write_that_fails_leaves_the_old_bundle_and_nothing_else(output, number, said, good, place, monkeypatch):
-    monkeypatch.setattr("lvlm_edge.exporter.pack.write_weights", fail(number))
+    monkeypatch.setattr("lvlm_edge.exporter.blob.write", fail(number))
     before = tree(place)
 
     assert said in refused(1, "export", good, "-o", place / output, "--force", *CAPACITY)
@@ -639,7 +639,7 @@ def test_the_checkpoint_is_never_replaced_by_its_bundle(output, folder, none, tm
 FORKS = """
 import json, os, shutil, signal, sys
 import torch
-from lvlm_edge.exporter import beside, pack, trace
+from lvlm_edge.exporter import beside, blob, pack, trace
 from lvlm_edge.exporter.cli import main
 
 torch.set_num_threads(1)  # a fork has one thread
@@ -649,7 +649,7 @@ pack.export(*sys.argv[1:])  # everything is imported now
 PLACES = {
     "before": (pack, "_sources", False),
     "tracing": (trace, "trace", True),
-    "writing": (pack, "write_weights", False),
+    "writing": (blob, "write", False),
     "manifest": (pack.manifests, "save_manifest", True),
     "renaming": (beside, "take_place", False),
     "renamed": (beside, "take_place", True),
@@ -777,15 +777,15 @@ def test_an_export_killed_at_random_leaves_the_old_bundle_or_the_new_one(force, 
 
 
 def test_a_second_export_to_the_same_place_is_refused_while_the_first_one_writes(good, tmp_path, monkeypatch):
-    from lvlm_edge.exporter import pack
+    from lvlm_edge.exporter import blob
 
-    real, said = pack.write_weights, []
+    real, said = blob.write, []
 
     def slow(*args):
         said.append(refused(2, "export", good, "-o", tmp_path / "bundle", "--force", *CAPACITY))
         return real(*args)
 
-    monkeypatch.setattr(pack, "write_weights", slow)
+    monkeypatch.setattr(blob, "write", slow)
 
     assert tiny.cli("export", good, "-o", tmp_path / "bundle", *CAPACITY, "-q").exit_code == 0
 

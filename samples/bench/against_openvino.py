@@ -94,7 +94,8 @@ def transformers_contender(folder: str, precision: str, threads: int):
 def bundle_contender(folder: str, _: str, threads: int):
     from lvlm_edge.runtime import Pipeline
 
-    pipe = Pipeline.load(folder, threads=threads)
+    place, _, ratio = folder.partition("@")
+    pipe = Pipeline.load(place, keep_ratio=float(ratio) if ratio else None, threads=threads)
     image = pipe.manifest.image_token_id
 
     def once(seed: int) -> tuple[float, float]:
@@ -123,7 +124,7 @@ def serve(kind: str, folder: str, precision: str, threads: int) -> None:
 @click.option("--threads", default=2, show_default=True)
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 def main(other: str | None, work: Path, size: str, rounds: int, threads: int, bundles: tuple[Path, ...]) -> None:
-    """BUNDLES against transformers and OpenVINO on the checkpoint WORK/SIZE."""
+    """BUNDLES, as FOLDER or FOLDER@KEEP-RATIO, against transformers and OpenVINO on the checkpoint WORK/SIZE."""
     wanted = [("transformers", work / size, p) for p in ("f32", "bf16")]
     if other:
         made = [(work / f"{size}-openvino-fp16", p) for p in ("f32", "bf16")]

@@ -35,6 +35,14 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, object]], ...] = (  # row, folder
     ("YOPO, `dropped`", "yopo", "yopo", {"semantics": "dropped"}),
     ("HiMix", "himix", "himix", {}),
 )
+FASTV = {"method": "fastv", "prune_layer": PRUNE_LAYER, "keep_ratio": 0.25}
+FORMATS: tuple[tuple[str, dict[str, object]], ...] = (  # how matrices are kept
+    ("float32", {}),
+    ("int8", {"weights": "int8"}),
+    ("int8, encoder too", {"weights": "int8", "vision_weights": "int8"}),
+    ("int4, head int8", {"weights": "int4"}),
+    ("int4 throughout", {"weights": "int4", "vision_weights": "int4", "head_weights": "int4"}),
+)
 KINDS = {"yes/no": ("yes", "no"), "shape": data.SHAPES, "color": data.COLORS}
 Answer = Callable[[list[int], np.ndarray, np.random.Generator], list[int]]
 
@@ -185,19 +193,58 @@ def methods_table(count: int, seed: int, bundles: bool) -> str:
     return "\n".join([*rows, "", f"By kind of answer: {whose}. Float32 on the CPU."])
 
 
+def formats_table(checkpoint: Path, count: int, seed: int) -> str:
+    """Accuracy of bundles by how their matrices are kept, as `lvlm-edge run` runs them, in Markdown."""
+    split = data.load("test")
+    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
+    truth = [split.questions[i][1] for i in chosen]
+    rows = [
+        f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--formats --questions {count}`).",
+        "",
+        "| matrices | method | accuracy | same answer as float32 | bytes of weights |",
+        "|---|---|---|---|---|",
+    ]
+    for method, options in (("none", {}), ("FastV, 36 of 144 tokens", FASTV)):
+        first: list[str] = []
+        for name, kept in FORMATS:
+            with tempfile.TemporaryDirectory() as place:
+                made = export(
+                    checkpoint, Path(place) / "b", max_text_tokens=32, max_new_tokens=STEPS, **options, **kept
+                )
+                pipe = Pipeline.load(made, threads=1)
+                size = (made / "weights.bin").stat().st_size
+                mine = answers(
+                    lambda ids, pixels, _, pipe=pipe: pipe.generate_tokens(
+                        ids, pixels, max_new_tokens=STEPS, ignore_eos=True
+                    ).token_ids,
+                    pipe, split, chosen, f"{name}, {method}",
+                )  # fmt: skip
+            first = first or mine
+            right, same = (np.mean([a == b for a, b in zip(mine, other, strict=True)]) for other in (truth, first))
+            rows.append(f"| {name} | {method} | {right:.4f} | {same:.2%} | {size:,} |")
+            print(rows[-1], flush=True)
+    return "\n".join([*rows, "", "ONNX Runtime on the CPU; activations are rounded too where weights are int8."])
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint")
 @click.option("--questions", default=2000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--methods", is_flag=True, help="The table of methods, not that of pruning.")
+@click.option("--formats", is_flag=True, help="The table of weights as small integers.")
 @click.option("--bundles/--no-bundles", default=True, show_default=True, help="Of the methods' bundles too.")
 @click.option("--card", is_flag=True, help="Write the table into the model card.")
-def main(checkpoint: Path, questions: int, seed: int, methods: bool, bundles: bool, card: bool) -> None:
-    """Accuracy of the sample: dense, FastV and random pruning, or every method; PyTorch beside bundle."""
-    made = methods_table(questions, seed, bundles) if methods else table(checkpoint, questions, seed)
+def main(checkpoint: Path, questions: int, seed: int, methods: bool, formats: bool, bundles: bool, card: bool) -> None:
+    """Accuracy of the sample: dense, FastV and random pruning; or every method; or small weights."""
+    if formats:
+        mark, made = "formats", formats_table(checkpoint, questions, seed)
+    elif methods:
+        mark, made = "methods", methods_table(questions, seed, bundles)
+    else:
+        mark, made = "table", table(checkpoint, questions, seed)
     print(made)
     if card:
-        path, mark = HERE / "README.md", "methods" if methods else "table"
+        path = HERE / "README.md"
         head, _, rest = path.read_text().partition(f"<!-- {mark} -->\n")
         _, _, tail = rest.partition(f"<!-- /{mark} -->")
         path.write_text(f"{head}<!-- {mark} -->\n{made}\n<!-- /{mark} -->{tail}")
