@@ -344,7 +344,6 @@ SEEN = {
         "prefill logits", (yopo, "run", "- plan.visual_tokens)", "- plan.visual_tokens - 1)")
     ),
 }
-SUM = "sum(projected[1:], projected[0])"
 OF_TEXT = "blocks.finish(parts, layer, text, of_text)"
 COUNTED = "(value.abs().sum(-1, keepdim=True) > 0).to(value.dtype).expand_as(value)"
 RELEASED = SEEN | {
@@ -406,20 +405,29 @@ DROPPED = SEEN | {
         (
             yopo,
             "_dropped",
-            f"blocks.feed_forward(parts, layer, text + _biased({SUM}, layer.o_proj))",
-            f"_finish_visual(parts, plan, layer, text + {SUM}, None, found.kept)",
+            "blocks.feed_forward(parts, layer, text + _biased(projected, layer.o_proj))",
+            "_finish_visual(parts, plan, layer, text + projected, None, found.kept)",
         ),
     ),
     "the output projection of other heads": wrong(
-        " @1", (yopo, "_project", "blocks.constant(some)", "blocks.constant(range(len(some)))")
+        " @1", (yopo, "_selected", "blocks.constant(order)", "blocks.constant(range(len(order)))")
     ),
     "the output projection of other heads, for visual tokens": wrong(
-        " @1", (yopo, "_finish_visual", "attended, kept)", "attended, tuple(range(len(kept))))")
+        " @1",
+        (yopo, "_finish_visual", "_selected(plan, layer, kept)", "_selected(plan, layer, tuple(range(len(kept))))"),
     ),
     "the output projection of other heads, for text in the pruned": wrong(
-        " @1", (yopo, "_dropped", "attended, found.pruned)", "attended, tuple(range(len(found.pruned))))")
+        " @1", (yopo, "_dropped", "found.kept + found.pruned)", "found.kept + tuple(range(len(found.pruned))))")
     ),
-    "pruned heads add nothing": wrong(" @1", (yopo, "_dropped", SUM, "projected[0]")),
+    "pruned heads add nothing": wrong(
+        " @1",
+        (
+            yopo,
+            "_dropped",
+            "[blocks.join_heads(x) for x in results]",
+            "[blocks.join_heads(x * (not n or not found.kept)) for n, x in enumerate(results)]",
+        ),
+    ),
     "no visual tokens in the layer before the cutoff": wrong(
         "prefill_tail caches @3", (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff - 1)")
     ),
