@@ -92,19 +92,18 @@ def rewrite(model: ir.Model) -> int:
         if weight is None:
             continue
         integers, scale = weight
-        x, before = node.inputs[0], node
-        assert x is not None
-        row = made.rows(before, x)
+        assert node.inputs[0] is not None
+        row = made.rows(node, node.inputs[0])
         if scale.dtype != ir.DataType.FLOAT:
-            scale = made.node(before, "Cast", [scale], to=ir.DataType.FLOAT)
+            scale = made.node(node, "Cast", [scale], to=ir.DataType.FLOAT)
         one = made.constant("integer.one", np.array([1], np.float32))
         offset = made.constant("integer.offset", np.array(ZERO, np.uint8))
         # As one operator: ONNX Runtime 1.31.1 makes it of MatMulInteger, Cast and Mul by itself, and then scales every
         # row like the first. Its own scale of activations is one number, so that rows are scaled after it.
-        wide = made.node(before, "com.microsoft::MatMulIntegerToFloat", [row.integers, integers, one, scale, offset])
-        result = made.node(before, "Mul", [wide, row.scale])
+        wide = made.node(node, "com.microsoft::MatMulIntegerToFloat", [row.integers, integers, one, scale, offset])
+        result = made.node(node, "Mul", [wide, row.scale])
         if node.outputs[0].dtype != ir.DataType.FLOAT:
-            result = made.node(before, "Cast", [result], to=node.outputs[0].dtype)
+            result = made.node(node, "Cast", [result], to=node.outputs[0].dtype)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         node.outputs[0].name, result.name = f"{result.name}.plain", node.outputs[0].name
         node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)

@@ -79,6 +79,15 @@ def from_pytorch(model: torch.nn.Module, count: int, ratio: float | None, scatte
     return answer
 
 
+def greedy(pipe: Pipeline) -> Answer:
+    """Answers of a pipeline as it is."""
+
+    def answer(prompt: list[int], pixels: np.ndarray, _: np.random.Generator) -> list[int]:
+        return pipe.generate_tokens(prompt, pixels, max_new_tokens=STEPS, ignore_eos=True).token_ids
+
+    return answer
+
+
 def answers(answer: Answer, pipe: Pipeline, split: data.Split, chosen: np.ndarray, what: str) -> list[str]:
     """The answer to each chosen question, as text up to the end-of-sequence token."""
     found, text = [], pipe._load_text()
@@ -176,12 +185,7 @@ def methods_table(count: int, seed: int, bundles: bool) -> str:
                 made = Path(place) / "bundle"
                 export(HERE / folder, made, method=method, max_text_tokens=32, max_new_tokens=STEPS, **options)
                 pipe = Pipeline.load(made)
-                mine = answers(
-                    lambda ids, pixels, _, pipe=pipe: pipe.generate_tokens(
-                        ids, pixels, max_new_tokens=STEPS, ignore_eos=True
-                    ).token_ids,
-                    pipe, split, chosen, f"{name}, bundle",
-                )  # fmt: skip
+                mine = answers(greedy(pipe), pipe, split, chosen, f"{name}, bundle")
         right = np.array([m == t for m, t in zip(mine, truth, strict=True)])
         same = np.mean([a == b for a, b in zip(mine, theirs, strict=True)])
         cells = [name, f"{np.mean([a == t for a, t in zip(theirs, truth, strict=True)]):.4f}"]
@@ -213,12 +217,7 @@ def formats_table(checkpoint: Path, count: int, seed: int) -> str:
                 )
                 pipe = Pipeline.load(made, threads=1)
                 size = (made / "weights.bin").stat().st_size
-                mine = answers(
-                    lambda ids, pixels, _, pipe=pipe: pipe.generate_tokens(
-                        ids, pixels, max_new_tokens=STEPS, ignore_eos=True
-                    ).token_ids,
-                    pipe, split, chosen, f"{name}, {method}",
-                )  # fmt: skip
+                mine = answers(greedy(pipe), pipe, split, chosen, f"{name}, {method}")
             first = first or mine
             right, same = (np.mean([a == b for a, b in zip(mine, other, strict=True)]) for other in (truth, first))
             rows.append(f"| {name} | {method} | {right:.4f} | {same:.2%} | {size:,} |")
