@@ -128,8 +128,8 @@ def test_every_method_has_small_weights(original, export_once, method, more, kin
     assert verdict.passed, verdict.first_failure
 
 
-def test_shared_and_legacy_graphs_have_them_too(gqa, export_once):
-    for more in ({"share_weights": True}, {"lowering": "legacy"}):
+def test_shared_legacy_and_float16_graphs_have_them_too(gqa, export_once):
+    for more in ({"share_weights": True}, {"lowering": "legacy"}, {"dtype": "float16"}):
         verdict = parity.check(export_once(gqa, **FASTV, **FORMATS["int8"], **more), gqa, steps=4, store=False)
         assert verdict.passed, verdict.first_failure
 
