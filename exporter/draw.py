@@ -92,7 +92,8 @@ def _forms(
     """Graphs for ONNX Runtime where it gains by them.
 
     Its sessions share no weights, but one session may run both the prompt and decode, if it leaves the number of rows
-    open. And graphs with integer weights are computed on integers (`ort_form`).
+    open. Graphs with integer weights are computed on integers, and those that read caches have fused operators for
+    that (`ort_form`).
 
     Returns:
         the graphs by backend, and the models of those that have to be traced for it.
@@ -107,9 +108,18 @@ def _forms(
         own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
         more = [(replace(s, file=s.name + ORT), model) for s, model in _traced(own, built, both, mode, progress)]
     known = parts.weights(built)
-    names = {s.name for s, model in (*models, *more) if s.file is not None or _has_integers(plan, model, known)}
+    names = {
+        s.name
+        for s, model in (*models, *more)
+        if s.file is not None or _reads_caches(plan, s) or _has_integers(plan, model, known)
+    }
     named = tuple(replace(s, file=(s.file or s.name) + ORT) if (s.file or s.name) in names else s for s in specs)
     return ({"ort": named} if names else {}), more
+
+
+def _reads_caches(plan: Plan, wanted: GraphSpec) -> bool:
+    """Whether a graph attends to what its caches hold, in operators that others can be put for."""
+    return plan.lowering == "modern" and (wanted.role == "decode" or wanted.dynamic_rows is not None)
 
 
 def _has_integers(plan: Plan, model: ir.Model, known: Mapping[str, Weight]) -> bool:
