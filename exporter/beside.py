@@ -46,6 +46,30 @@ def folder(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def inside(place: Path) -> Iterator[Path]:
+    """A folder inside a bundle for files that are to be moved into it; it is removed in the end.
+
+    What a killed run left behind is removed by the next one.
+
+    Raises:
+        UsageError: another run is writing there.
+        LvlmEdgeError: no room, or the folder cannot be written.
+    """
+    partial = place.resolve() / ".partial"
+    try:
+        with _on_signals(_interrupt), _alone(place.resolve()):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+            finally:
+                with _on_signals(signal.SIG_IGN):
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise LvlmEdgeError(f"{place}: cannot be written ({error}); free some space, or correct its mode") from error
+
+
 def _partial(place: Path) -> Iterator[Path]:
     partial, old = (place.with_name(place.name + suffix) for suffix in (".partial", ".partial.old"))
     if old.is_dir() and not place.exists():  # killed between two renames
@@ -76,7 +100,7 @@ def _alone(place: Path) -> Iterator[None]:
         except BlockingIOError:
             ours = False
         if not ours:
-            raise UsageError(f"{place}: is being written by another export; wait for it or choose another --output")
+            raise UsageError(f"{place}: is being written by another export; wait for it or choose another folder")
         try:
             yield
         finally:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import planning
+from lvlm_edge.exporter import beside, planning
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.spec import ModelSpec
 from lvlm_edge.runtime import bundle as manifests
@@ -60,7 +59,9 @@ def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
 
     Raises:
         BundleError: the bundle is damaged or altered.
-        UsageError: its method keeps every token, the ratio is out of range, or the bundle holds it already.
+        UsageError: its method keeps every token, the ratio is out of range, or the bundle holds it already, or another
+            export is writing there.
+        LvlmEdgeError: no room, or the bundle cannot be written.
     """
     opened = manifests.open_bundle(bundle)
     manifest, folder = opened.manifest, opened.folder
@@ -69,9 +70,9 @@ def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
     if keep_ratio in manifests.keep_ratios(folder):
         raise UsageError(f"{folder}: holds keep ratio {keep_ratio:g} already; run it with --keep-ratio {keep_ratio:g}")
     plan, places = _plan(folder, manifest, keep_ratio)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        made = _draw(Path(partial), manifest, plan, places, progress or (lambda *_: None))
-        return _place(folder, Path(partial), manifest, made, keep_ratio)
+    with beside.inside(folder) as partial:
+        made = _draw(partial, manifest, plan, places, progress or (lambda *_: None))
+        return _place(folder, partial, manifest, made, keep_ratio)
 
 
 def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tuple[Plan, dict[str, Any]]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import draw, parity, ratios
+from lvlm_edge.exporter import beside, draw, parity, ratios
 from lvlm_edge.exporter.cli import main
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import MANIFEST, keep_ratios, open_bundle, sha256
-from lvlm_edge.runtime.errors import BundleError, UsageError
+from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError, UsageError
 from tests import checkpoints
 
 FASTV = {"method": "fastv", "prune_layer": 2}
@@ -108,10 +108,31 @@ def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, mo
     before = {path.name: sha256(path) for path in bundle.iterdir()}
     monkeypatch.setattr(draw.graph, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(LvlmEdgeError, match="disk full"):
         ratios.add(bundle, 0.1)
 
     assert {path.name: sha256(path) for path in bundle.iterdir()} == before
+
+
+def test_what_a_killed_run_left_is_removed(several, tmp_path):
+    bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
+    (bundle / ".partial").mkdir()
+    (bundle / ".partial" / "decode.onnx").write_bytes(b"half")
+
+    ratios.add(bundle, 0.1)
+
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".partial") or path.suffix == ".lock"]
+    assert keep_ratios(bundle) == [0.5, 0.25, 0.1]
+    open_bundle(bundle, keep_ratio=0.1)
+
+
+def test_one_at_a_time(several, tmp_path):
+    bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
+
+    with beside.inside(bundle), pytest.raises(UsageError, match="is being written by another export"):
+        ratios.add(bundle, 0.1)
+
+    assert keep_ratios(bundle) == [0.5, 0.25]
 
 
 @pytest.mark.parametrize(
