@@ -103,6 +103,7 @@ def bench(
     bundles: Sequence[str | Path],
     *,
     backends: Sequence[str] = ("ort",),
+    keep_ratios: Sequence[float] = (),
     against: str | Path | None = None,
     rounds: int = 7,
     warm_up: int = 1,
@@ -116,6 +117,7 @@ def bench(
     """Time bundles, each on each backend, in turns; see the module for what is timed.
 
     Args:
+        keep_ratios: those of the ratios that every bundle holds which are to be timed; by default that of its export.
         against: checkpoint of the first bundle, to time PyTorch with too: transformers in float32 with sdpa, on every
             visual token whatever the bundle's method.
         rounds: turns that count.
@@ -130,12 +132,16 @@ def bench(
 
     Raises:
         BundleError: a bundle is damaged.
-        UsageError: a count is out of range for a bundle, or a bundle is given twice.
+        UsageError: a count is out of range for a bundle, a bundle lacks a keep ratio, or something is given twice.
         UnsupportedError: a backend that is not there, or PyTorch cannot run the checkpoint as it is.
         CheckpointError: the checkpoint is not the first bundle's.
     """
-    opened = [open_bundle(folder, verify=verify) for folder in bundles]
-    room = [(b.manifest.counts.text_tokens, b.manifest.counts.new_tokens) for b in opened]
+    opened = {
+        (folder, ratio): open_bundle(folder, verify=verify, keep_ratio=ratio)
+        for folder in map(Path, bundles)
+        for ratio in keep_ratios or (None,)
+    }
+    room = [(b.manifest.counts.text_tokens, b.manifest.counts.new_tokens) for b in opened.values()]
     text = _within("--text-tokens", text_tokens, 1, min(t for t, _ in room), min(t for t, _ in room))
     new = _within("--new-tokens", new_tokens, 2, min(n for _, n in room), min(16, *(n for _, n in room)))
     common: dict[str, Any] = {
@@ -143,15 +149,15 @@ def bench(
         "text_tokens": text,
         "new_tokens": new,
     }
-    names = _names([b.folder for b in opened], backends)
+    names = _names([Path(folder) for folder in bundles], keep_ratios, backends)
     contenders = [
-        Contender(name=name, kind="bundle", folder=str(folder), bundle=str(folder), backend=backend, **common)
-        for (folder, backend), name in names.items()
+        Contender(name=name, kind="bundle", folder=str(f), bundle=str(f), keep_ratio=ratio, backend=backend, **common)
+        for (f, ratio, backend), name in names.items()
     ]
     if against is not None:
         from lvlm_edge.exporter import checkpoint
 
-        folder, first = str(checkpoint.resolve(against)), str(opened[0].folder)
+        folder, first = str(checkpoint.resolve(against)), str(bundles[0])
         contenders.append(Contender(name=TORCH, kind="torch", folder=folder, bundle=first, backend=TORCH, **common))
     notes = []
     if not _has_onnx_ir():
@@ -163,9 +169,16 @@ def bench(
     turns, about = _run(contenders, rounds=rounds, warm_up=warm_up, seed=seed, progress=progress)
     rates = best_rates(turns.pop(RATES)) if RATES in turns else None
     about.pop(RATES, None)
-    manifests = {str(b.folder): b for b in opened}
+    first_ratio = next(iter(keep_ratios), None)
     rows = [
-        _row(c, turns[c.name], about[c.name], manifests[c.bundle], rates if c.backend == "ort" else None, notes)
+        _row(
+            c,
+            turns[c.name],
+            about[c.name],
+            opened[Path(c.bundle), c.keep_ratio if c.kind == "bundle" else first_ratio],
+            rates if c.backend == "ort" else None,
+            notes,
+        )
         for c in contenders
         if c.kind != RATES
     ]
@@ -225,13 +238,20 @@ def _within(flag: str, value: int | None, least: int, most: int, default: int) -
     return found
 
 
-def _names(folders: Sequence[Path], backends: Sequence[str]) -> dict[tuple[Path, str], str]:
-    """Names of (folder, backend): the folder's where that tells them apart, the backend where there are more."""
-    if len(set(folders)) < len(folders) or len(set(backends)) < len(backends):
-        raise UsageError("bench: a bundle or backend is given twice; name each once")
+def _names(
+    folders: Sequence[Path], ratios: Sequence[float], backends: Sequence[str]
+) -> dict[tuple[Path, float | None, str], str]:
+    """Names of (folder, keep ratio, backend): the folder's where that tells them apart, what else there are more of."""
+    if any(len(set(some)) < len(some) for some in (folders, ratios, backends)):
+        raise UsageError("bench: a bundle, keep ratio or backend is given twice; name each once")
     plain = [f.name for f in folders]
     shown = {f: f.name if plain.count(f.name) == 1 and f.name not in (RATES, TORCH) else str(f) for f in folders}
-    return {(f, b): shown[f] + (f", {b}" if len(backends) > 1 else "") for f in folders for b in backends}
+    return {
+        (f, r, b): shown[f] + ("" if r is None else f", keep {r:g}") + (f", {b}" if len(backends) > 1 else "")
+        for f in folders
+        for r in ratios or (None,)
+        for b in backends
+    }
 
 
 def _cores() -> int:
@@ -299,6 +319,7 @@ def _row(
         "name": contender.name,
         "kind": contender.kind,
         "folder": contender.folder,
+        "keep_ratio": contender.keep_ratio,
         "backend": contender.backend,
         **about,
         "stages": stages,

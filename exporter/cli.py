@@ -429,6 +429,9 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 @main.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option("--backend", "backends", multiple=True, default=["ort"], show_default=True, help="What runs the bundles.")
+@click.option(
+    "--keep-ratio", "keep_ratios", type=float, multiple=True, help="One that the bundles hold; may be given repeatedly."
+)
 @click.option("--against", help="The first bundle's checkpoint: time PyTorch on it too.")
 @click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Turns of each that count.")
 @click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Turns before them that do not.")
@@ -443,6 +446,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
 def bench(
     bundles: tuple[Path, ...],
     backends: tuple[str, ...],
+    keep_ratios: tuple[float, ...],
     against: str | None,
     plot: Path | None,
     no_verify: bool,
@@ -458,7 +462,13 @@ def bench(
         chart.check(plot)
     with _progress(quiet) as progress:
         report = benched.bench(
-            bundles, backends=backends, against=against, verify=not no_verify, progress=progress, **options
+            bundles,
+            backends=backends,
+            keep_ratios=keep_ratios,
+            against=against,
+            verify=not no_verify,
+            progress=progress,
+            **options,
         )
     if plot is not None:
         chart.save(report, plot)

@@ -41,6 +41,7 @@ class Contender:
         kind: bundle, torch or rates.
         folder: the bundle; for torch the checkpoint.
         bundle: whose pictures and prompts these are; for torch another folder than its own.
+        keep_ratio: one of those that the bundle holds; None for that of its export.
         text_tokens: of each prompt.
         new_tokens: of each answer.
     """
@@ -49,6 +50,7 @@ class Contender:
     kind: str
     folder: str = ""
     bundle: str = ""
+    keep_ratio: float | None = None
     backend: str = "ort"
     threads: int = 1
     text_tokens: int = 1
@@ -114,7 +116,13 @@ class _BundleRunner:
     """A bundle on a backend."""
 
     def __init__(self, contender: Contender) -> None:
-        self._pipe = Pipeline.load(contender.folder, contender.backend, verify=False, threads=contender.threads)
+        self._pipe = Pipeline.load(
+            contender.folder,
+            contender.backend,
+            keep_ratio=contender.keep_ratio,
+            verify=False,
+            threads=contender.threads,
+        )
         self._contender = contender
         manifest = self._pipe.manifest
         self.about: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_edge.exporter import bench, chart, contenders, cost, planning, spec
+from lvlm_edge.exporter import bench, chart, contenders, cost, planning, ratios, spec
 from lvlm_edge.exporter.contenders import Contender
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
@@ -392,6 +393,7 @@ def test_what_cannot_be_timed_is_refused(code, options, said, bundles):
 def test_a_damaged_bundle_and_one_given_twice_are_refused(bundles, tmp_path):
     assert "is no folder" in refused(5, "bench", tmp_path / "nowhere")
     assert "given twice" in refused(2, "bench", bundles[0], bundles[0])
+    assert "holds keep ratio 0.5, not 0.3" in refused(2, "bench", bundles[1], "--keep-ratio", 0.3)
     assert "Missing argument" in refused(2, "bench")
 
 
@@ -434,13 +436,23 @@ def test_a_contender_ends_when_nobody_asks_any_more(bundles):
 
 
 @pytest.mark.parametrize(
-    ("folders", "backends", "names"),
+    ("folders", "ratios", "backends", "names"),
     [
-        (["/a/x", "/a/y"], ["ort"], ["x", "y"]),
-        (["/a/x", "/b/x"], ["ort"], ["/a/x", "/b/x"]),
-        (["/a/x"], ["ort", "trt"], ["x, ort", "x, trt"]),
-        (["/a/PyTorch", "/a/rates"], ["ort"], ["/a/PyTorch", "/a/rates"]),
+        (["/a/x", "/a/y"], [], ["ort"], ["x", "y"]),
+        (["/a/x", "/b/x"], [], ["ort"], ["/a/x", "/b/x"]),
+        (["/a/x"], [], ["ort", "trt"], ["x, ort", "x, trt"]),
+        (["/a/x"], [0.5, 0.25], ["ort"], ["x, keep 0.5", "x, keep 0.25"]),
+        (["/a/PyTorch", "/a/rates"], [], ["ort"], ["/a/PyTorch", "/a/rates"]),
     ],
 )
-def test_contenders_have_names_of_their_own(folders, backends, names):
-    assert list(bench._names([Path(f) for f in folders], backends).values()) == names
+def test_contenders_have_names_of_their_own(folders, ratios, backends, names):
+    assert list(bench._names([Path(f) for f in folders], ratios, backends).values()) == names
+
+
+def test_each_keep_ratio_of_a_bundle_is_timed(bundles, tmp_path):
+    bundle = Path(shutil.copytree(bundles[1], tmp_path / "bundle"))
+    ratios.add(bundle, 0.25)
+
+    found = bench.bench([bundle], keep_ratios=[0.25, 0.5], rounds=1, warm_up=0, threads=1, new_tokens=2)
+
+    assert [(row["keep_ratio"], row["kept_tokens"]) for row in found["contenders"]] == [(0.25, 1), (0.5, 2)]
