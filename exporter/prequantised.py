@@ -316,9 +316,10 @@ def _matrix(module: str, pieces: dict[str, Stored], how: Prequantised, layout: s
     for end, shapes, kinds in _wanted(outputs, inputs, how, layout):
         one = pieces.get(end)
         if one is not None and (one.shape not in shapes or _kind(one) not in kinds):
+            kind = "floats" if kinds == FLOATS else kinds[0]
             raise CheckpointError(
-                f"{one.file}: {module}.{end} is {_kind(one)} {list(one.shape)}, expected {' or '.join(kinds)} "
-                f"{list(shapes[0])}; download the checkpoint again, or correct quantization_config"
+                f"{one.file}: {module}.{end} is {_kind(one)} {list(one.shape)}, expected {kind} {list(shapes[0])}; "
+                "download the checkpoint again, or correct quantization_config"
             )
     key = f"{module}.weight"
     return Packed(first.file, key, (outputs, inputs), "float32", how=how, pieces=pieces)
@@ -468,7 +469,7 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     """The values in int32 [rows, n], lowest bits first, uint8 [rows, n * 32 / bits]."""
     import torch
 
-    values = words.contiguous().view(torch.uint8)
+    values = words.reshape(-1).view(torch.uint8)
     if bits == 4:
         values = torch.stack([values & 15, values >> 4], -1)
     return values.reshape(len(words), -1)

@@ -1,11 +1,11 @@
 """Checkpoints that are quantised already, packed slowly from the formats' public definitions; nothing of ours in it.
 
-- AWQ (AutoAWQ's `WQLinear_GEMM`): `qweight` int32 [in, out / 8], eight output channels to a word, of which the place `i`
+- AWQ (AutoAWQ's `WQLinear_GEMM`): `qweight` int32 [in, out / 8], eight output channels to a word, of which place `i`
   from the lowest bits on holds channel ORDER[i]; `qzeros` int32 [groups, out / 8] the same way; `scales` [groups, out].
 - GPTQ: `qweight` int32 [in * bits / 32, out], neighbouring input channels to a word; `qzeros` int32
   [groups, out * bits / 32], 1 less than they are but in `gptq_v2`; `scales` [groups, out]; `g_idx` int32 [in].
-- compressed-tensors: `weight_packed` int32 [out, in * bits / 32], neighbouring input channels, 2 ** (bits - 1) more than
-  they are; `weight_scale` [out, groups]; `weight_shape`; `weight_zero_point` packed along the output channels.
+- compressed-tensors: `weight_packed` int32 [out, in * bits / 32], neighbouring input channels, 2 ** (bits - 1) more
+  than they are; `weight_scale` [out, groups]; `weight_shape`; `weight_zero_point` packed along the output channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 Array = NDArray[Any]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-DECODER = r"layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+DECODER = r"^(?!.*vision).*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,9 @@ def _dequantised(folder: Path) -> Any:
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    content = read_json(folder / "config.json")
-    content["text_config"] = {k: v for k, v in (content.get("text_config") or {}).items() if k != "quantization_config"}
-    content.pop("quantization_config", None)
     model, report = LlavaForConditionalGeneration.from_pretrained(
         None,
-        config=LlavaConfig.from_dict(content),
+        config=LlavaConfig.from_dict(stored.plain(read_json(folder / "config.json"))),
         state_dict=stored.state(folder),
         dtype=torch.float32,
         attn_implementation="eager",

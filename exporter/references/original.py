@@ -246,7 +246,7 @@ def load(folder: Path) -> Original:
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen, or transformers does not know a part.
     """
-    config = read_json(folder / "config.json")
+    config = stored_tensors.plain(read_json(folder / "config.json"))
     state = {k: v for k, v in stored_tensors.state(folder).items() if not k.endswith("rotary_emb.inv_freq")}
     model = _tinyllava(folder, config, state) if config["model_type"] == "tinyllava" else _llava(folder, config, state)
     if state:

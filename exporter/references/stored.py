@@ -29,6 +29,13 @@ def quantised(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of integers, so that transformers does not look for any."""
+    inside = config.get("text_config")
+    found = {key: value for key, value in config.items() if key != "quantization_config"}
+    return found | {"text_config": plain(inside)} if isinstance(inside, dict) else found
+
+
 def state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name, float32.
 
