@@ -273,17 +273,27 @@ def index(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"{folder}: config.json says that it is quantised, but it holds no {ENDS[layout][0]}; correct config.json"
         )
-    taken: dict[str, str] = {}
+    taken: set[str] = set()
     found: dict[str, Stored] = {}
     for module in modules:
         pieces = {end: stored[f"{module}.{end}"] for end in ENDS[layout] if f"{module}.{end}" in stored}
-        taken |= {f"{module}.{end}": module for end in pieces}
+        taken |= {f"{module}.{end}" for end in pieces}
         found[f"{module}.weight"] = _matrix(module, pieces, how, layout)
+    taken |= _empty_biases(modules, stored)
     rest = {name: one for name, one in stored.items() if name not in taken and not ACTIVATIONS.search(name)}
     for name in rest:
         if name.rpartition(".")[2] in ENDS[layout] and name.rpartition(".")[2] != "weight":
             raise CheckpointError(f"{folder}: holds {name} without {ENDS[layout][0]}; download the checkpoint again")
     return rest | found
+
+
+def _empty_biases(modules: Iterable[str], stored: Mapping[str, Stored]) -> set[str]:
+    """Biases that are 0 in every layer: AutoGPTQ wrote them for matrices that have none."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if f"{module}.bias" in stored:
+            found.setdefault(module.rpartition(".")[2], []).append(f"{module}.bias")
+    return {n for names in found.values() if not any(checkpoint.read(stored[n]).any() for n in names) for n in names}
 
 
 def _layout(how: Prequantised) -> str:

@@ -47,7 +47,8 @@ def state(folder: Path) -> dict[str, Tensor]:
     if config is None:
         return {name: tensor.float() for name, tensor in stored.items()}
     found = {}
-    for module in sorted(name.rpartition(".")[0] for name in stored if _is_first(name, stored)):
+    modules = sorted(name.rpartition(".")[0] for name in stored if _is_first(name, stored))
+    for module in modules:
         own = {name.removeprefix(f"{module}."): stored.pop(name) for name in list(stored) if _owns(module, name)}
         bias = own.pop("bias", None)
         try:
@@ -56,7 +57,10 @@ def state(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{folder}: {module} has no {error.args[0]}; download it again") from error
         if bias is not None:
             found[f"{module}.bias"] = bias
-    return {name: tensor.float() for name, tensor in (stored | found).items()}
+    found = {name: tensor.float() for name, tensor in (stored | found).items()}
+    real = {name.split(".")[-2] for name, tensor in found.items() if name.endswith(".bias") and tensor.any()}
+    empty = {f"{m}.bias" for m in modules if m.rpartition(".")[2] not in real}  # AutoGPTQ's, of matrices that have none
+    return {name: tensor for name, tensor in found.items() if name not in empty}
 
 
 def _is_first(name: str, stored: dict[str, Tensor]) -> bool:
