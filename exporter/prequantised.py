@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +95,9 @@ def read(config: Mapping[str, Any], path: Path) -> Prequantised | None:
         UnsupportedError: a method, format or setting that is not read here.
         CheckpointError: a field of the wrong kind.
     """
-    inside = config.get("text_config") or {}
-    found = next((c["quantization_config"] for c in (config, inside) if c.get("quantization_config")), None)
-    if found is None:
+    outer, inner = ((part or {}).get("quantization_config") for part in (config, config.get("text_config")))
+    found = outer or inner
+    if not found:
         return None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: quantization_config is {found!r}, expected a JSON object; restore the file")
@@ -105,8 +105,8 @@ def read(config: Mapping[str, Any], path: Path) -> Prequantised | None:
     method = found.get("quant_method")
     if method not in METHODS:
         raise UnsupportedError(f"{where}: quant_method is {method!r}; {nearest(str(method), METHODS)}")
-    reader = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[method]
-    return reader(found, where)
+    how = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[method](found, where)
+    return how if outer else replace(how, parts=tuple(part for part in how.parts if part != "vision"))
 
 
 def _awq(config: Mapping[str, Any], where: str) -> Prequantised:
@@ -117,7 +117,7 @@ def _awq(config: Mapping[str, Any], where: str) -> Prequantised:
     _expect(where, "bits", bits, (4,))
     group = _group(where, config.get("group_size", config.get("q_group_size", 128)))
     symmetric = not _flag(where, config, "zero_point", True)
-    return Prequantised(layout="awq", bits=bits, group=group, symmetric=symmetric, parts=("decoder",))
+    return Prequantised(layout="awq", bits=int(bits), group=group, symmetric=symmetric, parts=("decoder",))
 
 
 def _gptq(config: Mapping[str, Any], where: str) -> Prequantised:
@@ -135,7 +135,7 @@ def _gptq(config: Mapping[str, Any], where: str) -> Prequantised:
     group = _group(where, config.get("group_size", 128))
     parts = ("decoder", "head") if _flag(where, config, "lm_head", False) else ("decoder",)
     symmetric = _flag(where, config, "sym", True)
-    return Prequantised(layout=layout, bits=bits, group=group, symmetric=symmetric, parts=parts)
+    return Prequantised(layout=layout, bits=int(bits), group=group, symmetric=symmetric, parts=parts)
 
 
 def _compressed(config: Mapping[str, Any], where: str) -> Prequantised:

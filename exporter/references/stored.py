@@ -58,7 +58,7 @@ def state(folder: Path) -> dict[str, Tensor]:
         if bias is not None:
             found[f"{module}.bias"] = bias
     found = {name: tensor.float() for name, tensor in (stored | found).items()}
-    real = {name.split(".")[-2] for name, tensor in found.items() if name.endswith(".bias") and tensor.any()}
+    real = {m.rpartition(".")[2] for m in modules if f"{m}.bias" in found and found[f"{m}.bias"].any()}
     empty = {f"{m}.bias" for m in modules if m.rpartition(".")[2] not in real}  # AutoGPTQ's, of matrices that have none
     return {name: tensor for name, tensor in found.items() if name not in empty}
 
