@@ -126,7 +126,7 @@ def _gptq(config: Mapping[str, Any], where: str) -> Prequantised:
     _expect(where, "is_marlin_format", bool(config.get("is_marlin_format")), (False,))
     bits: Any = config.get("bits")
     _expect(where, "bits", bits, (4, 8))
-    for pattern, other in (config.get("dynamic") or {}).items():
+    for pattern, other in _object(where, config, "dynamic").items():
         if not str(pattern).startswith("-:"):  # those are left as they are, which their tensors say too
             raise UnsupportedError(
                 f"{where}: dynamic has {other!r} for {pattern!r}, expected the same bits and groups for every matrix; "
@@ -141,11 +141,10 @@ def _gptq(config: Mapping[str, Any], where: str) -> Prequantised:
 def _compressed(config: Mapping[str, Any], where: str) -> Prequantised:
     _expect(where, "quantization_status", config.get("quantization_status") or "compressed", ("compressed",))
     _expect(where, "kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
-    sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
+    sparsity = _object(where, config, "sparsity_config").get("format") or "dense"
     _expect(where, "sparsity_config's format", sparsity, ("dense",))
     _expect(where, "transform_config", config.get("transform_config") or None, (None,))
-    groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
+    groups = list(_object(where, config, "config_groups").values())
     if not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups):
         raise UnsupportedError(
             f"{where}: config_groups is {config.get('config_groups')!r}, expected an object of groups with weights; "
@@ -158,8 +157,8 @@ def _compressed(config: Mapping[str, Any], where: str) -> Prequantised:
             "unquantised checkpoint"
         )
     layout, bits, group, symmetric = schemes.pop()
-    targets = [target for each in groups for target in each.get("targets") or ()]
-    parts = tuple(p for p, names in ASKED.items() if _targeted(names, targets, config.get("ignore") or ()))
+    targets, ignored = [t for each in groups for t in _names(where, each, "targets")], _names(where, config, "ignore")
+    parts = tuple(part for part, names in ASKED.items() if _targeted(names, targets, ignored))
     return Prequantised(layout=layout, bits=bits, group=group, symmetric=symmetric, parts=("decoder", *parts))
 
 
@@ -183,6 +182,29 @@ def _expect(where: str, name: str, value: Any, known: Sequence[Any]) -> None:
             f"{where}: {name} is {value!r}, which is not supported; expected {wanted}; export the "
             "unquantised checkpoint"
         )
+
+
+def _object(where: str, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a JSON object; correct it")
+    return value
+
+
+def _names(where: str, config: Mapping[str, Any], key: str) -> list[str]:
+    """Names of modules and `re:` patterns of them."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) and _compiles(entry) for entry in value):
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a list of names and re: patterns; correct it")
+    return value
+
+
+def _compiles(entry: str) -> bool:
+    try:
+        re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+    except re.error:
+        return False
+    return True
 
 
 def _group(where: str, value: Any) -> int | None:

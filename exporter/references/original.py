@@ -308,7 +308,7 @@ def _tower(folder: Path, source: str, inside: dict[str, Tensor]) -> Any:
     """The vision tower: its config from the folder or id that is named, its weights from there or from inside."""
     beside = folder / source  # an absolute path stays what it is
     home = beside if beside.is_dir() else checkpoint.resolve(source, weights=not inside)
-    config = read_json(home / "config.json")
+    config = stored_tensors.plain(read_json(home / "config.json"))
     if not inside:
         inside = stored_tensors.state(home)
     return _module(home, config.get("vision_config", config), _vision(inside))

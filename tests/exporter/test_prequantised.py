@@ -517,6 +517,26 @@ def test_damaged_pieces_are_named(name, made, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ignore": [3]},
+        {"ignore": "lm_head"},
+        {"ignore": ["re:("]},
+        {"sparsity_config": "dense"},
+        {"config_groups": [1]},
+    ],
+    ids=str,
+)
+def test_fields_of_compressed_tensors_of_the_wrong_kind_are_named(changed, made, tmp_path):
+    shutil.copy(made("packed").folder / "config.json", tmp_path)
+    tiny.change_json(tmp_path / "config.json", quantization_config=made("packed").scheme.config | changed)
+
+    message = refused(1, "plan", tmp_path)
+
+    assert f"quantization_config: {next(iter(changed))} is" in message and "; " in message
+
+
 def test_a_config_that_speaks_of_integers_where_there_are_none(made, tmp_path):
     folder = Path(shutil.copytree(made("awq").twin, tmp_path / "checkpoint"))
     tiny.change_json(folder / "config.json", quantization_config=made("awq").scheme.config)
