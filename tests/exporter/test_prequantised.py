@@ -334,6 +334,42 @@ def test_empty_biases_of_autogptq_are_left_out_and_others_are_not(made, tmp_path
     assert f"{Q}.bias" in refused(1, "export", folder, "-o", tmp_path / "bundle", *CAPACITY)
 
 
+def test_activations_that_are_meant_to_be_rounded_are_not(made, tmp_path):
+    """W8A8: the scales of activations, dynamic or static, are no weights."""
+    folder = Path(shutil.copytree(made("int-quantized").folder, tmp_path / "checkpoint"))
+    config = json.loads(json.dumps(made("int-quantized").scheme.config))
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "dynamic": False}
+    tiny.change_json(folder / "config.json", quantization_config=config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"{Q}.input_scale": torch.ones(1), f"{Q}.input_zero_point": torch.zeros(1, dtype=torch.int8)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    index, reference = prequantised.index(folder), stored.state(folder)
+
+    assert set(index) == set(reference) == set(load_file(made("int-quantized").twin / "model.safetensors"))
+
+
+def test_pickled_checkpoints_are_read_too(made, tmp_path):
+    one = made("gptq, zero points")
+    shutil.copy(one.folder / "config.json", tmp_path)
+    torch.save(load_file(one.folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+
+    found = prequantised.index(tmp_path)[f"{Q}.weight"]
+
+    assert np.array_equal(prequantised.tensor(found).numpy(), one.matrices[Q].weight)
+
+
+def test_a_zero_point_counts_where_config_says_that_there_are_none(made, tmp_path):
+    one = made("gptq, zero points")
+    folder = Path(shutil.copytree(one.folder, tmp_path / "checkpoint"))
+    tiny.change_json(folder / "config.json", quantization_config=one.scheme.config | {"sym": True})
+
+    found = prequantised.index(folder)[f"{Q}.weight"]
+
+    assert np.array_equal(prequantised.tensor(found).numpy(), one.matrices[Q].weight)
+    assert prequantised.zero_points(found) is not None
+
+
 def test_every_part_may_be_quantised_or_not(source, made, export_once):
     """Matrices that config.json lets be quantised but are floats stay so; those of the encoder and the head count."""
     few = made("packed", r"(layers\.1\.mlp\.\w+_proj|layers\.\d\.self_attn\.[qkv]_proj|lm_head|linear_[12])", ignore=[])
