@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BLOCKS = (128, 64, 32)  # input channels that may share a scale in a graph, of INT4
 METHODS = ("awq", "gptq", "compressed-tensors")
 FORMATS = {"pack-quantized": "packed", "int-quantized": "plain", "naive-quantized": "plain"}
-ADVICE = "choose --weights int8 or --weights float"
+ADVICE = "choose --weights int8 or float, and for other parts --vision-weights and --head-weights likewise"
 # Tensors of a matrix by their ends. The first says that there is one; those of `NEEDED` must be there.
 ENDS = {
     "awq": ("qweight", "qzeros", "scales"),

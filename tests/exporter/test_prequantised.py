@@ -314,7 +314,7 @@ def test_input_channels_in_another_order_are_read_but_not_kept(made, tmp_path):
 
     message = refused(3, "export", folder, "-o", tmp_path / "bundle", *CAPACITY)
 
-    assert f"{Q}.weight" in message and "g_idx" in message and "--weights int8 or --weights float" in message
+    assert f"{Q}.weight" in message and "g_idx" in message and "--weights int8 or float" in message
     index, reference = prequantised.index(folder), stored.state(folder)
     assert torch.equal(prequantised.tensor(index[f"{Q}.weight"]), reference[f"{Q}.weight"])
 
