@@ -29,7 +29,8 @@ def plan(
         source: checkpoint folder or Hugging Face id.
         method: token reduction.
         device: profile to predict for: what fits, under `fit`, and times, under `prediction`.
-        weights: format of the decoder's matrices: as-is, int8 or int4; fp8 and fp4 are known to predictions alone.
+        weights: format of the decoder's matrices: as-is, float, int8 or int4; fp8 and fp4 are known to predictions
+            alone.
         rates: file of `lvlm-edge bench --json`, for times from the rates that it measured.
         ratios: keep ratios to predict beside the plan's own, for a method that has one.
         options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
@@ -39,9 +40,11 @@ def plan(
     from lvlm_edge.exporter import cost, fit, planning, profiles
     from lvlm_edge.runtime.bundle import FORMATS
 
-    options |= {"weights": weights} if weights in FORMATS else {}
+    known = weights in (*FORMATS, planning.FLOAT)
+    options |= {"weights": weights} if known else {}
     more = [_make(source, method, options | {"keep_ratio": ratio}) for ratio in ratios]
     made = _make(source, method, options)
+    weights = made.formats.decoder if known else weights
     report = planning.report(made)
     if device is not None:
         profile = profiles.find(device) if isinstance(device, str) else device

@@ -4,54 +4,101 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter import checkpoint, quantise
+from lvlm_edge.exporter import checkpoint, planning, prequantised, quantise
 from lvlm_edge.exporter.graph import Place
 from lvlm_edge.exporter.parts import DTYPES, Weight
 from lvlm_edge.exporter.planning import BYTES, Plan
+from lvlm_edge.exporter.prequantised import Packed
+from lvlm_edge.exporter.quantise import Format
 from lvlm_edge.exporter.spec import CheckpointError
-from lvlm_edge.runtime.bundle import FileInfo
+from lvlm_edge.runtime.bundle import FileInfo, WeightFormats
 
 PAGE, LINE = 4096, 64  # borders that large and small tensors begin at, so that they can be mapped
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A weight in the file, and where its content comes from (None: computed)."""
+    """A weight in the file.
+
+    Attributes:
+        source: where its content comes from; None where it is computed.
+        own: the source again, where its integers are kept.
+    """
 
     place: Place
     weight: Weight
     source: checkpoint.Stored | None
+    own: Packed | None
 
     def end(self, dtype: str) -> int:
         """Offset after its last byte."""
         shape, how = self.weight.shape, self.place.how
         if how is None:
             return self.place.offset + self.weight.count * BYTES[dtype]
-        return self.place.scales + how.scale_bytes(shape, dtype)
+        last = self.place.scales if self.place.shifts is None else self.place.shifts
+        return last + how.scale_bytes(shape, dtype)
 
 
 def place(
     order: Sequence[str], known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored], plan: Plan
 ) -> dict[str, Placed]:
-    """Weights one after the other; matrices in the plan's formats, their scales behind them."""
+    """Weights one after the other; matrices in their formats, their scales and zero points behind them."""
     placed: dict[str, Placed] = {}
     end = 0
     for name in order:
-        weight = known[name]
-        how = quantise.fitting(plan.format_of(name), weight.shape[0], plan.formats.block) if weight.transposed else None
+        weight, source = known[name], sources.get(name)
+        how = format_of(name, weight, source, plan)
         size = weight.count * BYTES[plan.dtype] if how is None else how.integer_bytes(weight.shape)
         begin = _up(end, PAGE if size >= 1 << 20 else LINE)
         scales = 0 if how is None else _up(begin + size, LINE)
-        placed[name] = Placed(Place(begin, how, scales), weight, sources.get(name))
+        shifts, own = None, _own(name, weight, source, plan)
+        if how is not None and own is not None and prequantised.zero_points(own) is not None:
+            shifts = _up(scales + how.scale_bytes(weight.shape, plan.dtype), LINE)
+        placed[name] = Placed(Place(begin, how, scales, shifts), weight, source, own)
         end = placed[name].end(plan.dtype)
     return placed
+
+
+def format_of(name: str, weight: Weight, source: checkpoint.Stored | None, plan: Plan) -> Format | None:
+    """The format of a weight: that of the checkpoint's own integers, or what is asked for; None for floats.
+
+    Raises:
+        UnsupportedError: integers of the checkpoint's that graphs do not hold.
+    """
+    own = _own(name, weight, source, plan)
+    if own is not None:
+        return Format(own.how.bits, prequantised.held(own))
+    return quantise.fitting(plan.asked_of(name), weight.shape[0], plan.asked.block) if weight.transposed else None
+
+
+def formats(known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored], plan: Plan) -> WeightFormats:
+    """The plan's formats, corrected by what the checkpoint's tensors really are where they are kept `as-is`.
+
+    Raises:
+        UnsupportedError: integers of the checkpoint's that graphs do not hold.
+    """
+    found = {part: "as-is" for part in ("decoder", "vision", "head") if getattr(plan.asked, part) == "as-is"}
+    block = plan.formats.block
+    for name, weight in known.items():
+        if planning.part_of(name) in found:
+            how = format_of(name, weight, sources.get(name), plan)
+            if how is not None:
+                found[planning.part_of(name)] = how.name
+                block = how.block or block
+    return replace(plan.formats, **found, block=block)
+
+
+def _own(name: str, weight: Weight, source: checkpoint.Stored | None, plan: Plan) -> Packed | None:
+    """The checkpoint's integers of a matrix that keeps them."""
+    kept = weight.transposed and plan.asked_of(name) == "as-is"
+    return source if kept and isinstance(source, Packed) else None
 
 
 def _up(offset: int, border: int) -> int:
@@ -89,7 +136,10 @@ def write(
 
 def _pieces(name: str, one: Placed, computed: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[memoryview | bytes]:
     """The bytes of a weight as the graphs read it, a few rows at a time."""
-    tensor = computed[name] if one.source is None else checkpoint.read(one.source)
+    if one.own is not None:
+        yield from _kept(one.own, one, dtype)
+        return
+    tensor = computed[name] if one.source is None else prequantised.tensor(one.source)
     if one.weight.transposed:
         tensor = tensor.t()
     assert tuple(tensor.shape) == one.weight.shape, name
@@ -118,6 +168,40 @@ def _quantised(key: str, one: Placed, matrix: Tensor, dtype: torch.dtype) -> Ite
         yield _bytes(piece)
     yield bytes(one.place.scales - one.place.offset - how.integer_bytes(one.weight.shape))
     yield _bytes(scale.contiguous().view(torch.uint8))
+
+
+def _kept(source: Packed, one: Placed, dtype: torch.dtype) -> Iterator[memoryview | bytes]:
+    """The checkpoint's own integers, its scales, and what its zero points add, with the padding between them."""
+    how, place, shape = one.place.how, one.place, one.weight.shape
+    assert how is not None
+    integers = prequantised.integers(source).t()
+    assert tuple(integers.shape) == shape, source.key
+    yield _bytes(quantise.stored(integers, how))
+    yield bytes(place.scales - place.offset - how.integer_bytes(shape))
+    scale = prequantised.scales(source)
+    written = _bytes(_blocks(source, scale, how, dtype).reshape(-1).view(torch.uint8))
+    yield written
+    if place.shifts is not None:
+        zeros = prequantised.zero_points(source)
+        assert zeros is not None
+        yield bytes(place.shifts - place.scales - len(written))
+        shift = -zeros.float() * scale * (how.block or shape[0])
+        yield _bytes(_blocks(source, shift, how, dtype).reshape(-1).view(torch.uint8))
+
+
+def _blocks(source: Packed, values: Tensor, how: Format, dtype: torch.dtype) -> Tensor:
+    """Values of groups [out, groups] as a graph's of blocks, [blocks, out] in `dtype`.
+
+    Raises:
+        CheckpointError: one that `dtype` cannot hold.
+    """
+    inputs = source.shape[1]
+    group = source.how.group or inputs
+    found = values.repeat_interleave(group // (how.block or group), 1)[:, : inputs // (how.block or inputs)].t()
+    made = found.to(dtype).contiguous()
+    if not bool(made.isfinite().all()):
+        raise _unfit(source.key, found, dtype)
+    return made
 
 
 def _bytes(values: Tensor) -> memoryview:

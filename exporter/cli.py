@@ -64,7 +64,7 @@ CAPACITY = (
     ),
     click.Option(["--vision-weights"], help="The same for encoder and projector.  [default: as-is]"),
     click.Option(
-        ["--head-weights"], help="The same for lm_head.  [default: int8 where the decoder's are small, else as-is]"
+        ["--head-weights"], help="The same for lm_head.  [default: int8 where the decoder's are rounded, else theirs]"
     ),
     click.Option(["--block-size"], type=int, help="Input channels of an INT4 scale, 32 or 128.  [default: 128]"),
     click.Option(
@@ -166,7 +166,7 @@ def main() -> None:
 @click.option("--method", default="none", show_default=True, help="Token-reduction method.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option(
-    "--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, int8, int4, fp4."
+    "--weights", default="as-is", show_default=True, help="Decoder weights to predict: as-is, float, int8, int4, fp4."
 )
 @click.option(
     "--rates", type=click.Path(path_type=Path), help="Predict times from the rates in this file of `bench --json`."
@@ -219,7 +219,8 @@ def plan(
     "--weights",
     default="as-is",
     show_default=True,
-    help="Format of the decoder's matrices: as-is, int8 (a scale per channel) or int4 (a scale per block).",
+    help="Format of the decoder's matrices: as-is, int8 (a scale per channel), int4 (a scale per block), or float, "
+    "also of a checkpoint that is quantised already, whose integers as-is keeps.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")

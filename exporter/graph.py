@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lvlm_edge.exporter.blocks import GraphSpec
 from lvlm_edge.exporter.quantise import Format
+from lvlm_edge.exporter.shifts import Shifts
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
@@ -34,11 +35,13 @@ class Place:
         offset: of its first byte.
         how: its format; None for plain values.
         scales: offset of its scales.
+        shifts: offset of what zero points add, a value per scale; None where there are no zero points.
     """
 
     offset: int
     how: Format | None = None
     scales: int = 0
+    shifts: int | None = None
 
 
 def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, places: Mapping[str, Place]) -> ir.Model:
@@ -57,10 +60,11 @@ def finish(model: ir.Model, spec: GraphSpec, opset: int, location: str, places: 
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+    shifts = Shifts(model.graph)
     for name, value in list(model.graph.initializers.items()):
         value.metadata_props.clear()
         if name in places and places[name].how is not None:
-            _dequantise(model.graph, value, location, places[name])
+            _dequantise(model.graph, value, location, places[name], shifts)
         elif name in places:
             assert value.dtype is not None and value.shape is not None
             value.const_value = _external(name, location, places[name].offset, value.dtype, value.shape)
@@ -73,7 +77,7 @@ def _external(name: str, location: str, offset: int, dtype: ir.DataType, shape: 
     return ir.ExternalTensor(location, offset, length, dtype, shape=shape, name=name)
 
 
-def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place) -> None:
+def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place, added: Shifts) -> None:
     """Put integers and scales where the weight was, and the node in front that makes the weight of them."""
     how, dtype, shape, name = place.how, weight.dtype, weight.shape, weight.name
     assert how is not None and dtype is not None and shape is not None and name is not None
@@ -84,8 +88,13 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place) 
     node = ir.node("DequantizeLinear", [integers, scales], attributes=options)
     (made,) = node.outputs
     made.name, made.shape, made.type = f"{name}.dequantized", shape, weight.type
+    uses = list(weight.uses())
     weight.replace_all_uses_with(made)
     graph.insert_before(graph[0], node)
+    if place.shifts is not None:
+        rows = sizes if how.block is not None else ir.Shape([1, *sizes])
+        shifts = _initializer(graph, f"{name}.shift", location, place.shifts, dtype, rows)
+        added.add([(use.node, use.idx) for use in uses], shifts)
 
 
 def _initializer(

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,10 @@ def export(
         max_text_tokens: capacity for text tokens of a prompt, begin-of-sequence included.
         image_size: (width, height) of the pictures to come, for any-resolution checkpoints.
         grid: (rows, columns) of any-resolution tiles instead; with neither an image is its base view.
-        weights: `as-is`, `int8` (a scale per output channel) or `int4` (a scale per block) for the decoder's matrices.
+        weights: `as-is`, `int8` (a scale per output channel) or `int4` (a scale per block) for the decoder's matrices;
+            `float` for floats, also where the checkpoint's are integers, which `as-is` keeps.
         vision_weights: the same for those of the encoder and the projector.
-        head_weights: the same for lm_head; by default `int8` where the decoder's are small.
+        head_weights: the same for lm_head; by default `int8` where the decoder's are rounded, else what theirs are.
         block_size: input channels that share an INT4 scale: 32, or 128 where it divides them.
         ort: with graphs for ONNX Runtime beside the portable ones, where it gains by them.
         force: replace an existing bundle.
@@ -105,11 +107,6 @@ def export(
         head_weights=head_weights,
         block_size=block_size,
     )
-    formats = plan.formats
-    if plan.lowering == "legacy" and "int4" in (formats.decoder, formats.vision, formats.head):
-        raise UnsupportedError(
-            "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
-        )
     provenance = manifests.Provenance(
         source=str(source),
         revision=revision or _snapshot(folder),
@@ -147,6 +144,12 @@ def _write(
     d = plan.spec.decoder
     known = draw.weights(plan)
     sources = _sources(folder, plan, known, family)
+    formats = blob.formats(known, sources, plan)
+    if plan.lowering == "legacy" and "int4" in (formats.decoder, formats.vision, formats.head):
+        raise UnsupportedError(
+            "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
+        )
+    plan = replace(plan, formats=formats)
     _check_room(out, planning.weights_bytes(plan))
     config = spec.read_json(folder / "config.json")
     text_config = text.copy(folder, out, family.chat_template(config), plan.spec.image_token_id)

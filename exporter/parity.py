@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvlm_edge.exporter import checkpoint, planning, references, spec
+from lvlm_edge.exporter import checkpoint, planning, ratios, references, spec
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
+from lvlm_edge.runtime.bundle import WeightFormats
 from lvlm_edge.runtime.kv_cache import PRESENT
 
 Array = NDArray[Any]
@@ -108,12 +109,13 @@ def check(
         prompt, pixels = pipe.prepare(*question)
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
     steps = min(steps, pipe.manifest.counts.new_tokens)
-    given = [_run(pipe, model, case, steps) for case in cases] if pipe.manifest.formats.small else []
+    rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.small else WeightFormats()
+    given = [_run(pipe, model, case, steps) for case in cases] if rounded.small else []
     if given:
-        references.quantised.apply(model, pipe.manifest.formats, pipe.manifest.dtype)
+        references.quantised.apply(model, rounded, pipe.manifest.dtype)
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
-    if given or backend in pipe.manifest.forms:
+    if backend in pipe.manifest.forms or pipe.manifest.formats.small:
         rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
-from lvlm_edge.exporter import quantise
+from lvlm_edge.exporter import prequantised, quantise
 from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
 from lvlm_edge.runtime.bundle import FORMATS, WIDTHS, TensorInfo, WeightFormats
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
@@ -33,6 +33,7 @@ CAPACITIES = (
     "head_weights",
     "block_size",
 )
+FLOAT = "float"  # what matrices may be asked to be beside FORMATS: no integers, whatever the checkpoint has
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 
 
@@ -93,6 +94,8 @@ class Plan:
         visual_tokens: of all images together, without separators.
         separators: learned vectors after the visual tokens of each crop, of all images together.
         kept_tokens: visual tokens left after the last reduction.
+        formats: of the weights, as the bundle has them.
+        asked: what they were asked to be: `as-is` keeps a checkpoint's own integers, `float` does not.
     """
 
     spec: ModelSpec
@@ -108,6 +111,7 @@ class Plan:
     max_graph_bytes: int = round(MAX_GRAPH_GB * 1e9)
     grid: tuple[int, int] | None = None
     formats: WeightFormats = field(default_factory=WeightFormats)
+    asked: WeightFormats = field(default_factory=WeightFormats)
 
     @property
     def crops(self) -> int:
@@ -143,9 +147,11 @@ class Plan:
 
     def format_of(self, weight: str) -> str:
         """The format of a matrix, by its name in `Parts`."""
-        if weight.startswith(("vision.", "projector.")):
-            return self.formats.vision
-        return self.formats.head if weight.startswith("lm_head.") else self.formats.decoder
+        return str(getattr(self.formats, part_of(weight)))
+
+    def asked_of(self, weight: str) -> str:
+        """What was asked of a matrix, by its name in `Parts`: a format, or `float`."""
+        return str(getattr(self.asked, part_of(weight)))
 
     def stage_of(self, layer: int) -> Stage:
         return next(stage for stage in self.stages if layer in stage.layers)
@@ -211,6 +217,13 @@ class Plan:
     def kv_cache_bytes(self) -> int:
         row = 2 * self.spec.decoder.head_dim * BYTES[self.dtype]
         return sum(row * len(group.kv_heads) * self.capacity(group) for group in self.all_groups())
+
+
+def part_of(weight: str) -> str:
+    """The part that a weight's format goes by: `vision`, `head` or `decoder`."""
+    if weight.startswith(("vision.", "projector.")):
+        return "vision"
+    return "head" if weight.startswith("lm_head.") else "decoder"
 
 
 def crops_of(grid: tuple[int, int] | None) -> int:
@@ -282,16 +295,17 @@ def make(
         nominal: where a file beside config.json is missing, count with what config.json says of it.
         image_size: (width, height) of the pictures to come, which decides the grid of any-resolution tiles.
         grid: (rows, columns) of the tiles instead; with neither the base view stands alone.
-        weights: format of the decoder's matrices: `as-is`, `int8` or `int4`.
+        weights: format of the decoder's matrices: `as-is`, `int8`, `int4`, or `float`, which differs from `as-is` where
+            the checkpoint's are integers already.
         vision_weights: of the encoder's and the projector's.
-        head_weights: of lm_head; by default `int8` where the decoder's are small, else `as-is`.
+        head_weights: of lm_head; by default `int8` where the decoder's are rounded, else what theirs are.
         block_size: input channels that share an INT4 scale: 32, or 128 where it divides them.
 
     Raises:
         PlanError: a count is out of range, the model has no such grid, or the positions exceed what the model was
             trained for.
-        UnsupportedError: unknown method or dtype, a method that the checkpoint cannot do without its own, or a
-            sliding window shorter than the prompt.
+        UnsupportedError: unknown method or dtype, a method that the checkpoint cannot do without its own, a
+            sliding window shorter than the prompt, or integers of the checkpoint's that graphs do not hold.
     """
     if dtype not in BYTES:
         raise UnsupportedError(f"dtype: {dtype!r} is not supported; {nearest(dtype, BYTES)}")
@@ -332,7 +346,7 @@ def make(
         raise PlanError(f"{method_name}: {num_images} images, but it is defined for one; leave out --num-images")
     # Separators are no visual tokens, and to the counts of a method they are as good as text.
     others = max_text_tokens + tiles * spec.newline
-    formats = _formats(weights, vision_weights, head_weights, block_size)
+    asked = _asked(weights, vision_weights, head_weights, block_size)
     plan = Plan(
         spec=spec,
         method=method_name,
@@ -346,7 +360,8 @@ def make(
         share_weights=share_weights,
         max_graph_bytes=round(max_graph_gb * 1e9),
         grid=grid,
-        formats=formats,
+        formats=_formats(spec, asked),
+        asked=asked,
     )
     limit = spec.decoder.max_positions
     if plan.positions > limit:
@@ -363,7 +378,7 @@ def make(
     return plan
 
 
-def _formats(weights: str, vision: str, head: str | None, block: int) -> WeightFormats:
+def _asked(weights: str, vision: str, head: str | None, block: int) -> WeightFormats:
     """The formats that were asked for.
 
     Raises:
@@ -371,13 +386,30 @@ def _formats(weights: str, vision: str, head: str | None, block: int) -> WeightF
         PlanError: another block size than 32 and 128.
     """
     if head is None:
-        head = "as-is" if weights == "as-is" else "int8"
+        head = weights if weights in ("as-is", FLOAT) else "int8"
     for flag, name in (("weights", weights), ("vision_weights", vision), ("head_weights", head)):
-        if name not in FORMATS:
-            raise UnsupportedError(f"{flag}: {name!r} is not supported; {nearest(name, FORMATS)}")
+        if name not in (*FORMATS, FLOAT):
+            raise UnsupportedError(f"{flag}: {name!r} is not supported; {nearest(name, (*FORMATS, FLOAT))}")
     if block not in quantise.BLOCKS:
         raise PlanError(f"block_size: {block}, expected 32 or 128")
     return WeightFormats(decoder=weights, vision=vision, head=head, block=block)
+
+
+def _formats(spec: ModelSpec, asked: WeightFormats) -> WeightFormats:
+    """The formats that come of what was asked: integers of the checkpoint's own stay where it is `as-is`.
+
+    Raises:
+        UnsupportedError: graphs do not hold such integers.
+    """
+    how = spec.prequantised
+    found, block = {}, asked.block
+    for part in ("decoder", "vision", "head"):
+        kind = getattr(asked, part)
+        found[part] = "as-is" if kind == FLOAT else kind
+        tied = part == "head" and spec.decoder.tied  # such a head is the embedding's table
+        if how is not None and kind == "as-is" and part in how.parts and not tied:
+            found[part], block = f"int{how.bits}", prequantised.block(how) or block
+    return WeightFormats(**found, block=block)
 
 
 def dense(plan: Plan) -> Plan:
@@ -523,26 +555,28 @@ def weights_bytes(plan: Plan) -> int:
     v, wide = plan.spec.vision, len(plan.spec.vision.feature_layers) * plan.spec.vision.hidden
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     encoder = [(v.hidden, v.hidden)] * 4 + [(v.hidden, v.ffn), (v.ffn, v.hidden)]
-    matrices = [(formats.vision, shape, max(v.feature_layers)) for shape in encoder]
+    matrices = [("vision", shape, max(v.feature_layers)) for shape in encoder]
     if plan.spec.projector_act is not None:
-        matrices += [(formats.vision, shape, 1) for shape in ((wide, d.hidden), (d.hidden, d.hidden))]
+        matrices += [("vision", shape, 1) for shape in ((wide, d.hidden), (d.hidden, d.hidden))]
     layer = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]
     layer += [(d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)]
-    matrices += [(formats.decoder, shape, d.layers) for shape in layer]
-    matrices.append((formats.head, (d.hidden, d.vocab), 1))
+    matrices += [("decoder", shape, d.layers) for shape in layer]
+    matrices.append(("head", (d.hidden, d.vocab), 1))
     dense = sum(shape[0] * shape[1] * count for _, shape, count in matrices)
-    stored = sum(_matrix_bytes(plan, name, shape) * count for name, shape, count in matrices)
+    stored = sum(_matrix_bytes(plan, part, shape) * count for part, shape, count in matrices)
     tables = w.head * (1 if not d.tied or formats.head != "as-is" else 0)
     others = w.vision + w.projector + d.layers * (w.matrices + w.vectors) + w.norm + w.head - dense
     return stored + (others + tables + own_weights(plan)) * width
 
 
-def _matrix_bytes(plan: Plan, name: str, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix [in, out] in a format."""
-    how = quantise.fitting(name, shape[0], plan.formats.block)
+def _matrix_bytes(plan: Plan, part: str, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix [in, out] of a part, in its format; zero points of the checkpoint's take as many as scales."""
+    how = quantise.fitting(getattr(plan.formats, part), shape[0], plan.formats.block)
     if how is None:
         return shape[0] * shape[1] * BYTES[plan.dtype]
-    return how.integer_bytes(shape) + how.scale_bytes(shape, plan.dtype)
+    stored = plan.spec.prequantised
+    shifted = getattr(plan.asked, part) == "as-is" and stored is not None and not stored.symmetric
+    return how.integer_bytes(shape) + how.scale_bytes(shape, plan.dtype) * (2 if shifted else 1)
 
 
 def own_weights(plan: Plan) -> int:

@@ -60,9 +60,9 @@ def fitting(name: str, rows: int, block: int) -> Format | None:
     left where neither does.
 
     Args:
-        name: `as-is`, `int8` or `int4`.
+        name: `as-is`, `float`, `int8` or `int4`.
     """
-    if name == "as-is":
+    if name in ("as-is", "float"):
         return None
     sizes = [size for size in (block, BLOCKS[0]) if rows % size == 0] if name == "int4" else []
     return Format(4, sizes[0]) if sizes else Format(8)
@@ -81,20 +81,22 @@ def scales(matrix: Tensor, how: Format, dtype: torch.dtype) -> Tensor:
 
 
 def packed(matrix: Tensor, how: Format, scale: Tensor) -> Iterator[Tensor]:
-    """A matrix's integers from first row to last, uint8 [bytes], a few rows at a time.
-
-    INT4 stands two to a byte, the lower half first, as in ONNX.
-    """
-    import torch
-
+    """A matrix's integers from first row to last, uint8 [bytes], a few rows at a time."""
     start = 0
     for piece in _pieces(matrix, how.block or 1):
         rows = scale if how.block is None else scale[start : start + len(piece) // how.block]
         start += len(piece) // (how.block or 1)
-        values = integers(piece, rows, how).reshape(-1).view(torch.uint8)
-        if how.bits == 4:
-            values = (values[0::2] & 15) | ((values[1::2] & 15) << 4)
-        yield values.contiguous()
+        yield stored(integers(piece, rows, how), how)
+
+
+def stored(values: Tensor, how: Format) -> Tensor:
+    """Integers int8 [in, out] as they lie in the file, uint8 [bytes]; INT4 two to a byte, the lower half first."""
+    import torch
+
+    flat = values.reshape(-1).view(torch.uint8)
+    if how.bits == 4:
+        flat = (flat[0::2] & 15) | ((flat[1::2] & 15) << 4)
+    return flat.contiguous()
 
 
 def _pieces(matrix: Tensor, multiple: int = 1) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import BundleError, UsageError
 
 RECORD = "export.json"
+SETTINGS = {"decoder": "weights", "vision": "vision_weights", "head": "head_weights"}  # what was asked of each part
 
 
 def record(folder: Path, plan: Plan, places: Mapping[str, Any]) -> None:
@@ -34,10 +35,8 @@ def record(folder: Path, plan: Plan, places: Mapping[str, Any]) -> None:
         "share_weights": plan.share_weights,
         "max_graph_gb": plan.max_graph_bytes / 1e9,
         "grid": plan.grid,
-        "weights": plan.formats.decoder,
-        "vision_weights": plan.formats.vision,
-        "head_weights": plan.formats.head,
-        "block_size": plan.formats.block,
+        "block_size": plan.asked.block,
+        **{name: getattr(plan.asked, part) for part, name in SETTINGS.items()},
     }
     content = {
         "spec": asdict(plan.spec),
@@ -45,6 +44,22 @@ def record(folder: Path, plan: Plan, places: Mapping[str, Any]) -> None:
         "places": {name: asdict(place) for name, place in places.items()},
     }
     (folder / RECORD).write_text(json.dumps(content) + "\n", "utf-8")
+
+
+def rounded(folder: Path) -> manifests.WeightFormats:
+    """The formats that an export rounded a bundle's weights to; those of the checkpoint's own integers are `as-is`.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
+    try:
+        asked = json.loads((folder / RECORD).read_text("utf-8"))["settings"]
+        kinds = {part: str(asked[name]) for part, name in SETTINGS.items()}
+        block = int(asked["block_size"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{folder / RECORD}: cannot be read ({error}); export the bundle again") from error
+    kinds = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in kinds.items()}
+    return manifests.WeightFormats(**kinds, block=block)
 
 
 def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
@@ -85,7 +100,7 @@ def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tupl
         spec = manifests.parse(ModelSpec, content["spec"], "spec")
         settings = content["settings"]
         places = {
-            name: Place(p["offset"], p["how"] and Format(**p["how"]), p["scales"])
+            name: Place(p["offset"], p["how"] and Format(**p["how"]), p["scales"], p["shifts"])
             for name, p in content["places"].items()
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -98,7 +113,7 @@ def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tupl
         grid=grid and tuple(grid),
         **settings,
     )
-    return plan, places
+    return replace(plan, formats=manifest.formats), places
 
 
 def _draw(

@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +94,25 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prequantised:
+    """How a checkpoint stores matrices as integers already: a weight is scale * (integer - zero point).
+
+    Attributes:
+        layout: `awq`, `gptq` (zero points less 1), `gptq_v2`, `packed` (compressed-tensors' int32) or `plain` (int8).
+        bits: of an integer, 4 or 8.
+        group: input channels that share a scale; None where an output channel has one scale.
+        symmetric: every zero point is the middle of the integers' range.
+        parts: what config.json says is quantised: `decoder`, and maybe `vision` and `head`.
+    """
+
+    layout: str
+    bits: int
+    group: int | None
+    symmetric: bool
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A vision-language model: encoder, two-layer projector, decoder, and the token ids that matter.
 
@@ -103,6 +122,7 @@ class ModelSpec:
         newline: a learned vector, the separator, comes after the visual tokens of every crop.
         pinpoints: (width, height) of the canvases of any-resolution pictures; empty for pictures of one crop.
         settings: what the checkpoint's config says of reduction methods, by method and the method's field.
+        prequantised: how the checkpoint's integers are stored; None where it has floats.
     """
 
     family: str
@@ -114,6 +134,7 @@ class ModelSpec:
     newline: bool = False
     pinpoints: tuple[tuple[int, int], ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    prequantised: Prequantised | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -156,8 +177,10 @@ def load(folder: Path) -> ModelSpec:
 
     Raises:
         CheckpointError: no readable `config.json`, or one without `model_type`.
-        UnsupportedError: a family or feature this version does not know.
+        UnsupportedError: a family, a feature or a way of quantising that this version does not know.
     """
+    from lvlm_edge.exporter import prequantised  # which imports this module
+
     config = read_json(folder / "config.json")
     name = config.get("model_type")
     if not isinstance(name, str):
@@ -172,7 +195,7 @@ def load(folder: Path) -> ModelSpec:
     spec = family(name).read_spec(config, folder)
     assert isinstance(spec, ModelSpec)
     _check_sizes(spec, folder / "config.json")
-    return spec
+    return replace(spec, prequantised=prequantised.read(config, folder / "config.json"))
 
 
 _KINDS = {int: "whole number", float: "number", str: "name"}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import checkpoint, configs
+from lvlm_edge.exporter import checkpoint, configs, prequantised
 from lvlm_edge.exporter.checkpoint import Stored
 from lvlm_edge.exporter.spec import PLACEHOLDER_ID, CheckpointError, DecoderSpec, ModelSpec, VisionSpec, read_json
 from lvlm_edge.exporter.templates import TEMPLATES
@@ -131,10 +131,10 @@ def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, 
     Raises:
         CheckpointError: there are updates of ProxyV for more layers than its config has.
     """
-    stored = checkpoint.index(folder)
+    stored = prequantised.index(folder)
     _check_updates(config, folder, stored, spec.decoder.layers)
     if not any(name.startswith("model.vision_tower.") for name in stored):
-        found = checkpoint.index(_encoder_folder(config, folder))
+        found = prequantised.index(_encoder_folder(config, folder))
         whole = any(name.startswith("vision_model.") for name in found)
         inside = {name: t for name, t in found.items() if not whole or name.startswith("vision_model.")}
         stored |= {f"model.vision_tower.{name}": t for name, t in inside.items()}
@@ -351,7 +351,7 @@ def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:
         )
     cut, start = [], 0
     for name, count in parts.items():
-        part = Stored(tensor.file, tensor.key, (count, d.hidden), tensor.dtype, (start, start + count))
+        part = dataclasses.replace(tensor, shape=(count, d.hidden), rows=(start, start + count))
         cut.append((key.replace(found[2] or found[3], name), part))
         start += count
     return cut

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import checkpoint, configs
+from lvlm_edge.exporter import configs, prequantised
 from lvlm_edge.exporter.checkpoint import Stored
 from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
 from lvlm_edge.exporter.templates import TEMPLATES
@@ -95,7 +95,7 @@ def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
 
 def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
     """Every tensor by its name."""
-    return checkpoint.index(folder)
+    return prequantised.index(folder)
 
 
 def rename(key: str) -> str:

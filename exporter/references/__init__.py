@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.references import original, quantised
+from lvlm_edge.exporter.references import original, quantised, stored
 from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 
@@ -71,6 +71,8 @@ def load(folder: Path) -> Any:
     try:
         if original.known(read_json(folder / "config.json")):
             return original.load(folder)
+        if stored.quantised(folder) is not None:
+            return _dequantised(folder)
         model = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
@@ -81,4 +83,27 @@ def load(folder: Path) -> Any:
     finally:
         if bar:
             logging.enable_progress_bar()
+    return model.eval()
+
+
+def _dequantised(folder: Path) -> Any:
+    """Stock `LlavaForConditionalGeneration` with what a quantised checkpoint's tensors stand for.
+
+    Raises:
+        CheckpointError: the tensors are not those of the model.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=LlavaConfig.from_dict(stored.plain(read_json(folder / "config.json"))),
+        state_dict=stored.state(folder),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = ", ".join(sorted(map(str, report[problem]))[:4])
+            raise CheckpointError(f"{folder}: it has {problem.replace('_', ' ')}: {names}")
     return model.eval()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_edge.exporter import checkpoint
+from lvlm_edge.exporter.references import stored as stored_tensors
 from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 DECODERS = {
@@ -245,9 +246,8 @@ def load(folder: Path) -> Original:
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen, or transformers does not know a part.
     """
-    config = read_json(folder / "config.json")
-    state = {name: checkpoint.read(stored).float() for name, stored in checkpoint.index(folder).items()}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    config = stored_tensors.plain(read_json(folder / "config.json"))
+    state = {k: v for k, v in stored_tensors.state(folder).items() if not k.endswith("rotary_emb.inv_freq")}
     model = _tinyllava(folder, config, state) if config["model_type"] == "tinyllava" else _llava(folder, config, state)
     if state:
         raise CheckpointError(f"{folder}: holds tensors that nothing takes: {', '.join(sorted(state)[:4])}")
@@ -308,9 +308,9 @@ def _tower(folder: Path, source: str, inside: dict[str, Tensor]) -> Any:
     """The vision tower: its config from the folder or id that is named, its weights from there or from inside."""
     beside = folder / source  # an absolute path stays what it is
     home = beside if beside.is_dir() else checkpoint.resolve(source, weights=not inside)
-    config = read_json(home / "config.json")
+    config = stored_tensors.plain(read_json(home / "config.json"))
     if not inside:
-        inside = {name: checkpoint.read(stored).float() for name, stored in checkpoint.index(home).items()}
+        inside = stored_tensors.state(home)
     return _module(home, config.get("vision_config", config), _vision(inside))
 
 
