@@ -68,6 +68,7 @@ NORMS = {
 }
 MAKERS = {"o_proj": ("v_proj", "qkv_proj"), "down_proj": ("up_proj", "gate_up_proj")}  # in a fused one the last rows
 _WEIGHTS = re.compile(r"^(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
+_SMALL = re.compile(r"\.(weight_packed|weight_scale|weight_shape|qweight|qzeros|g_idx)$")  # of quantised checkpoints
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -229,9 +230,9 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get("quantization_config"):
-            raise UnsupportedError(f"{folder}: is quantised already; give the checkpoint that it was made from")
+    """Raise UnsupportedError for a quantised checkpoint. What `text_config` says may be of the decoder's past."""
+    if config.get("quantization_config") or any(_SMALL.search(key) for key in checkpoint.index(folder)):
+        raise UnsupportedError(f"{folder}: is quantised already; give the checkpoint that it was made from")
 
 
 def read_samples(pictures: Path, prompt: str, count: int, seed: int) -> list[Sample]:

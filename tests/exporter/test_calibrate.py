@@ -493,9 +493,13 @@ def test_settings_out_of_range_are_refused(one, pictures, tmp_path):
 
 
 def test_a_quantised_checkpoint_is_refused(written, pictures, tmp_path):
-    said = refused(3, "quantize", written, "-o", tmp_path / "q", "--pictures", pictures)
+    unsaid = tmp_path / "unsaid"
+    shutil.copytree(written, unsaid)
+    tiny.change_json(unsaid / "config.json", quantization_config=None)
 
-    assert "is quantised already" in said
+    for folder in (written, unsaid):
+        said = refused(3, "quantize", folder, "-o", tmp_path / "q", "--pictures", pictures)
+        assert "is quantised already" in said
 
 
 def test_only_a_quantised_checkpoint_is_replaced_and_only_by_force(one, written, pictures, tmp_path):
