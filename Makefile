@@ -70,7 +70,7 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/demo.stamp
-	@$(PIP) -e '.[export,ort,dev]'
+	@$(PIP) -e '.[export,ort,quantize,dev]'
 	@touch $@
 
 # mypy and import-linter do not follow the folder mapping of an editable install.

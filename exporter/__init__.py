@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from lvlm_edge.exporter.calibrate import quantize
     from lvlm_edge.exporter.pack import export
     from lvlm_edge.exporter.planning import Plan
     from lvlm_edge.exporter.profiles import Profile
@@ -83,7 +84,11 @@ def __getattr__(name: str) -> Any:
         from lvlm_edge.exporter.pack import export
 
         return export
+    if name == "quantize":
+        from lvlm_edge.exporter.calibrate import quantize
+
+        return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["check_fit", "export", "plan"]
+__all__ = ["check_fit", "export", "plan", "quantize"]

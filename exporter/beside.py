@@ -80,8 +80,9 @@ def _partial(place: Path) -> Iterator[Path]:
                 shutil.rmtree(left)
         partial.mkdir()
         yield partial
-        for path in partial.iterdir():
-            _sync(path)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _sync(path)
         with _on_signals(signal.SIG_IGN):
             take_place(partial, place, old)
     finally:

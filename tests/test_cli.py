@@ -57,7 +57,7 @@ def document(*arguments: object) -> dict:
     return found
 
 
-COMMANDS = ("plan", "export", "check", "run", "bench", "inspect", "devices", "doctor")
+COMMANDS = ("plan", "quantize", "export", "check", "run", "bench", "inspect", "devices", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import click
 import data
+import easy_vqa
 import numpy as np
 import torch
 from rich.progress import track
 from tokenizers import Tokenizer
 
-from lvlm_edge.exporter import export, references
-from lvlm_edge.exporter.references import original
+from lvlm_edge.exporter import export, quantize, references
+from lvlm_edge.exporter.references import original, quantised
 from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import WeightFormats
 
 HERE = Path(__file__).parent
 RATIOS = (0.5, 0.25, 0.1)
@@ -225,18 +227,74 @@ def formats_table(checkpoint: Path, count: int, seed: int) -> str:
     return "\n".join([*rows, "", "ONNX Runtime on the CPU; activations are rounded too where weights are int8."])
 
 
+def first_answers(
+    model: torch.nn.Module, folder: Path, split: data.Split, chosen: np.ndarray, what: str
+) -> tuple[list[str], torch.Tensor]:
+    """A model's answer to each chosen question, and the logits of its first token, [questions, vocab]."""
+    tokens, found, logits = Tokenizer.from_file(str(folder / "tokenizer.json")), [], []
+    end, run = tokens.token_to_id("</s>"), references.module("none").run
+    for number in track(chosen, what):
+        question, _, picture = split.questions[number]
+        pixels = torch.from_numpy(data.normalise(split.pictures[picture : picture + 1]))
+        reference = run(model, {}, tokens.encode(data.prompt(question)).ids, pixels, STEPS)
+        said = reference.tokens
+        found.append(tokens.decode(said[: said.index(end)] if end in said else said).strip())
+        logits.append(reference.logits[0])
+    return found, torch.stack(logits)
+
+
+def quantised_table(checkpoint: Path, count: int, seed: int) -> str:
+    """INT4 decoder matrices by how they are rounded, in PyTorch, in Markdown; calibrated on training questions."""
+    split = data.load("test")
+    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
+    truth = [split.questions[i][1] for i in chosen]
+    rows = [
+        f"{count} held-out questions of easy-VQA (`--quantised --questions {count}`).",
+        "",
+        "| decoder's matrices | accuracy | same answer as float32 | error of logits | bytes of the checkpoint |",
+        "|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        samples = Path(place) / "train.jsonl"
+        paths, asked = easy_vqa.get_train_image_paths(), zip(*easy_vqa.get_train_questions(), strict=True)
+        lines = [{"image": str(paths[picture]), "prompt": q, "answer": a} for q, a, picture in asked]
+        samples.write_text("\n".join(map(json.dumps, lines)))
+        first: tuple[list[str], torch.Tensor] | None = None
+        for name in ("float32", "int4, nearest", "int4, awq", "int4, gptq"):
+            folder = checkpoint
+            if name.endswith(("awq", "gptq")):
+                folder = Path(place) / name[-4:].strip()
+                quantize(checkpoint, folder, pictures=samples, algorithm=folder.name, block_size=32, seed=seed)
+            model = references.load(folder)
+            if name.endswith("nearest"):
+                quantised.apply(model, WeightFormats(decoder="int4", block=32), "bfloat16")
+            found, logits = first_answers(model, checkpoint, split, chosen, name)
+            first = first or (found, logits)
+            right, same = (np.mean([a == b for a, b in zip(found, other, strict=True)]) for other in (truth, first[0]))
+            error = (logits - first[1]).norm() / first[1].norm()
+            size = "" if name.endswith("nearest") else f"{(folder / 'model.safetensors').stat().st_size:,}"
+            rows.append(f"| {name} | {right:.4f} | {same:.2%} | {error:.2%} | {size} |")
+            print(rows[-1], flush=True)
+    return "\n".join([*rows, "", "PyTorch on the CPU, blocks of 32 with scales in bfloat16, 128 training questions."])
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint")
 @click.option("--questions", default=2000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--methods", is_flag=True, help="The table of methods, not that of pruning.")
 @click.option("--formats", is_flag=True, help="The table of weights as small integers.")
+@click.option("--quantised", "small", is_flag=True, help="The table of INT4 with and without calibration.")
 @click.option("--bundles/--no-bundles", default=True, show_default=True, help="Of the methods' bundles too.")
 @click.option("--card", is_flag=True, help="Write the table into the model card.")
-def main(checkpoint: Path, questions: int, seed: int, methods: bool, formats: bool, bundles: bool, card: bool) -> None:
-    """Accuracy of the sample: dense, FastV and random pruning; or every method; or small weights."""
+def main(
+    checkpoint: Path, questions: int, seed: int, methods: bool, formats: bool, small: bool, bundles: bool, card: bool
+) -> None:
+    """Accuracy of the sample: dense, FastV and random pruning; or every method; or small weights, calibrated or not."""
     if formats:
         mark, made = "formats", formats_table(checkpoint, questions, seed)
+    elif small:
+        mark, made = "quantised", quantised_table(checkpoint, questions, seed)
     elif methods:
         mark, made = "methods", methods_table(questions, seed, bundles)
     else:
