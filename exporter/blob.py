@@ -85,14 +85,14 @@ def formats(known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored
         UnsupportedError: integers of the checkpoint's that graphs do not hold.
     """
     found = {part: "as-is" for part in ("decoder", "vision", "head") if getattr(plan.asked, part) == "as-is"}
-    block = plan.formats.block
+    blocks = set()
     for name, weight in known.items():
         if planning.part_of(name) in found:
             how = format_of(name, weight, sources.get(name), plan)
             if how is not None:
                 found[planning.part_of(name)] = how.name
-                block = how.block or block
-    return replace(plan.formats, **found, block=block)
+                blocks.add(how.block or 0)
+    return replace(plan.formats, **found, block=max(blocks, default=0) or plan.formats.block)
 
 
 def _own(name: str, weight: Weight, source: checkpoint.Stored | None, plan: Plan) -> Packed | None:

@@ -151,15 +151,22 @@ def _compressed(config: Mapping[str, Any], where: str) -> Prequantised:
             "export the unquantised checkpoint"
         )
     schemes = {_scheme(group, config.get("format"), where) for group in groups}
-    if len(schemes) > 1:
+    sizes = {size for _, _, size, _ in schemes}
+    if len({(layout, bits, symmetric) for layout, bits, _, symmetric in schemes}) > 1 or (
+        len(sizes) > 1 and None in sizes
+    ):
         raise UnsupportedError(
-            f"{where}: its {len(groups)} config_groups quantise weights in different ways, expected one; export the "
-            "unquantised checkpoint"
+            f"{where}: its {len(groups)} config_groups quantise weights in different ways, expected one, or several "
+            "sizes of groups; export the unquantised checkpoint"
         )
-    layout, bits, group, symmetric = schemes.pop()
+    layout, bits, _, symmetric = schemes.pop()
+    group = max(sizes, key=lambda size: size or 0)
+    smaller = tuple(size for size in sizes if size and size != group)
     targets, ignored = [t for each in groups for t in _names(where, each, "targets")], _names(where, config, "ignore")
     parts = tuple(part for part, names in ASKED.items() if _targeted(names, targets, ignored))
-    return Prequantised(layout=layout, bits=bits, group=group, symmetric=symmetric, parts=("decoder", *parts))
+    return Prequantised(
+        layout=layout, bits=bits, group=group, smaller=smaller, symmetric=symmetric, parts=("decoder", *parts)
+    )
 
 
 def _scheme(group: Mapping[str, Any], outer: Any, where: str) -> tuple[str, int, int | None, bool]:
@@ -345,6 +352,7 @@ def _matrix(module: str, pieces: dict[str, Stored], how: Prequantised, layout: s
     if lost:
         raise CheckpointError(f"{first.file}: lacks {module}.{lost[0]}; download the checkpoint again")
     outputs, inputs = _size(module, pieces, how, layout)
+    how = _of_matrix(how, inputs, pieces)
     for end, shapes, kinds in _wanted(outputs, inputs, how, layout):
         one = pieces.get(end)
         if one is not None and (one.shape not in shapes or _kind(one) not in kinds):
@@ -355,6 +363,15 @@ def _matrix(module: str, pieces: dict[str, Stored], how: Prequantised, layout: s
             )
     key = f"{module}.weight"
     return Packed(first.file, key, (outputs, inputs), "float32", how=how, pieces=pieces)
+
+
+def _of_matrix(how: Prequantised, inputs: int, pieces: Mapping[str, Stored]) -> Prequantised:
+    """What config.json says, with the size of group that a matrix's scales tell of where it names several."""
+    if not how.smaller:
+        return how
+    scales = pieces["weight_scale"].shape
+    sizes = [size for size in (how.group, *how.smaller) if size and scales[1:] == (-(-inputs // size),)]
+    return replace(how, group=sizes[0] if sizes else how.group, smaller=())
 
 
 def _size(module: str, pieces: Mapping[str, Stored], how: Prequantised, layout: str) -> tuple[int, int]:

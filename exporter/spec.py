@@ -101,6 +101,7 @@ class Prequantised:
         layout: `awq`, `gptq` (zero points less 1), `gptq_v2`, `packed` (compressed-tensors' int32) or `plain` (int8).
         bits: of an integer, 4 or 8.
         group: input channels that share a scale; None where an output channel has one scale.
+        smaller: sizes of the groups of matrices whose input channels `group` does not divide.
         symmetric: every zero point is the middle of the integers' range.
         parts: what config.json says is quantised: `decoder`, and maybe `vision` and `head`.
     """
@@ -110,6 +111,7 @@ class Prequantised:
     group: int | None
     symmetric: bool
     parts: tuple[str, ...]
+    smaller: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

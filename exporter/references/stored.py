@@ -97,9 +97,11 @@ def _matrix(config: dict[str, Any], own: dict[str, Tensor]) -> Array:
     scales = scales.reshape(len(values), -1)
     group = tensors.get("g_idx", tensors.get("weight_g_idx"))
     if group is None or (group == -1).all():
-        groups = scales.shape[1]
-        size = _group(config) or values.shape[1]
-        group = np.minimum(np.arange(values.shape[1]) // size, groups - 1)
+        groups, inputs = scales.shape[1], values.shape[1]
+        size = _group(config) or inputs
+        if -(-inputs // size) != groups:  # one of several config_groups
+            size = inputs // groups
+        group = np.minimum(np.arange(inputs) // size, groups - 1)
     zeros = np.broadcast_to(zeros, scales.shape)
     found = np.empty(values.shape, np.float32)
     for i, g in enumerate(group):

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import calibrate, checkpoint, quantize, references, spec
+from lvlm_edge.exporter import calibrate, checkpoint, export, parity, planning, quantize, references, spec
 from lvlm_edge.exporter.references import original
+from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from tests import checkpoints, layouts, originals, tiny
 from tests.tiny import cli, refused, tree
@@ -370,6 +371,29 @@ def test_a_matrix_that_128_does_not_divide_has_blocks_of_32_and_one_that_32_does
     for name in ("mixed", "kept"):
         found = logits(tmp_path / name, 7)
         np.testing.assert_allclose(found, logits(unpacked(tmp_path / name, tmp_path / f"{name}-plain"), 7), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["hub", "original"])
+def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, pictures, layout):
+    text = {"text": {"hidden_size": 128, "intermediate_size": 160}} if layout == "hub" else {}
+    source, out = LAYOUTS[layout](tmp_path / "source", **text), tmp_path / "out"
+    quantize(source, out, pictures=pictures)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["group_size"] for group in groups} == {128, 32}
+
+    bundle = export(out, tmp_path / "bundle", method="fastv", prune_layer=1, max_text_tokens=16, max_new_tokens=8)
+
+    formats = open_bundle(bundle).manifest.formats
+    assert (formats.decoder, formats.head, formats.block) == ("int4", "as-is", 128)
+    size = open_bundle(bundle).manifest.files["weights.bin"].size
+    assert planning.weights_bytes(plan_of(out)) <= size <= 1.1 * planning.weights_bytes(plan_of(out))
+    verdict = parity.check(bundle, out, steps=4, store=False)
+    assert verdict.passed, verdict.first_failure
+
+
+def plan_of(folder: Path) -> Any:
+    options = {"prune_layer": 1}
+    return planning.make(spec.load(folder), method_name="fastv", options=options, max_text_tokens=16, max_new_tokens=8)
 
 
 def test_every_other_file_is_copied_and_the_source_stays_as_it_was(tmp_path, pictures):
