@@ -68,6 +68,7 @@ def checkpoint(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained((folder / name).parent, gguf_file=Path(name).name)
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
+    vars(text.config).pop("quantization_config", None)  # of the GGUF file; the weights are floats by now
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER), text_config=text.config, image_token_index=text.config.vocab_size - 1,
         image_seq_length=4, tie_word_embeddings=True,
