@@ -292,7 +292,7 @@ def _cases(folder: Path, config: dict[str, Any], model: ModelSpec, samples: Sequ
     """
     family = spec.family(model.family)
     where, fit = family.pictures(config, folder)
-    how = preprocess.fitted(pack._preprocessing(where, model.vision), fit, model.vision.image_size)
+    how = preprocess.fitted(pack.preprocessing(where, model.vision), fit, model.vision.image_size)
     with tempfile.TemporaryDirectory() as place:
         known = text.copy(folder, Path(place), family.chat_template(config), model.image_token_id)
         if known is None:

@@ -154,7 +154,7 @@ def _write(
     config = spec.read_json(folder / "config.json")
     text_config = text.copy(folder, out, family.chat_template(config), plan.spec.image_token_id)
     where, fit = family.pictures(config, folder)
-    how = preprocess.fitted(_preprocessing(where, plan.spec.vision), fit, plan.spec.vision.image_size)
+    how = preprocess.fitted(preprocessing(where, plan.spec.vision), fit, plan.spec.vision.image_size)
     ends = text.eos_token_ids(folder)
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
@@ -252,7 +252,7 @@ def _manifest(
     )
 
 
-def _preprocessing(folder: Path, vision: spec.VisionSpec) -> Preprocessing:
+def preprocessing(folder: Path, vision: spec.VisionSpec) -> Preprocessing:
     """From preprocessor_config.json, or where newer transformers put it, else the tower's defaults.
 
     Raises:
