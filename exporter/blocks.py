@@ -191,14 +191,6 @@ def some_heads(x: Tensor, linear: Linear, wanted: tuple[int, ...], count: int) -
     return split_heads(y, len(wanted))
 
 
-def keys_and_values(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values, [1, H_kv, rows, D_h] each, of rows [1, rows, D] that ask for nothing."""
-    d, ops = parts.spec.decoder, parts.ops
-    normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
-    key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), parts.rope_cos, parts.rope_sin, positions)
-    return key, split_heads(layer.v_proj(normed), d.kv_heads)
-
-
 def finish(parts: Parts, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, feed-forward, residual."""
     return feed_forward(parts, layer, x + layer.o_proj(join_heads(attended)))

@@ -335,8 +335,8 @@ def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks
         layer, last, (group,) = parts.layers[i], i == plan.spec.decoder.layers - 1, plan.groups(i)
         asking = rest if last else blocks.concat([proxy, rest], 1)
         positions = at.rest if last else blocks.concat([at.proxies, at.rest])
-        query, key, value = blocks.project(parts, layer, asking, positions[None])
-        seen_key, seen_value = blocks.keys_and_values(parts, layer, full, at.visual[None])
+        own, seen = _project(parts, layer, asking, full, (positions, at.visual))
+        (query, key, value), (seen_key, seen_value) = own, seen
         n = 0 if last else where.crops * where.proxies
         text_key, text_value = key[:, :, n:], value[:, :, n:]
         stored = blocks.concat([seen_key, text_key], 2), blocks.concat([seen_value, text_value], 2)
@@ -356,6 +356,29 @@ def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks
         return {"logits": blocks.logits(parts, rest, row), **caches}
     state |= {"full": full, "proxy": proxy, "rest": rest}
     return {f"{name}.{segment.layers.stop}": state[name] for name in _state_names(plan)} | caches
+
+
+def _project(
+    parts: Parts, layer: Any, asking: Tensor, full: Tensor, positions: tuple[Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Queries, keys and values of rows that ask, and keys and values of visual tokens, as `blocks.project` has them.
+
+    In one product for both: TensorRT-RTX 1.7.1 does not build most graphs in which two read a matrix of integers.
+    """
+    d, ops, count = parts.spec.decoder, parts.ops, asking.shape[1]
+    normed = ops.rms_norm(blocks.concat([asking, full], 1), layer.input_layernorm.weight, d.eps)
+    keys, values = layer.k_proj(normed), layer.v_proj(normed)
+
+    def rotated(rows: Tensor, heads: int, at: Tensor) -> Tensor:
+        turned: Tensor = ops.rotate(blocks.split_heads(rows, heads), parts.rope_cos, parts.rope_sin, at[None])
+        return turned
+
+    own = (
+        rotated(layer.q_proj(normed[:, :count]), d.heads, positions[0]),
+        rotated(keys[:, :count], d.kv_heads, positions[0]),
+        blocks.split_heads(values[:, :count], d.kv_heads),
+    )
+    return own, (rotated(keys[:, count:], d.kv_heads, positions[1]), blocks.split_heads(values[:, count:], d.kv_heads))
 
 
 def _before(queries: Tensor, *keys: Tensor) -> Tensor:

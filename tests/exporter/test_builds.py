@@ -69,6 +69,17 @@ def test_tensorrt_rtx_builds_the_samples(export_once, method):
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
+def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method, weights):
+    name, _, semantics = method.partition("-")
+    more = {"semantics": semantics} if semantics else {}
+    more |= {"weights": weights, "block_size": 32, "dtype": "float16"}
+    bundle = export_once(SAMPLES / name, method=name, **more, **CAPACITIES)
+
+    assert built(bundle, "8.9") == graphs(bundle)
+
+
 @pytest.mark.parametrize("name", ["proxyv, three crops", "yopo dropped", "himix"])
 def test_tensorrt_rtx_builds_the_legacy_graphs(original, export_once, name):
     method, options, more = CASES[name]

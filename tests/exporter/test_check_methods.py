@@ -281,8 +281,8 @@ PROXYV = {
         (
             proxyv,
             "tail",
-            "blocks.keys_and_values(parts, layer, full, at.visual[None])",
-            "blocks.keys_and_values(parts, layer, full, at.visual[None] + 1)",
+            "(positions, at.visual)",
+            "(positions, at.visual + 1)",
         ),
     ),
     "logits of the row before the last": wrong(

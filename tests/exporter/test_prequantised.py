@@ -466,7 +466,7 @@ REFUSED = {
     "caches too": (packed.compressed("pack-quantized", 4, 32, kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is"),
     "two schemes": (
         packed.compressed("pack-quantized", 4, 32)
-        | {"config_groups": {"a": {"weights": W8}, "b": {"weights": W8 | {"group_size": 64}}}},
+        | {"config_groups": {"a": {"weights": W8}, "b": {"weights": W8 | {"num_bits": 4}}}},
         "its 2 config_groups quantise weights in different ways",
     ),
 }
