@@ -106,7 +106,9 @@ def test_proxyv_asks_nothing_of_visual_tokens_from_the_start_layer_on(original, 
 
     visual, hidden, ffn = 3 * 64, 64, 128
     of_visual = {(inner, columns) for n, inner, columns in rows if n == visual}
-    assert of_visual == {(hidden, hidden), (hidden, 32), (64, 32), (32, hidden)}  # keys and values; the update's MLP
+    assert of_visual == {(hidden, 32), (64, 32), (32, hidden)}  # the update's MLP
+    with_others = {(inner, columns) for n, inner, columns in rows if n > visual}
+    assert with_others == {(hidden, hidden)}  # keys and values
     assert not any(n >= visual and ffn in (inner, columns) for n, inner, columns in rows)
 
 
