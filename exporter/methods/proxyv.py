@@ -335,8 +335,7 @@ def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks
         layer, last, (group,) = parts.layers[i], i == plan.spec.decoder.layers - 1, plan.groups(i)
         asking = rest if last else blocks.concat([proxy, rest], 1)
         positions = at.rest if last else blocks.concat([at.proxies, at.rest])
-        own, seen = _project(parts, layer, asking, full, (positions, at.visual))
-        (query, key, value), (seen_key, seen_value) = own, seen
+        (query, key, value), (seen_key, seen_value) = _project(parts, layer, asking, full, (positions, at.visual))
         n = 0 if last else where.crops * where.proxies
         text_key, text_value = key[:, :, n:], value[:, :, n:]
         stored = blocks.concat([seen_key, text_key], 2), blocks.concat([seen_value, text_value], 2)

@@ -81,6 +81,13 @@ def from_pytorch(model: torch.nn.Module, count: int, ratio: float | None, scatte
     return answer
 
 
+def held_out(count: int, seed: int) -> tuple[data.Split, np.ndarray, list[str]]:
+    """The test split, numbers of some of its questions drawn at random, and their right answers."""
+    split = data.load("test")
+    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
+    return split, chosen, [split.questions[i][1] for i in chosen]
+
+
 def greedy(pipe: Pipeline) -> Answer:
     """Answers of a pipeline as it is."""
 
@@ -106,10 +113,8 @@ def answers(answer: Answer, pipe: Pipeline, split: data.Split, chosen: np.ndarra
 def table(checkpoint: Path, count: int, seed: int) -> str:
     """The accuracy table in Markdown."""
     torch.set_num_threads(1)  # the model is too small for more
-    split, model = data.load("test"), references.load(checkpoint)
+    (split, chosen, truth), model = held_out(count, seed), references.load(checkpoint)
     visual = model.config.image_seq_length
-    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
-    truth = [split.questions[i][1] for i in chosen]
     rows = [
         f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--questions {count} --seed {seed}`).",
         "",
@@ -169,9 +174,7 @@ def reference_answers(
 def methods_table(count: int, seed: int, bundles: bool) -> str:
     """Every method's accuracy in Markdown; without bundles, of its PyTorch reference alone."""
     torch.set_num_threads(1)
-    split = data.load("test")
-    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
-    truth = [split.questions[i][1] for i in chosen]
+    split, chosen, truth = held_out(count, seed)
     columns = ["method", "PyTorch", *(["bundle", "same answer"] if bundles else []), *KINDS]
     rows = [
         f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--questions {count} --seed {seed}`).",
@@ -201,9 +204,7 @@ def methods_table(count: int, seed: int, bundles: bool) -> str:
 
 def formats_table(checkpoint: Path, count: int, seed: int) -> str:
     """Accuracy of bundles by how their matrices are kept, as `lvlm-edge run` runs them, in Markdown."""
-    split = data.load("test")
-    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
-    truth = [split.questions[i][1] for i in chosen]
+    split, chosen, truth = held_out(count, seed)
     rows = [
         f"{count} held-out questions of easy-VQA (of {len(split.questions)}; `--formats --questions {count}`).",
         "",
@@ -245,9 +246,7 @@ def first_answers(
 
 def quantised_table(checkpoint: Path, count: int, seed: int) -> str:
     """INT4 decoder matrices by how they are rounded, in PyTorch, in Markdown; calibrated on training questions."""
-    split = data.load("test")
-    chosen = np.random.default_rng(seed).permutation(len(split.questions))[:count]
-    truth = [split.questions[i][1] for i in chosen]
+    split, chosen, truth = held_out(count, seed)
     rows = [
         f"{count} held-out questions of easy-VQA (`--quantised --questions {count}`).",
         "",
