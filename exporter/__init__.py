@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lvlm_edge.exporter.calibrate import quantize
-    from lvlm_edge.exporter.pack import export
+    from lvlm_edge.exporter.bundles.pack import export
+    from lvlm_edge.exporter.devices.profiles import Profile
     from lvlm_edge.exporter.planning import Plan
-    from lvlm_edge.exporter.profiles import Profile
+    from lvlm_edge.exporter.quantisation.calibrate import quantize
 
 
 def plan(
@@ -38,7 +38,8 @@ def plan(
     """
     from pathlib import Path
 
-    from lvlm_edge.exporter import cost, fit, planning, profiles
+    from lvlm_edge.exporter import planning
+    from lvlm_edge.exporter.devices import cost, fit, profiles
     from lvlm_edge.runtime.bundle import FORMATS
 
     known = weights in (*FORMATS, planning.FLOAT)
@@ -63,7 +64,7 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
     Raises:
         FitError: it cannot; the message says by how much, and what would fit.
     """
-    from lvlm_edge.exporter import fit, profiles
+    from lvlm_edge.exporter.devices import fit, profiles
 
     profile = profiles.find(device) if isinstance(device, str) else device
     made = _make(source, method, options)
@@ -71,7 +72,8 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
 
 
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
-    from lvlm_edge.exporter import checkpoint, planning, spec
+    from lvlm_edge.exporter import planning
+    from lvlm_edge.exporter.checkpoints import checkpoint, spec
 
     options = dict(options)
     folder = checkpoint.resolve(source, options.pop("revision", None), weights=False)
@@ -81,11 +83,11 @@ def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
 
 def __getattr__(name: str) -> Any:
     if name == "export":
-        from lvlm_edge.exporter.pack import export
+        from lvlm_edge.exporter.bundles.pack import export
 
         return export
     if name == "quantize":
-        from lvlm_edge.exporter.calibrate import quantize
+        from lvlm_edge.exporter.quantisation.calibrate import quantize
 
         return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -270,7 +270,7 @@ def export(
 
 
 def _add_keep_ratio(bundle: Path, keep_ratio: float, quiet: bool, as_json: bool) -> None:
-    from lvlm_edge.exporter import ratios
+    from lvlm_edge.exporter.bundles import ratios
 
     context = click.get_current_context()
     known = {"checkpoint", "add_keep_ratio", "quiet", "as_json"}
@@ -352,7 +352,7 @@ def check(
     as_json: bool,
 ) -> None:
     """Compare a bundle with PyTorch, graph by graph and token by token; exit 1 if it differs."""
-    from lvlm_edge.exporter import parity
+    from lvlm_edge.exporter.proof import parity
 
     verdict = parity.check(
         bundle,
@@ -392,7 +392,7 @@ def build(
     as_json: bool,
 ) -> None:
     """TensorRT engines of a bundle, built for a device; what is up to date stays."""
-    from lvlm_edge.exporter import engine, profiles
+    from lvlm_edge.exporter.devices import engine, profiles
 
     profile = profiles.find(device)
     own = profile.compute_capability
@@ -499,8 +499,8 @@ def bench(
     **options: Any,
 ) -> None:
     """Time to first token by stage, decode speed and peak memory of bundles in turns, beside their floors."""
-    from lvlm_edge.exporter import bench as benched
-    from lvlm_edge.exporter import chart
+    from lvlm_edge.exporter.timing import bench as benched
+    from lvlm_edge.exporter.timing import chart
 
     if plot is not None:
         chart.check(plot)
@@ -566,7 +566,7 @@ def _shared(bundle: Path, ratios: list[float]) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def devices(profile: str | None, as_json: bool) -> None:
     """The known devices and their limits; of one device every figure, with its source."""
-    from lvlm_edge.exporter import profiles
+    from lvlm_edge.exporter.devices import profiles
 
     found = [profiles.find(profile)] if profile else [profiles.load(name) for name in profiles.names()]
     if as_json:
@@ -582,7 +582,7 @@ def devices(profile: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def doctor(as_json: bool) -> None:
     """What this machine has: packages, GPU, JetPack; what works with it, and what to install for the rest."""
-    from lvlm_edge.exporter import doctor as examined
+    from lvlm_edge.exporter.devices import doctor as examined
 
     found = examined.report()
     if as_json:
@@ -608,7 +608,7 @@ def _certificate(bundle: Path, manifest: str) -> dict[str, Any] | None:
 
 def _device(options: dict[str, Any]) -> Any:
     """The profile that `--device` names, taken out of the options."""
-    from lvlm_edge.exporter import profiles
+    from lvlm_edge.exporter.devices import profiles
 
     return profiles.find(options.pop("device"))
 
@@ -620,7 +620,7 @@ def _given(option: str) -> bool:
 
 def _settings(options: dict[str, Any], device: Any) -> dict[str, Any]:
     """Options that were given; dtype and lowering from the device's profile where they were not."""
-    from lvlm_edge.exporter import profiles
+    from lvlm_edge.exporter.devices import profiles
 
     chosen = {"dtype": options["dtype"] or device.default_dtype, "lowering": options["lowering"] or device.lowering}
     for key, known in (("dtype", profiles.CHOICES["dtypes"]), ("lowering", profiles.CHOICES["lowering"])):

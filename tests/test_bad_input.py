@@ -571,7 +571,7 @@ def test_a_full_disk_is_found_before_anything_is_written(output, good, place, mo
     ],
 )
 def test_a_write_that_fails_leaves_the_old_bundle_and_nothing_else(output, number, said, good, place, monkeypatch):
-    monkeypatch.setattr("lvlm_edge.exporter.blob.write", fail(number))
+    monkeypatch.setattr("lvlm_edge.exporter.bundles.weights_file.write", fail(number))
     before = tree(place)
 
     assert said in refused(1, "export", good, "-o", place / output, "--force", *CAPACITY)
@@ -639,7 +639,8 @@ def test_the_checkpoint_is_never_replaced_by_its_bundle(output, folder, none, tm
 FORKS = """
 import json, os, shutil, signal, sys
 import torch
-from lvlm_edge.exporter import beside, blob, pack, trace
+from lvlm_edge.exporter.bundles import atomic, pack, weights_file
+from lvlm_edge.exporter.graphs import trace
 from lvlm_edge.exporter.cli import main
 
 torch.set_num_threads(1)  # a fork has one thread
@@ -777,15 +778,15 @@ def test_an_export_killed_at_random_leaves_the_old_bundle_or_the_new_one(force, 
 
 
 def test_a_second_export_to_the_same_place_is_refused_while_the_first_one_writes(good, tmp_path, monkeypatch):
-    from lvlm_edge.exporter import blob
+    from lvlm_edge.exporter.bundles import weights_file
 
-    real, said = blob.write, []
+    real, said = weights_file.write, []
 
     def slow(*args):
         said.append(refused(2, "export", good, "-o", tmp_path / "bundle", "--force", *CAPACITY))
         return real(*args)
 
-    monkeypatch.setattr(blob, "write", slow)
+    monkeypatch.setattr(weights_file, "write", slow)
 
     assert tiny.cli("export", good, "-o", tmp_path / "bundle", *CAPACITY, "-q").exit_code == 0
 

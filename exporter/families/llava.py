@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import configs, prequantised
-from lvlm_edge.exporter.checkpoint import Stored
-from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints import configs, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 DECODERS = ("llama", "mistral", "qwen2")

@@ -14,10 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import checkpoint, configs, prequantised
-from lvlm_edge.exporter.checkpoint import Stored
-from lvlm_edge.exporter.spec import PLACEHOLDER_ID, CheckpointError, DecoderSpec, ModelSpec, VisionSpec, read_json
-from lvlm_edge.exporter.templates import TEMPLATES
+from lvlm_edge.exporter.checkpoints import checkpoint, configs, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.spec import (
+    PLACEHOLDER_ID,
+    CheckpointError,
+    DecoderSpec,
+    ModelSpec,
+    VisionSpec,
+    read_json,
+)
+from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 ARCHITECTURES = {

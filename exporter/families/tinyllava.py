@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import configs, prequantised
-from lvlm_edge.exporter.checkpoint import Stored
-from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
-from lvlm_edge.exporter.templates import TEMPLATES
+from lvlm_edge.exporter.checkpoints import configs, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 DECODERS = ("llama", "mistral", "qwen2")

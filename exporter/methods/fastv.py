@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import Plan, PlanError, Stage
-from lvlm_edge.exporter.spec import ModelSpec
 from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import Parts
+    from lvlm_edge.exporter.graphs.parts import Parts
 
 
 SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import Plan, Stage, layer_flops
-from lvlm_edge.exporter.spec import ModelSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError
 from lvlm_edge.runtime.kv_cache import PAST
@@ -22,7 +22,7 @@ from lvlm_edge.runtime.kv_cache import PAST
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import Parts
+    from lvlm_edge.exporter.graphs.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def own_weights(plan: Plan) -> int:
 
 def extend(parts: Parts, plan: Plan) -> None:
     """Give the decoder's layers HiMix's weights, under the names of the release."""
-    from lvlm_edge.exporter.parts import Linear, Norm
+    from lvlm_edge.exporter.graphs.parts import Linear, Norm
 
     d, wide = plan.spec.decoder, width(plan.spec)
     for layer in parts.layers:

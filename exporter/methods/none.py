@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import Plan, Stage
-from lvlm_edge.exporter.spec import ModelSpec
 
 SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
 

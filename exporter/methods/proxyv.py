@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import Plan, PlanError, Stage, layer_flops
-from lvlm_edge.exporter.spec import DecoderSpec, ModelSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import Parts
+    from lvlm_edge.exporter.graphs.parts import Parts
 
 ONE_IMAGE = True  # the released code packs the crops of one image
 
@@ -181,7 +181,7 @@ def extend(parts: Any, plan: Plan) -> None:
     import torch
     from torch import nn
 
-    from lvlm_edge.exporter.parts import Linear, Norm, activation
+    from lvlm_edge.exporter.graphs.parts import Linear, Norm, activation
 
     d, q = plan.spec.decoder.hidden, narrow(plan.spec.decoder)
 

@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import blocks
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import CacheGroup, Plan, PlanError, Stage, layer_flops
-from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import DecoderLayer, Linear, Parts
+    from lvlm_edge.exporter.graphs.parts import DecoderLayer, Linear, Parts
 
 ONE_IMAGE = True  # the released code knows one block of visual tokens
 SEMANTICS = ("released", "dropped")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
 from lvlm_edge.exporter.references import original, quantised, stored
-from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 
 @dataclass(frozen=True, kw_only=True)

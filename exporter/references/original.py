@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import checkpoint
+from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
 from lvlm_edge.exporter.references import stored as stored_tensors
-from lvlm_edge.exporter.spec import CheckpointError, read_json
 
 DECODERS = {
     "llava": "llama",  # the first releases; the hub's layout, which has the name now, is not read here

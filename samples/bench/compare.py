@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from lvlm_edge.exporter.bench import bench
+from lvlm_edge.exporter.timing.bench import bench
 
 HERE = Path(__file__).parent
 TEXT = 100

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from lvlm_edge.exporter import plan
-from lvlm_edge.exporter.bench import bench
+from lvlm_edge.exporter.timing.bench import bench
 
 HERE = Path(__file__).parent
 CASES = {  # what it is: checkpoint, text tokens, share of the visual tokens kept

@@ -14,7 +14,7 @@ from statistics import median
 import click
 import numpy as np
 
-from lvlm_edge.exporter import graph as graphs
+from lvlm_edge.exporter.graphs import graph as graphs
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import keep_ratios, open_bundle
 

@@ -1,4 +1,4 @@
-"""Fits the constants of `exporter/cost.json` on published times: `python samples/cost/fit.py [--write]`.
+"""Fits the constants of `exporter/devices/cost.json` on published times: `python samples/cost/fit.py [--write]`.
 
 Rows of `edge_llm.json` in the table's order: the first, third, fifth and so on are fitted, the others held out. Fitted
 are the logarithms of the constants, class by class, to the smallest sum of squared log ratios of predicted to
@@ -17,10 +17,12 @@ from statistics import median
 
 import click
 
-from lvlm_edge.exporter import cost, planning, profiles, spec
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import cost, profiles
 
 HERE = Path(__file__).parent
-TARGET = HERE.parents[1] / "exporter" / "cost.json"
+TARGET = HERE.parents[1] / "exporter" / "devices" / "cost.json"
 BYTES = {"int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16}
 QUANTITIES = ("prefill of 2048", "prefill of a picture", "decode", "vision")
 FORMATS = {"orin": ("float16", "int4"), "thor": ("float16", "int4", "fp4")}
@@ -137,7 +139,7 @@ def fit_all() -> tuple[dict[str, cost.Constants], list[dict], list[dict], dict]:
 
 
 @click.command()
-@click.option("--write", is_flag=True, help="Replace exporter/cost.json.")
+@click.option("--write", is_flag=True, help="Replace exporter/devices/cost.json.")
 @click.option("--held-out/--no-held-out", default=True, help="Look at the rows that were held out.")
 def main(write: bool, held_out: bool) -> None:
     classes, own, others, models = fit_all()

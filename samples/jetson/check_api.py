@@ -27,7 +27,7 @@ import click
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "exporter/engine.py", *sorted((ROOT / "runtime/backends").glob("trt*.py"))]
+SOURCES = [ROOT / "exporter/devices/engine.py", *sorted((ROOT / "runtime/backends").glob("trt*.py"))]
 # The TensorRT module, and what is made from it. `runtime` and `cuda` are CUDA's.
 OBJECTS = frozenset({"trt", "module", "_module", "builder", "network", "parser", "config", "engine"})
 OBJECTS |= {"context", "_context", "_runtime", "cache"}

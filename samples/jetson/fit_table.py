@@ -13,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lvlm_edge.exporter import fit, planning, profiles, spec
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import fit, profiles
 
 VISION = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
 VISION |= {"patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import engine, export, planning, spec
+from lvlm_edge.exporter import export, planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import engine
 
 SAMPLES = Path(__file__).resolve().parents[1]
 sys.path.append(str(SAMPLES / "bench"))

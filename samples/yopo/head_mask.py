@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from lvlm_edge.exporter import checkpoint, references
+from lvlm_edge.exporter import references
+from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.references import original
 
 PROMPT = "USER: <image>\nDescribe the picture. ASSISTANT:"

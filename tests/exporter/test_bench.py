@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_edge.exporter import bench, chart, contenders, cost, planning, ratios, spec
-from lvlm_edge.exporter.contenders import Contender
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.bundles import ratios
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import cost
+from lvlm_edge.exporter.timing import bench, chart, contenders
+from lvlm_edge.exporter.timing.contenders import Contender
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 from tests import tiny
@@ -429,7 +433,7 @@ def test_the_other_contenders_end_with_one_that_fails(bundles, monkeypatch):
 def test_a_contender_ends_when_nobody_asks_any_more(bundles):
     # As where the parent was killed: its end of the pipe is closed.
     who = {"name": "x", "kind": "bundle", "folder": str(bundles[0]), "bundle": str(bundles[0])}
-    command = [sys.executable, "-m", "lvlm_edge.exporter.contenders", json.dumps(who)]
+    command = [sys.executable, "-m", "lvlm_edge.exporter.timing.contenders", json.dumps(who)]
     done = subprocess.run(command, input="", capture_output=True, text=True, check=True, timeout=60)
 
     assert json.loads(done.stdout)["method"] == "none"

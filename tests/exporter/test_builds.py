@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_edge.exporter import engine
-from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.exporter.devices import engine
+from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.runtime.errors import LvlmEdgeError
 from tests.exporter.test_savings import CAPACITIES, CASES
 

@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import calibrate, checkpoint, export, parity, planning, quantize, references, spec
+from lvlm_edge.exporter import export, planning, quantize, references
+from lvlm_edge.exporter.checkpoints import checkpoint, spec
+from lvlm_edge.exporter.proof import parity
+from lvlm_edge.exporter.quantisation import calibrate
 from lvlm_edge.exporter.references import original
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError

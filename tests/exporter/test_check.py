@@ -14,10 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import blocks, export, parity, parts
+from lvlm_edge.exporter import export
 from lvlm_edge.exporter.cli import main
 from lvlm_edge.exporter.families import llava
+from lvlm_edge.exporter.graphs import blocks, parts
 from lvlm_edge.exporter.methods import fastv
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import sha256
 
 MUTANT = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.6, "max_text_tokens": 48, "max_new_tokens": 8}

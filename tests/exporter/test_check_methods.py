@@ -14,8 +14,10 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from lvlm_edge.exporter import blocks, export, parity, trace
+from lvlm_edge.exporter import export
+from lvlm_edge.exporter.graphs import blocks, trace
 from lvlm_edge.exporter.methods import himix, proxyv, yopo
+from lvlm_edge.exporter.proof import parity
 from tests.tiny import cli
 
 UNEVEN = ["1011", "0110", "1000", "0101"]  # within the groups of 2 key heads, too

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from lvlm_edge.exporter import cost, fit, graph, planning, profiles, spec
 from lvlm_edge.exporter import plan as planned
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import cost, fit, profiles
+from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError
 from tests.exporter.test_fit import MODELS, config, written

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from lvlm_edge.exporter import doctor
+from lvlm_edge.exporter.devices import doctor
 from tests.tiny import cli
 
 

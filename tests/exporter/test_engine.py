@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_edge.exporter import engine, export
-from lvlm_edge.exporter.engine import PORTABLE, Settings
+from lvlm_edge.exporter import export
+from lvlm_edge.exporter.devices import engine
+from lvlm_edge.exporter.devices.engine import PORTABLE, Settings
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 
@@ -125,7 +126,7 @@ def test_another_target_builds_everything_again(own):
 
 def test_a_killed_build_goes_on_where_it_stopped(own):
     code = f"""
-from lvlm_edge.exporter import engine
+from lvlm_edge.exporter.devices import engine
 engine.build({str(own)!r}, engine.Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 """
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

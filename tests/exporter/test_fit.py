@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from lvlm_edge.exporter import fit, planning, profiles, spec
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.devices import fit, profiles
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.errors import FitError, UsageError
 from tests.tiny import cli, refused

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, parity, plan, planning, references, spec
+from lvlm_edge.exporter import export, plan, planning, references
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.families import llava_llama
-from lvlm_edge.exporter.spec import CheckpointError
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import checkpoints, layouts, tiny

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lvlm_edge.exporter import blocks, planning, spec
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.graphs import blocks
+from lvlm_edge.exporter.graphs.parts import Parts
 from lvlm_edge.exporter.lowerings import legacy
 from lvlm_edge.exporter.methods import himix, proxyv, yopo
-from lvlm_edge.exporter.parts import Parts
 
 
 def planned(folder, method, **options):

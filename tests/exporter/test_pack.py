@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import beside, export, quantise
-from lvlm_edge.exporter.spec import CheckpointError
+from lvlm_edge.exporter import export
+from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter.checkpoints import quantise
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from tests import tiny
@@ -158,7 +160,7 @@ def test_picture_settings_that_are_no_object_are_refused(content, folder, tmp_pa
 
 def test_a_system_without_exchange_of_folders_replaces_a_bundle_too(good, bundle, tmp_path, monkeypatch):
     output = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    monkeypatch.setattr(beside.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
 
     export(good, output, force=True, num_images=2, **SMALL)
 

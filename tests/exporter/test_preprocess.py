@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from lvlm_edge.exporter import preprocess
+from lvlm_edge.exporter.checkpoints import preprocess
 from lvlm_edge.runtime import image
 from lvlm_edge.runtime.errors import UnsupportedError
 

@@ -14,8 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import engine, export, parity, plan, prequantised, ratios
-from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.exporter import export, plan
+from lvlm_edge.exporter.bundles import ratios
+from lvlm_edge.exporter.checkpoints import prequantised
+from lvlm_edge.exporter.devices import engine
+from lvlm_edge.exporter.devices.engine import Settings
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.exporter.references import stored
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import WeightFormats, open_bundle

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_edge.exporter import profiles
-from lvlm_edge.exporter.profiles import Figure, Profile
+from lvlm_edge.exporter.devices import profiles
+from lvlm_edge.exporter.devices.profiles import Figure, Profile
 from lvlm_edge.runtime.errors import UnsupportedError
 from tests.tiny import cli, refused
 

@@ -12,9 +12,13 @@ import pytest
 import torch
 from onnxruntime import InferenceSession
 
-from lvlm_edge.exporter import engine, export, ort_form, parity, plan, quantise
-from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.exporter import export, plan
+from lvlm_edge.exporter.checkpoints import quantise
+from lvlm_edge.exporter.devices import engine
+from lvlm_edge.exporter.devices.engine import Settings
+from lvlm_edge.exporter.ort import form
 from lvlm_edge.exporter.planning import PlanError
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import UnsupportedError
@@ -194,7 +198,7 @@ def test_rows_are_rounded_by_their_own_size(tmp_path):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
     onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "plain")
 
-    ort_form.convert(tmp_path / "plain", tmp_path / "integer")
+    form.convert(tmp_path / "plain", tmp_path / "integer")
 
     (found,) = InferenceSession(tmp_path / "integer").run(None, {"x": rows})
     wanted = rows @ (integers * scale)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import beside, draw, parity, ratios
+from lvlm_edge.exporter.bundles import atomic, graph_set, ratios
 from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import MANIFEST, keep_ratios, open_bundle, sha256
 from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError, UsageError
@@ -106,7 +107,7 @@ def test_an_altered_graph_of_a_ratio_is_noticed(several, tmp_path):
 def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
     before = {path.name: sha256(path) for path in bundle.iterdir()}
-    monkeypatch.setattr(draw.graph, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(graph_set.graph, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
 
     with pytest.raises(LvlmEdgeError, match="disk full"):
         ratios.add(bundle, 0.1)
@@ -129,7 +130,7 @@ def test_what_a_killed_run_left_is_removed(several, tmp_path):
 def test_one_at_a_time(several, tmp_path):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
 
-    with beside.inside(bundle), pytest.raises(UsageError, match="is being written by another export"):
+    with atomic.inside(bundle), pytest.raises(UsageError, match="is being written by another export"):
         ratios.add(bundle, 0.1)
 
     assert keep_ratios(bundle) == [0.5, 0.25]

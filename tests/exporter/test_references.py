@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import references
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.references import original, proxyv, yopo
-from lvlm_edge.exporter.spec import CheckpointError
 from tests import originals
 
 ORACLES = [("proxyv", "proxyv_f2"), ("yopo", "yopo_w7"), ("himix", "himix_mha")]

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from lvlm_edge.exporter import engine, export
+from lvlm_edge.exporter import export
 from lvlm_edge.exporter.cli import main
-from lvlm_edge.exporter.engine import Settings
+from lvlm_edge.exporter.devices import engine
+from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.exporter.planning import PlanError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle

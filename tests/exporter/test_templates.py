@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.exporter.families import llava_llama, tinyllava
-from lvlm_edge.exporter.templates import TEMPLATES
 from lvlm_edge.runtime import prompt
 
 CHAT = (

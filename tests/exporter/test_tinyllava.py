@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import blocks, checkpoint, export, parts, plan, planning, spec
+from lvlm_edge.exporter import export, plan, planning
+from lvlm_edge.exporter.checkpoints import checkpoint, spec
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.families import tinyllava
-from lvlm_edge.exporter.spec import CheckpointError
+from lvlm_edge.exporter.graphs import blocks, parts
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
 from tests import checkpoints, layouts, tiny

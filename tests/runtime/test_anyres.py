@@ -12,7 +12,8 @@ import pytest
 from transformers import CLIPImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 
-from lvlm_edge.exporter import export, preprocess
+from lvlm_edge.exporter import export
+from lvlm_edge.exporter.checkpoints import preprocess
 from lvlm_edge.runtime import Pipeline, image, overlay
 from lvlm_edge.runtime.errors import InputError
 from tests import layouts, tiny

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lvlm_edge.exporter.templates import TEMPLATES
+from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 from tests.runtime.test_prompt import HOSTILE, ORDINARY, byte_level, chat, metaspace_first, prepend_normalizer, small

@@ -34,7 +34,7 @@ def aliases(graph):
 
 
 def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None = None, **record) -> Path:
-    """Engines for the double, in the form that `exporter/engine.py` writes; each asks for 1000 bytes more scratch."""
+    """Engines for the double, in the form that `engine.py` writes; each asks for 1000 bytes more scratch."""
     manifest = load_manifest(bundle)
     out = bundle / "engines" / backend
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_edge.exporter import export, parity
+from lvlm_edge.exporter import export
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "easyvqa"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from lvlm_edge.exporter.ort_nodes import CONTRIB, Nodes, made_by, replace, single_reader
+from lvlm_edge.exporter.ort.nodes import CONTRIB, Nodes, made_by, replace, single_reader
 
 HEAD_SIZES = 16  # the operator takes multiples of it
 LENGTH = "cache_length"  # the input that is the slot where no rows were dropped

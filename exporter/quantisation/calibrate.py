@@ -38,11 +38,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import beside, checkpoint, pack, planning, preprocess, quantise, references, spec, text
-from lvlm_edge.exporter.checkpoint import Stored
-from lvlm_edge.exporter.quantise import Format
+from lvlm_edge.exporter import planning, references
+from lvlm_edge.exporter.bundles import atomic, pack
+from lvlm_edge.exporter.checkpoints import checkpoint, preprocess, quantise, spec, text
+from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.quantise import Format
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
 from lvlm_edge.exporter.references import original
-from lvlm_edge.exporter.spec import CheckpointError, ModelSpec
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError, nearest
 from lvlm_edge.runtime.image import open_image
 from lvlm_edge.runtime.image import preprocess as prepared
@@ -147,7 +149,7 @@ def quantize(
     model_spec, stored = spec.load(folder), checkpoint.index(folder)
     method = next(iter(model_spec.settings), "none")
     cases = _cases(folder, config, model_spec, chosen)
-    with beside.folder(output) as partial:
+    with atomic.folder(output) as partial:
         model = references.load(folder)
         rows = gather(model, method, _method_config(model_spec, method), cases, seed, tell)
         made = _convert(model, rows, _keys(stored, model_spec), stored, algorithm, block_size, method, tell)

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvlm_edge.exporter import checkpoint, planning, ratios, references, spec
+from lvlm_edge.exporter import planning, references
+from lvlm_edge.exporter.bundles import ratios
+from lvlm_edge.exporter.checkpoints import checkpoint, spec
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.references import Reference
-from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import WeightFormats

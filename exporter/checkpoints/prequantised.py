@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import checkpoint
-from lvlm_edge.exporter.checkpoint import Stored
-from lvlm_edge.exporter.spec import CheckpointError, Prequantised, read_json
+from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, Prequantised, read_json
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 if TYPE_CHECKING:

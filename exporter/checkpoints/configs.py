@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, VisionSpec
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, DecoderSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}

@@ -24,9 +24,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lvlm_edge.exporter import planning, profiles
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.devices import profiles
+from lvlm_edge.exporter.devices.profiles import GIB, Profile
 from lvlm_edge.exporter.planning import BYTES, Plan
-from lvlm_edge.exporter.profiles import GIB, Profile
 from lvlm_edge.runtime.errors import FitError, UnsupportedError, UsageError, nearest
 
 # Bytes per weight in an engine; None: the dtype's. fp4 (NVFP4) is the format's own size, unverified in an engine.

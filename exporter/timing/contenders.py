@@ -1,7 +1,7 @@
 """Contenders of a bench, each in a process of its own: a bundle on a backend, PyTorch, the machine's own rates.
 
-`python -m lvlm_edge.exporter.contenders JSON` is one of them: it says what it is, and answers a seed per line with the
-figures of a turn. See `bench` for what they mean.
+`python -m lvlm_edge.exporter.timing.contenders JSON` is one of them: it says what it is, and answers a seed per line
+with the figures of a turn. See `bench` for what they mean.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class _TorchRunner:
     def __init__(self, contender: Contender) -> None:
         import torch
 
-        from lvlm_edge.exporter import parity, references
+        from lvlm_edge.exporter import references
+        from lvlm_edge.exporter.proof import parity
         from lvlm_edge.exporter.references import original
 
         torch.set_num_threads(contender.threads)

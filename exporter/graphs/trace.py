@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.blocks import GraphSpec, row_axis
-from lvlm_edge.exporter.parts import DTYPES, Parts
+from lvlm_edge.exporter.graphs.blocks import GraphSpec, row_axis
+from lvlm_edge.exporter.graphs.parts import DTYPES, Parts
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lvlm_edge.exporter.contenders import MATRIX, RATES, VECTOR, Contender, Runner
+from lvlm_edge.exporter.timing.contenders import MATRIX, RATES, VECTOR, Contender, Runner
 from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
@@ -54,7 +54,7 @@ class Worker:
         threads = str(contender.threads)
         own = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1" if contender.kind == RATES else threads}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lvlm_edge.exporter.contenders", json.dumps(asdict(contender))],
+            [sys.executable, "-m", "lvlm_edge.exporter.timing.contenders", json.dumps(asdict(contender))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -155,7 +155,7 @@ def bench(
         for (f, ratio, backend), name in names.items()
     ]
     if against is not None:
-        from lvlm_edge.exporter import checkpoint
+        from lvlm_edge.exporter.checkpoints import checkpoint
 
         folder, first = str(checkpoint.resolve(against)), str(bundles[0])
         contenders.append(Contender(name=TORCH, kind="torch", folder=folder, bundle=first, backend=TORCH, **common))
@@ -349,7 +349,7 @@ def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, d
 
     A graph whose rows are decided at run time (`--share-weights`) has none, and a note says so.
     """
-    from lvlm_edge.exporter import graph as graphs
+    from lvlm_edge.exporter.graphs import graph as graphs
 
     manifest = bundle.manifest
     found: dict[str, dict[str, float]] = {}

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter import checkpoint, planning, prequantised, quantise
-from lvlm_edge.exporter.graph import Place
-from lvlm_edge.exporter.parts import DTYPES, Weight
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import checkpoint, prequantised, quantise
+from lvlm_edge.exporter.checkpoints.prequantised import Packed
+from lvlm_edge.exporter.checkpoints.quantise import Format
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.graphs.graph import Place
+from lvlm_edge.exporter.graphs.parts import DTYPES, Weight
 from lvlm_edge.exporter.planning import BYTES, Plan
-from lvlm_edge.exporter.prequantised import Packed
-from lvlm_edge.exporter.quantise import Format
-from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime.bundle import FileInfo, WeightFormats
 
 PAGE, LINE = 4096, 64  # borders that large and small tensors begin at, so that they can be mapped

@@ -7,13 +7,13 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lvlm_edge.exporter import ort_fusions, ort_integers
+from lvlm_edge.exporter.ort import fusions, integers
 
 
 def convert(source: Path, target: Path) -> None:
     """Write a graph's form for ONNX Runtime beside it, or over it."""
     model = ir.load(source)
-    ort_integers.rewrite(model)
-    ort_fusions.rewrite(model)
+    integers.rewrite(model)
+    fusions.rewrite(model)
     RemoveUnusedNodesPass()(model)
     ir.save(model, target)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import profiles
+from lvlm_edge.exporter.devices import profiles
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
 # Module by the distribution that brings it; of several that bring one module, the first that is installed counts.

@@ -9,10 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lvlm_edge.exporter import graph, ort_form, parts, planning, trace
-from lvlm_edge.exporter.blocks import GraphSpec
-from lvlm_edge.exporter.graph import Place
-from lvlm_edge.exporter.parts import Parts, Weight
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.graphs import graph, parts, trace
+from lvlm_edge.exporter.graphs.blocks import GraphSpec
+from lvlm_edge.exporter.graphs.graph import Place
+from lvlm_edge.exporter.graphs.parts import Parts, Weight
+from lvlm_edge.exporter.ort import form
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime import bundle as manifests
 
@@ -54,7 +56,7 @@ class Drawn:
             file = file_of(wanted)
             if file.endswith(ORT):
                 portable = f"{file.removesuffix(ORT)}.onnx"
-                ort_form.convert(folder / (file if file in files else portable), folder / file)
+                form.convert(folder / (file if file in files else portable), folder / file)
         return sorted({*files, *(file_of(s) for s in self.forms.get("ort", ()))})
 
 

@@ -181,7 +181,7 @@ def load(folder: Path) -> ModelSpec:
         CheckpointError: no readable `config.json`, or one without `model_type`.
         UnsupportedError: a family, a feature or a way of quantising that this version does not know.
     """
-    from lvlm_edge.exporter import prequantised  # which imports this module
+    from lvlm_edge.exporter.checkpoints import prequantised  # which imports this module
 
     config = read_json(folder / "config.json")
     name = config.get("model_type")

@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import beside, planning
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Plan
-from lvlm_edge.exporter.spec import ModelSpec
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import BundleError, UsageError
 
@@ -85,15 +86,15 @@ def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
     if keep_ratio in manifests.keep_ratios(folder):
         raise UsageError(f"{folder}: holds keep ratio {keep_ratio:g} already; run it with --keep-ratio {keep_ratio:g}")
     plan, places = _plan(folder, manifest, keep_ratio)
-    with beside.inside(folder) as partial:
+    with atomic.inside(folder) as partial:
         made = _draw(partial, manifest, plan, places, progress or (lambda *_: None))
         return _place(folder, partial, manifest, made, keep_ratio)
 
 
 def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tuple[Plan, dict[str, Any]]:
     """The bundle's own plan with another keep ratio, and where its weights are."""
-    from lvlm_edge.exporter.graph import Place
-    from lvlm_edge.exporter.quantise import Format
+    from lvlm_edge.exporter.checkpoints.quantise import Format
+    from lvlm_edge.exporter.graphs.graph import Place
 
     try:
         content = json.loads((folder / RECORD).read_text("utf-8"))
@@ -120,7 +121,7 @@ def _draw(
     folder: Path, manifest: manifests.Manifest, plan: Plan, places: Mapping[str, Any], progress: Any
 ) -> manifests.Manifest:
     """Trace the graphs of a ratio into a folder; its manifest, which lists them and what is the bundle's anyway."""
-    from lvlm_edge.exporter.draw import described, draw
+    from lvlm_edge.exporter.bundles.graph_set import described, draw
 
     drawn = draw(plan, progress, ort="ort" in manifest.forms)
     names = drawn.write(folder, manifest.weights, places)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter.spec import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

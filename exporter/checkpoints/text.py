@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.spec import CheckpointError, read_json
-from lvlm_edge.exporter.templates import ENDS, PLACEHOLDER, TEMPLATES
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.templates import ENDS, PLACEHOLDER, TEMPLATES
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 

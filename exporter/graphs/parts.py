@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import blocks, lowerings
+from lvlm_edge.exporter import lowerings
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import Plan, method
-from lvlm_edge.exporter.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

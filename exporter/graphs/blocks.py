@@ -19,7 +19,7 @@ from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lvlm_edge.exporter.parts import DecoderLayer, Linear, Parts
+    from lvlm_edge.exporter.graphs.parts import DecoderLayer, Linear, Parts
 
 
 Body = Callable[[Any, Plan, dict[str, Any]], dict[str, Any]]

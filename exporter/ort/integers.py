@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lvlm_edge.exporter.ort_nodes import CONTRIB, Nodes, made_by, replace
+from lvlm_edge.exporter.ort.nodes import CONTRIB, Nodes, made_by, replace
 
 ZERO, STEPS = 128, 127  # of unsigned activations: where 0 is, and how many steps there are to the largest magnitude
 

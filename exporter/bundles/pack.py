@@ -12,17 +12,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import beside, checkpoint, lowerings, planning, preprocess, spec, text
+from lvlm_edge.exporter import lowerings, planning
+from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter.checkpoints import checkpoint, preprocess, spec, text
+from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.planning import Plan
-from lvlm_edge.exporter.spec import CheckpointError
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from lvlm_edge.runtime.image import Preprocessing
 from lvlm_edge.runtime.prompt import TextConfig
 
 if TYPE_CHECKING:
-    from lvlm_edge.exporter.draw import Drawn
-    from lvlm_edge.exporter.parts import Weight
+    from lvlm_edge.exporter.bundles.graph_set import Drawn
+    from lvlm_edge.exporter.graphs.parts import Weight
 
 WEIGHTS = "weights.bin"
 TABLE = "embed.weight"  # the token embedding, which no graph reads
@@ -113,7 +115,7 @@ def export(
         config_sha256=manifests.sha256(folder / "config.json"),
         versions=_versions(),
     )
-    with beside.folder(output) as partial:
+    with atomic.folder(output) as partial:
         _write(folder, partial, plan, provenance, progress or (lambda *_: None), ort=ort)
     return output
 
@@ -138,13 +140,14 @@ def _is_bundle(folder: Path) -> bool:
 def _write(
     folder: Path, out: Path, plan: Plan, provenance: manifests.Provenance, progress: Progress, *, ort: bool
 ) -> None:
-    from lvlm_edge.exporter import blob, draw, parts, ratios
+    from lvlm_edge.exporter.bundles import graph_set, ratios, weights_file
+    from lvlm_edge.exporter.graphs import parts
 
     family = spec.family(plan.spec.family)
     d = plan.spec.decoder
-    known = draw.weights(plan)
+    known = graph_set.weights(plan)
     sources = _sources(folder, plan, known, family)
-    formats = blob.formats(known, sources, plan)
+    formats = weights_file.formats(known, sources, plan)
     if plan.lowering == "legacy" and "int4" in (formats.decoder, formats.vision, formats.head):
         raise UnsupportedError(
             "weights: opset 18, of the legacy lowering, has no INT4; choose int8 or --lowering modern"
@@ -158,15 +161,15 @@ def _write(
     ends = text.eos_token_ids(folder)
     if text_config is not None:
         ends += tuple(i for i in text.turn_end(out) if i not in ends)
-    drawn = draw.draw(plan, progress, ort=ort)
+    drawn = graph_set.draw(plan, progress, ort=ort)
     used, head_is_table = drawn.used(known), d.tied and plan.formats.head == "as-is"
     order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
-    placed = blob.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)
+    placed = weights_file.place(order, known | {TABLE: parts.Weight((d.vocab, d.hidden), False)}, sources, plan)
     places = {name: p.place for name, p in placed.items()}
     drawn.write(out, WEIGHTS, places)
     ratios.record(out, plan, places)
     ropes = dict(zip(parts.ROPE, parts.rope_tables(d, plan.positions), strict=True))
-    files = {WEIGHTS: blob.write(out / WEIGHTS, placed, ropes, plan.dtype, progress)}
+    files = {WEIGHTS: weights_file.write(out / WEIGHTS, placed, ropes, plan.dtype, progress)}
     for path in sorted(out.iterdir()):
         if path.name not in files:
             files[path.name] = manifests.FileInfo(path.stat().st_size, manifests.sha256(path))
@@ -184,7 +187,7 @@ def _write(
 
 def _sources(folder: Path, plan: Plan, known: Mapping[str, Weight], family: Any) -> dict[str, checkpoint.Stored]:
     """Checkpoint tensors by the names of `Parts`; a tied lm_head reads the embedding."""
-    from lvlm_edge.exporter import parts
+    from lvlm_edge.exporter.graphs import parts
 
     d = plan.spec.decoder
     wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
@@ -219,7 +222,7 @@ def _manifest(
     ends: tuple[int, ...],
     files: dict[str, manifests.FileInfo],
 ) -> manifests.Manifest:
-    from lvlm_edge.exporter.draw import described
+    from lvlm_edge.exporter.bundles.graph_set import described
 
     v = plan.spec.vision
     class_token = v.kind == "clip"

@@ -21,9 +21,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import fit, planning
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.devices import fit
+from lvlm_edge.exporter.devices.profiles import Profile, numbers
 from lvlm_edge.exporter.planning import BYTES, Plan
-from lvlm_edge.exporter.profiles import Profile, numbers
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError
 
 PAYS_FROM = 0.05  # share of the time to first token that a method has to save
@@ -113,7 +114,9 @@ FLOORS: dict[str, Callable[[Work], Work]] = {
 
 def constants() -> dict[str, Any]:
     """`cost.json`: the constants of each class, how they were fitted, and the errors."""
-    found: dict[str, Any] = json.loads(resources.files("lvlm_edge.exporter").joinpath("cost.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads(
+        resources.files("lvlm_edge.exporter.devices").joinpath("cost.json").read_text("utf-8")
+    )
     return found
 
 

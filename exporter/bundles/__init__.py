@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: graphs, one weights file, manifest."""

@@ -1,0 +1,1 @@
+"""Devices: profiles, what fits, what it costs, engines, what this machine has."""

@@ -1,0 +1,1 @@
+"""Modules on fake tensors to finished ONNX graphs."""

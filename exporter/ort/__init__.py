@@ -1,0 +1,1 @@
+"""Portable graphs to graphs for ONNX Runtime; needs nothing else of the exporter."""

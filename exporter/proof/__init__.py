@@ -1,0 +1,1 @@
+"""The proof that a bundle says what PyTorch says."""

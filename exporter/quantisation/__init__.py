@@ -1,0 +1,1 @@
+"""Checkpoint to checkpoint with INT4 matrices, calibrated on images."""

@@ -1,0 +1,1 @@
+"""Measured times: bundles, PyTorch, and the machine's own rates."""
