@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STORED = json.loads((ROOT / "exporter" / "cost.json").read_text("utf-8"))
+STORED = json.loads((ROOT / "exporter" / "devices" / "cost.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
