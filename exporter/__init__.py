@@ -34,7 +34,7 @@ def plan(
             alone.
         rates: file of `lvlm-edge bench --json`, for times from the rates that it measured.
         ratios: keep ratios to predict beside the plan's own, for a method that has one.
-        options: capacities and dtype (`planning.CAPACITIES`), `revision`, and the method's own settings.
+        options: fields of `planning.Capacity` and `planning.Settings`, `revision`, and the method's own settings.
     """
     from pathlib import Path
 
@@ -72,13 +72,12 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
 
 
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
-    from lvlm_edge.exporter import planning
-    from lvlm_edge.exporter.checkpoints import checkpoint, spec
+    from lvlm_edge.exporter import plans
+    from lvlm_edge.exporter.checkpoints import checkpoint
 
     options = dict(options)
     folder = checkpoint.resolve(source, options.pop("revision", None), weights=False)
-    capacities = {key: options.pop(key) for key in planning.CAPACITIES if key in options}
-    return planning.make(spec.load(folder), method_name=method, options=options, nominal=True, **capacities)
+    return plans.plan_of(checkpoint.Checkpoint.open(folder), method=method, nominal=True, options=options)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,7 @@
-"""Pictures: opening them, turning them into the model's input, and showing which patches were kept."""
+"""Pictures: opening them, turning them into the model's input, and where its patches lie on them."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,81 +82,6 @@ def preprocess(image: Image, how: Preprocessing) -> NDArray[np.float32]:
     return np.ascontiguousarray(_normalized(pixels, how).transpose(2, 0, 1)[None], dtype=np.float32)
 
 
-def best_canvas(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The canvas that shows most of a picture's pixels, and of such canvases the one with the least empty space.
-
-    Args:
-        size: (width, height) of the picture.
-        canvases: (width, height) of each; the first wins a tie.
-
-    Source: `select_best_resolution` of LLaVA-NeXT, in whole pixels as there.
-    """
-    width, height = size
-
-    def rank(canvas: tuple[int, int]) -> tuple[int, int]:
-        scale = min(canvas[0] / width, canvas[1] / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - canvas[0] * canvas[1]
-
-    return max(canvases, key=rank)
-
-
-def tiled(image: Image, how: Preprocessing, canvas: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.float32]:
-    """The base view and the tiles of an any-resolution picture.
-
-    The base view is the whole picture; the tiles cut up the picture as it lies in the middle of the canvas, as large
-    as it can be in its own shape, on black.
-
-    Args:
-        image: the picture, RGB.
-        how: the steps for each view, which resize to one tile's size.
-        canvas: (width, height), from `best_canvas`.
-        grid: (rows, columns) of tiles on the canvas.
-
-    Returns:
-        `pixel_values`, [1 + rows * columns, 3, H, W], float32; tiles row by row.
-
-    Source: `process_anyres_image` of LLaVA-NeXT and ProxyV.
-    """
-    from PIL import Image
-
-    left, top, *size = _placed(image.size, canvas)
-    sheet = Image.new("RGB", canvas)
-    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
-    width, height = canvas[0] // grid[1], canvas[1] // grid[0]
-    tiles = [
-        sheet.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
-        for row in range(grid[0])
-        for column in range(grid[1])
-    ]
-    return np.concatenate([preprocess(view, how) for view in (image, *tiles)])
-
-
-def tile_boxes(
-    size: tuple[int, int], canvas: tuple[int, int], tiles: tuple[int, int], grid: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Where the patches of the tiles of `tiled` lie on the original picture.
-
-    Args:
-        size: (width, height) of the original picture in pixels.
-        canvas: (width, height).
-        tiles: (rows, columns) of tiles.
-        grid: (rows, columns) of patches on each tile.
-
-    Returns:
-        As `patch_boxes`, tile by tile, [tiles * rows * columns, 4], float64.
-    """
-    left, top, width, height = _placed(size, canvas)
-    tile = canvas[0] // tiles[1], canvas[1] // tiles[0]
-    patch = tile[0] // grid[1], tile[1] // grid[0]
-    rows, columns, r, c = np.mgrid[: tiles[0], : tiles[1], : grid[0], : grid[1]]
-    x, y = columns * tile[0] + c * patch[0], rows * tile[1] + r * patch[1]
-    corners = np.stack([x, y, x + patch[0], y + patch[1]], axis=-1).reshape(-1, 4).astype(np.float64)
-    scale = size[0] / width, size[1] / height
-    boxes: NDArray[np.float64] = (corners - np.array([left, top] * 2)) * np.array([*scale, *scale])
-    return boxes
-
-
 def patch_boxes(size: tuple[int, int], how: Preprocessing, grid: tuple[int, int]) -> NDArray[np.float64]:
     """Where the patches of the model's input lie on the original picture, undoing crop, resize and padding.
 
@@ -189,30 +113,6 @@ def patch_boxes(size: tuple[int, int], how: Preprocessing, grid: tuple[int, int]
     top, left = np.meshgrid(y[:-1], x[:-1], indexing="ij")
     bottom, right = np.meshgrid(y[1:], x[1:], indexing="ij")
     return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
-
-
-def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Image:
-    """The picture with the kept patches clear and outlined, and everything else darkened.
-
-    Args:
-        image: the original picture.
-        boxes: boxes of all patches, from `patch_boxes`, [patches, 4].
-        kept: ascending indices of the kept patches.
-    """
-    from PIL import Image, ImageDraw
-
-    picture = image.convert("RGB")
-    shown = Image.blend(picture, Image.new("RGB", picture.size), 0.7)
-    corners = np.rint(boxes[np.asarray(kept, dtype=np.int64)]).astype(np.int64).reshape(-1, 4)
-    corners[:, 0::2] = corners[:, 0::2].clip(0, picture.width)
-    corners[:, 1::2] = corners[:, 1::2].clip(0, picture.height)
-    inside = [(x0, y0, x1, y1) for x0, y0, x1, y1 in corners.tolist() if x0 < x1 and y0 < y1]
-    for box in inside:
-        shown.paste(picture.crop(box), box)
-    pen = ImageDraw.Draw(shown)
-    for left, top, right, bottom in inside:
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=(255, 210, 0))
-    return shown
 
 
 def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
@@ -279,16 +179,6 @@ def _name(source: str | os.PathLike[str] | bytes | Image) -> str:
 
 def _one_line(message: object) -> str:
     return " ".join(str(message).split())
-
-
-def _placed(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a picture as it lies on a canvas: as large as can be, in the middle."""
-    wide, high = canvas[0] / size[0], canvas[1] / size[1]
-    if wide < high:
-        width, height = canvas[0], min(math.ceil(size[1] * wide), canvas[1])
-    else:
-        width, height = min(math.ceil(size[0] * high), canvas[0]), canvas[1]
-    return (canvas[0] - width) // 2, (canvas[1] - height) // 2, width, height
 
 
 def _rgb(image: Image) -> NDArray[np.uint8]:

@@ -2,6 +2,9 @@
 
 A position is an index in the original sequence and feeds RoPE; a slot is a row of a cache buffer. After pruning
 they differ. Graphs get one unpruned length and take the dropped rows off themselves; this file sizes and checks.
+
+Where fewer pictures come than planned, fewer rows are dropped. Graphs have one length input (two independent ones stop
+TensorRT-RTX's compiler), so the number of planned but not dropped rows is its high part: see `coded_length`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from lvlm_edge.runtime.bundle import WIDTHS, Cache, Counts, TensorInfo
 from lvlm_edge.runtime.errors import BundleError
 
 PAST, PRESENT = "past_key_values", "present"
+LENGTHS = 1 << 24  # `cache_length` is the length plus this times the rows that were planned to drop and were not
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,20 @@ class Layout:
         return tuple(unpruned - cache.dropped for cache in self.caches)
 
     def slot(self, name: str, length: int) -> int:
-        """Where the rows of `present.3.key` go in its cache when `length` unpruned rows have gone by."""
+        """Where the rows of `present.3.key` go in its cache after a `coded_length`."""
         cache = next(c for c in self.caches if name.rpartition(".")[0] == f"{PRESENT}.{c.name}")
-        return max(0, length - cache.dropped)
+        restored, unpruned = divmod(length, LENGTHS)
+        return max(0, unpruned - cache.dropped + (restored if cache.dropped > 0 else 0))
+
+
+def coded_length(unpruned: int, restored: int = 0) -> int:
+    """What graphs get as `cache_length`.
+
+    Args:
+        unpruned: rows that have gone by, dropped ones included.
+        restored: rows that the plan drops and this prompt did not.
+    """
+    return unpruned + LENGTHS * restored
 
 
 def shared_name(name: str) -> str:

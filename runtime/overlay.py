@@ -7,52 +7,57 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_edge.runtime import image as pictures
-from lvlm_edge.runtime.bundle import ImageConfig, Manifest
+from lvlm_edge.runtime import image as images
+from lvlm_edge.runtime import views
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from lvlm_edge.runtime.layout import Picture, Run
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
 SMALLEST = 384  # pixels of the longer edge of a drawn picture
 
 
-def patches(kept: Any, config: ImageConfig, tokens: int, picture: int) -> list[int]:
-    """Grid patches (row-major) of one crop that kept tokens stand for.
+def cells(kept: Any, run: Run, start: int) -> list[int]:
+    """Cells of a run's grid (row-major) that kept visual tokens stand for.
 
     Args:
         kept: ascending indices among the visual tokens of all pictures, int [k].
-        tokens: visual tokens per crop.
-        picture: number of the crop in the prompt.
+        start: index of the run's first visual token.
     """
-    mine = kept[(kept >= picture * tokens) & (kept < (picture + 1) * tokens)] - picture * tokens
-    found = mine - config.leading_tokens + config.missing_patches
-    return [int(i) for i in found if i >= 0]
+    mine = kept[(kept >= start) & (kept < start + run.rows)] - start
+    return [int(i) for i in mine - run.leading + run.missing if i >= 0]
 
 
-def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
-    """The pictures side by side, small ones enlarged: kept patches clear, the others dark."""
+def draw(pictures: Sequence[Picture], sources: Sequence[Any], kept: Any) -> Image:
+    """The pictures side by side, small ones enlarged: kept cells clear, the others dark.
+
+    Args:
+        pictures: what each image stood for (`Result.pictures`).
+        sources: the images: paths, bytes or PIL images.
+        kept: ascending indices among the visual tokens of all pictures (`Result.kept_visual`).
+    """
     from PIL import Image
 
-    config, tokens = manifest.image, manifest.counts.visual_tokens // manifest.counts.num_images
-    drawn = []
-    for i, source in enumerate(images):
-        picture = pictures.open_image(source)
-        boxes = _boxes(picture.size, config)
+    drawn, start = [], 0
+    for planned, source in zip(pictures, sources, strict=True):
+        runs = [run for run in planned.runs if run.kind == "visual" and run.grid is not None]
+        picture = images.open_image(source)
+        grids = [run.grid for run in runs if run.grid is not None]
+        boxes = views.boxes(picture.size, planned.views, grids)
+        shown, first = [], 0
+        for run, own in zip(runs, boxes, strict=True):
+            shown += [first + cell for cell in cells(np.asarray(kept), run, start)]
+            start, first = start + run.rows, first + len(own)
+        whole = np.concatenate(boxes)
         factor = -(-SMALLEST // max(picture.size))
         if factor > 1:
-            picture, boxes = picture.resize([factor * edge for edge in picture.size]), boxes * factor
-        each, crops = tokens // manifest.counts.crops, manifest.counts.crops
-        shown = [
-            crop * len(boxes) // crops + patch
-            for crop in range(crops)
-            for patch in patches(np.asarray(kept), config, each, i * crops + crop)
-        ]
-        drawn.append(pictures.overlay(picture, boxes, shown))
+            picture, whole = picture.resize([factor * edge for edge in picture.size]), whole * factor
+        drawn.append(overlay(picture, whole, shown))
     sheet = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)))
     left = 0
     for picture in drawn:
@@ -61,12 +66,28 @@ def draw(manifest: Manifest, images: Sequence[Any], kept: Any) -> Image:
     return sheet
 
 
-def _boxes(size: tuple[int, int], config: ImageConfig) -> Any:
-    """Boxes of the patches of every crop of a picture, [crops * patches, 4]."""
-    base = pictures.patch_boxes(size, config.preprocessing, config.grid)
-    if config.tiles is None or config.canvas is None:
-        return base
-    return np.concatenate([base, pictures.tile_boxes(size, config.canvas, config.tiles, config.grid)])
+def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Image:
+    """The picture with the kept patches clear and outlined, and everything else darkened.
+
+    Args:
+        image: the original picture.
+        boxes: boxes of all patches, from `patch_boxes`, [patches, 4].
+        kept: ascending indices of the kept patches.
+    """
+    from PIL import Image, ImageDraw
+
+    picture = image.convert("RGB")
+    shown = Image.blend(picture, Image.new("RGB", picture.size), 0.7)
+    corners = np.rint(boxes[np.asarray(kept, dtype=np.int64)]).astype(np.int64).reshape(-1, 4)
+    corners[:, 0::2] = corners[:, 0::2].clip(0, picture.width)
+    corners[:, 1::2] = corners[:, 1::2].clip(0, picture.height)
+    inside = [(x0, y0, x1, y1) for x0, y0, x1, y1 in corners.tolist() if x0 < x1 and y0 < y1]
+    for box in inside:
+        shown.paste(picture.crop(box), box)
+    pen = ImageDraw.Draw(shown)
+    for left, top, right, bottom in inside:
+        pen.rectangle((left, top, right - 1, bottom - 1), outline=(255, 210, 0))
+    return shown
 
 
 def save(sheet: Image, target: Path) -> None:

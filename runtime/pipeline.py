@@ -1,4 +1,4 @@
-"""Runs the graphs a manifest names: vision per image, the prefill graphs in order, then decode token by token."""
+"""Runs the graphs a manifest names: vision per view, the prefill graphs in order, then decode token by token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, from_bfloat16, load, numpy_dtype
-from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
-from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UsageError
-from lvlm_edge.runtime.image import best_canvas, open_image, preprocess, tiled
+from lvlm_edge.runtime import inputs
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, from_bfloat16, load, numpy_dtype
+from lvlm_edge.runtime.bundle import Bundle, Graph, open_bundle
+from lvlm_edge.runtime.errors import BundleError, InputError
+from lvlm_edge.runtime.inputs import Media
+from lvlm_edge.runtime.kv_cache import coded_length
+from lvlm_edge.runtime.layout import Picture, Rows, lay_out
+from lvlm_edge.runtime.memory import Memory
 from lvlm_edge.runtime.prompt import Text
 from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
 
@@ -29,6 +32,8 @@ class Result:
         kept_visual: ascending indices among the visual tokens that survived, int64 [k]; None where none are dropped.
         text: the answer as text; empty when only tokens were asked for.
         finish: why it ended: `eos`, `stop` (a stop string) or `length`.
+        prompt_tokens: rows of the prompt, those of pictures included.
+        pictures: what each image of the prompt stood for.
         seconds: time by step: `preprocess`, each graph, `first_token` (all before the first token),
             `decode` (all after it; absent for a single token).
     """
@@ -39,7 +44,29 @@ class Result:
     text: str = ""
     finish: str = "length"
     prompt_tokens: int = 0
+    pictures: tuple[Picture, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One prompt and how it is answered.
+
+    Attributes:
+        limit: most new tokens.
+        replace: values that take the place of prefill graphs' outputs.
+        rows: where logits of every step go; None where nobody wants them.
+        began: when the clock of the first token started.
+    """
+
+    prompt: Sequence[int]
+    media: tuple[Media, ...]
+    limit: int
+    sampling: Sampling
+    ignore_eos: bool = False
+    rows: list[Array] | None = None
+    began: float | None = None
+    replace: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -47,15 +74,13 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, portable: bool = False) -> None:
         self.bundle, self.backend = bundle, backend
-        self.manifest = bundle.manifest if portable else bundle.manifest.form(backend.name)
-        kv_cache.check_layout(self.manifest.cache, self.manifest.counts)
-        self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
-        self._buffers: dict[TensorInfo, Buffer] = {}
-        self._cache_names = {info.name: info for info in self._layout.buffers()}
-        self._sessions: dict[str, Session] = {g.name: self._open(g) for g in self.manifest.graphs}
+        self.manifest = bundle.manifest if portable else bundle.manifest.for_backend(backend.name)
+        self._memory = Memory(bundle, self.manifest, backend)
         self._table = _embedding(bundle)
         self._text: Text | None = None
-        self._seen: tuple[Array, Array | None] | None = None  # pixels of the last pictures, and what came of them
+        self._seen: tuple[tuple[Media, ...], dict[str, Array]] | None = None  # the last pictures, and their features
+        self._restored = 0  # rows that the plan drops and the prompt at hand did not
+        self._next = 0  # position of the first token behind the prompt, less the prompt's rows
         self.last: Result | None = None
 
     @classmethod
@@ -97,6 +122,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         system: str | None = None,
+        fit: bool = False,
     ) -> Iterator[str]:
         """The answer in pieces of whole characters; `self.last` holds the whole result once it has ended.
 
@@ -106,17 +132,21 @@ class Pipeline:
             max_new_tokens: at most the bundle's capacity, which is the default.
             stop: strings that end the answer and are not part of it.
             system: a system message, for templates that take one.
+            fit: resize pictures that belong on another canvas to the bundle's.
 
         Raises:
-            InputError: wrong number of images, unreadable picture, or a prompt empty or too long for the bundle.
+            InputError: wrong number of images, unreadable picture, a picture of another canvas, or a prompt empty or
+                too long for the bundle.
             BundleError: the bundle has no tokenizer.
         """
         result = self.last = Result()
         began = time.perf_counter()
         stops, pieces = StopStrings(stop), self._load_text().stream()
-        ids, pixels = self.prepare(prompt, images, system=system)
+        ids, pixels = self.prepare(prompt, images, system=system, fit=fit)
         result.seconds["preprocess"] = time.perf_counter() - began
-        for token in self._tokens(result, ids, pixels, max_new_tokens, sampling, began=began):
+        media = inputs.media(self.manifest, pixels)
+        turn = _Turn(ids, media, inputs.limit(self.manifest, max_new_tokens), sampling or Sampling(), began=began)
+        for token in self._tokens(result, turn):
             if token in self.manifest.eos_token_ids:
                 break
             piece, stopped = stops.push(pieces.push(token))
@@ -132,16 +162,42 @@ class Pipeline:
         if piece:
             yield piece
 
-    def prepare(self, prompt: str, images: Sequence[Any], *, system: str | None = None) -> tuple[list[int], Array]:
-        """What `generate_tokens` takes: prompt tokens with one image token per image, and pixels [crops, 3, H, W]."""
-        if not prompt.strip():
-            raise InputError("prompt: is empty; ask something")
-        text, pixels = self._load_text(), self._pixels(images)
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return text.encode_chat(messages), pixels
+    def prepare(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Any] = (),
+        *,
+        system: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        fit: bool = False,
+    ) -> tuple[list[int], Array | list[Array] | None]:
+        """What `generate_tokens` takes: prompt tokens with one image token per image, and the images' pixels.
+
+        Args:
+            prompt: the text of one user turn, which the images precede.
+            images: paths, bytes or PIL images.
+            system: a system message, for templates that take one.
+            messages: instead of `prompt` and `system`, a conversation of `{"role": ..., "content": ...}`, whose
+                content is a string or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`; images in
+                their order.
+            fit: resize pictures that belong on another canvas to the bundle's.
+
+        Returns:
+            Token ids, and `pixel_values`: float32 [views, 3, H, W] where all pictures have one size, else a list of
+            one such array per picture; None without pictures.
+
+        Raises:
+            InputError: see `stream`; or the messages name another number of images.
+        """
+        if messages is None:
+            messages = inputs.user_turn(prompt or "", len(images), system)
+        elif prompt is not None or system is not None:
+            raise InputError("prepare: takes either a prompt or messages; leave out the prompt and the system message")
+        named = inputs.count_images(messages)
+        if named != len(images):
+            raise InputError(f"messages: name {named} image(s), {len(images)} given; give one for each")
+        text, pixels = self._load_text(), inputs.read_images(self.manifest, images, fit=fit)
+        return text.encode_chat(list(messages)), pixels
 
     def generate(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Result:
         """`stream` to its end; options as there."""
@@ -153,7 +209,7 @@ class Pipeline:
     def generate_tokens(
         self,
         prompt_token_ids: Sequence[int],
-        pixel_values: Array | None,
+        pixel_values: Any,
         *,
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
@@ -165,11 +221,11 @@ class Pipeline:
 
         Args:
             prompt_token_ids: the image token stands once per image.
-            pixel_values: float32 [images * crops, 3, H, W], preprocessed.
+            pixel_values: float32 [views of all images, 3, H, W], preprocessed, or a list of one such array per image;
+                None for text alone.
             max_new_tokens: at most the bundle's capacity, which is the default.
             ignore_eos: go on after end-of-sequence.
-            image_sizes: (width, height) of the originals; a bundle with any-resolution tiles checks that they are
-                what its tiles are for, others do not look at it.
+            image_sizes: (width, height) of the originals; checked against the canvases that the bundle is for.
             replace: values that take the place of prefill graphs' outputs, by name, before later graphs read them:
                 another selection policy than the model's is `{"score": ...}`.
 
@@ -177,25 +233,24 @@ class Pipeline:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
         """
         if image_sizes is not None:
-            self._check_sizes(image_sizes)
-        result = Result()
-        rows: list[Array] = []
-        for _ in self._tokens(
-            result,
+            inputs.check_sizes(self.manifest, image_sizes)
+        result, rows = Result(), list[Array]()
+        turn = _Turn(
             prompt_token_ids,
-            pixel_values,
-            max_new_tokens,
-            sampling,
+            inputs.media(self.manifest, pixel_values),
+            inputs.limit(self.manifest, max_new_tokens),
+            sampling or Sampling(),
             ignore_eos=ignore_eos,
             rows=rows,
-            replace=replace,
-        ):
+            replace=replace or {},
+        )
+        for _ in self._tokens(result, turn):
             pass
         vocab = self.manifest.embedding.vocab
         result.logits = np.stack(rows) if rows else np.zeros((0, vocab), np.float32)
         return result
 
-    def score_tokens(self, prompt_token_ids: Sequence[int], pixel_values: Array | None, tokens: Sequence[int]) -> Array:
+    def score_tokens(self, prompt_token_ids: Sequence[int], pixel_values: Any, tokens: Sequence[int]) -> Array:
         """Logits before each of some given tokens, as if the model had answered with them: float32 [n, vocab].
 
         Args:
@@ -205,280 +260,215 @@ class Pipeline:
         Raises:
             InputError: see `generate_tokens`.
         """
-        self._limit(len(tokens))
+        limit = inputs.limit(self.manifest, len(tokens))
+        turn = _Turn(prompt_token_ids, inputs.media(self.manifest, pixel_values), limit, Sampling())
         result = Result()
-        rows = [self._prefill(result, prompt_token_ids, pixel_values, {}).copy()]
+        rows = [self._prefill(result, turn).copy()]
         rows += [self._decode(token, result.prompt_tokens + i).copy() for i, token in enumerate(tokens[:-1])]
         return np.stack(rows)
+
+    def forget_images(self) -> None:
+        """Clear the cache of image features: the next prompt runs the vision encoder."""
+        self._seen = None
 
     def buffer(self, graph: str, name: str) -> Buffer:
         """The buffer behind a graph's input or output, for checks and debugging."""
         found = self.manifest.graph(graph)
-        return self._buffers[self._key(next(t for t in (*found.inputs, *found.outputs) if t.name == name))]
+        return self._memory.buffer(next(t for t in (*found.inputs, *found.outputs) if t.name == name))
 
-    def run_graph(self, graph: str, inputs: Mapping[str, Array], *, length: int | None = None) -> dict[str, Array]:
+    def run_graph(self, graph: str, given: Mapping[str, Array], *, length: int | None = None) -> dict[str, Array]:
         """One graph on given inputs; copies of its outputs. Inputs not given keep what their buffers hold.
 
         Args:
             length: rows that went by before, after which the caches get those that the graph returns; None where they
                 are not to have them.
         """
-        for name, values in inputs.items():
-            self.buffer(graph, name).write(values)
-        if length is None:
-            self._sessions[graph].run()
-        else:
-            self._run(self.manifest.graph(graph), length)
-        return {t.name: self.buffer(graph, t.name).read().copy() for t in self.manifest.graph(graph).outputs}
+        found = self.manifest.graph(graph)
+        self._memory.write([found], given)
+        self._memory.run(found, length)
+        return {t.name: self._memory.buffer(t).read().copy() for t in found.outputs}
 
-    def prefill_inputs(self, prompt_token_ids: Sequence[int], image_embeds: Array | None) -> dict[str, Array]:
+    def prefill_inputs(
+        self,
+        prompt_token_ids: Sequence[int],
+        image_rows: Mapping[str, Array],
+        pictures: Sequence[Picture] | None = None,
+    ) -> dict[str, Array]:
         """What the host hands to the prefill graphs, by name: the padded prompt and where its parts stand.
 
         Args:
-            image_embeds: projected visual tokens and separators of all images in prompt order, [V, D]; None where
-                images have no rows in the prompt.
+            image_rows: rows of all images in prompt order, [rows, D], by output of the image graphs (`image_embeds`);
+                empty where images have no rows in the prompt.
+            pictures: what the prompt's images stand for; by default the planned ones, as many as the prompt has.
 
         Raises:
             InputError: see `generate_tokens`.
         """
-        ids, image = self._checked(prompt_token_ids), self.manifest.image_token_id
-        counts = self.manifest.counts
-        per_image = (counts.prompt_tokens - counts.text_tokens) // counts.num_images
-        repeats = np.where(ids == image, per_image, 1)
-        is_visual = np.repeat(ids == image, repeats)
-        visual_index = np.flatnonzero(is_visual)
-        rows = self._embedded(ids[ids != image])
-        embeds = np.zeros((1, counts.prompt_tokens, self.manifest.embedding.hidden), rows.dtype)
-        embeds[0, np.flatnonzero(~is_visual)] = rows
-        if image_embeds is not None:
-            embeds[0, visual_index] = image_embeds
-        everywhere = np.arange(counts.prompt_tokens)
-        return {
-            "inputs_embeds": embeds,
-            "position_ids": everywhere[None],
-            "last_index": np.array([len(is_visual) - 1]),
-            "write_index": np.zeros(1, np.int64),
-            "cache_length": np.zeros(1, np.int64),
-            "visual_index": visual_index,
-            "text_index": np.setdiff1d(everywhere, visual_index),
-        }
+        image = self.manifest.image_token_id
+        if pictures is None:
+            pictures = self.manifest.pictures[: list(prompt_token_ids).count(image)]
+        ids = inputs.check_prompt(self.manifest, prompt_token_ids, len(pictures))
+        return self._prompt_tensors(lay_out(ids.tolist(), pictures, self.manifest.axes), image_rows)
 
     # How one prompt runs.
 
-    def _tokens(
-        self,
-        result: Result,
-        prompt: Sequence[int],
-        pixels: Array | None,
-        max_new_tokens: int | None,
-        sampling: Sampling | None,
-        *,
-        ignore_eos: bool = False,
-        rows: list[Array] | None = None,
-        began: float | None = None,
-        replace: Mapping[str, Array] | None = None,
-    ) -> Iterator[int]:
-        limit = self._limit(max_new_tokens)
-        sampler, seen = Sampler(sampling or Sampling()), [int(i) for i in prompt if i >= 0]
-        began = time.perf_counter() if began is None else began
-        logits = self._prefill(result, prompt, pixels, replace or {})
+    def _prompt_tensors(self, rows: Rows, image_rows: Mapping[str, Array]) -> dict[str, Array]:
+        counts, size = self.manifest.counts, self.manifest.embedding.hidden
+        text = self._embedded(rows.ids)
+        found: dict[str, Array] = {}
+        for output, name in self.manifest.image_rows.items():
+            found[name] = np.zeros((1, counts.prompt_tokens, size), text.dtype)
+            if output in image_rows:
+                found[name][0, rows.image] = image_rows[output]
+        embeds = found.setdefault("inputs_embeds", np.zeros((1, counts.prompt_tokens, size), text.dtype))
+        embeds[0, rows.text] = text
+        everywhere = np.arange(counts.prompt_tokens)
+        positions = np.tile(everywhere, (self.manifest.axes, 1))  # padding rows keep their numbers
+        positions[:, : rows.count] = rows.positions
+        # Rows of planned pictures that did not come are padding, whose scores are 0.
+        planned = sum(picture.rows("visual", "separator") for picture in self.manifest.pictures)
+        padding = everywhere[counts.prompt_tokens - (planned - len(rows.image)) :]
+        visual = np.concatenate([rows.image, padding])
+        return found | {
+            "position_ids": positions,
+            "last_index": np.array([rows.count - 1]),
+            "write_index": np.zeros(1, np.int64),
+            "cache_length": np.zeros(1, np.int64),
+            "visual_index": visual,
+            "text_index": np.setdiff1d(everywhere, visual),
+        }
+
+    def _tokens(self, result: Result, turn: _Turn) -> Iterator[int]:
+        sampler, seen = Sampler(turn.sampling), [int(i) for i in turn.prompt if i >= 0]
+        began = time.perf_counter() if turn.began is None else turn.began
+        logits = self._prefill(result, turn)
         length = result.prompt_tokens
-        for step in range(limit):
-            if rows is not None:
-                rows.append(logits.copy())
+        for step in range(turn.limit):
+            if turn.rows is not None:
+                turn.rows.append(logits.copy())
             token = sampler.pick(logits, seen)
             seen.append(token)
             result.token_ids.append(token)
-            ended = token in self.manifest.eos_token_ids and not ignore_eos
+            ended = token in self.manifest.eos_token_ids and not turn.ignore_eos
             if ended:
                 result.finish = "eos"
             result.seconds["first_token" if step == 0 else "decode"] = time.perf_counter() - began
             if step == 0:
                 began = time.perf_counter()
             yield token
-            if ended or step + 1 == limit:
+            if ended or step + 1 == turn.limit:
                 break
             logits = self._decode(token, length + step)
 
-    def _prefill(
-        self, result: Result, prompt: Sequence[int], pixels: Array | None, replace: Mapping[str, Array]
-    ) -> Array:
-        self._checked(prompt)
-        embeds = self._see(result, pixels)
-        inputs = self.prefill_inputs(prompt, embeds)
-        result.prompt_tokens = int(inputs["last_index"][0]) + 1
-        graphs = [g for g in self.manifest.graphs if g.role == "prefill"]
-        self._write(graphs, inputs)
+    def _prefill(self, result: Result, turn: _Turn) -> Array:
+        pictures = tuple(media.picture for media in turn.media)
+        ids = inputs.check_prompt(self.manifest, turn.prompt, len(pictures))
+        rows = lay_out(ids.tolist(), pictures, self.manifest.axes)
+        given = self._prompt_tensors(rows, self._features(result, turn.media))
+        result.prompt_tokens, result.pictures = rows.count, pictures
+        visual = sum(picture.visual_tokens for picture in pictures)
+        self._next, self._restored = rows.next - rows.count, self._not_dropped(visual)
+        graphs = self.manifest.role("prefill")
+        self._memory.write(graphs, given)
         for graph in graphs:
             began = time.perf_counter()
-            self._run(graph, 0)
+            self._memory.run(graph)
             for info in graph.outputs:
-                if info.name in replace:
-                    self._buffers[self._key(info)].write(replace[info.name])
+                if info.name in turn.replace:
+                    self._memory.buffer(info).write(turn.replace[info.name])
             result.seconds[graph.name] = time.perf_counter() - began
         for graph in graphs:
-            if any(info.name == "kept_visual" for info in graph.outputs):
-                result.kept_visual = self.buffer(graph.name, "kept_visual").read().copy()
+            for info in (t for t in graph.outputs if t.name == "kept_visual"):
+                kept = self._memory.buffer(info).read()
+                result.kept_visual = kept[kept < visual].copy()
         logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
         return logits
 
-    def _see(self, result: Result, pixels: Array | None) -> Array | None:
-        """Projected visual tokens of every crop of every image, separators among them, [V, D].
+    def _not_dropped(self, visual: int) -> int:
+        """Rows that the plan drops from the caches and a prompt of so many visual tokens does not."""
+        counts = self.manifest.counts
+        if not self.manifest.fewer_pictures:
+            return 0
+        return (counts.visual_tokens - counts.kept_tokens) - max(0, visual - counts.kept_tokens)
 
-        None where the decoder reads the encoder's features, from caches that are then filled. Pictures that were
-        just seen are not looked at again.
+    def _features(self, result: Result, media: tuple[Media, ...]) -> dict[str, Array]:
+        """Rows of all images, [rows, D], by output of the image graphs.
+
+        Empty where the decoder reads the encoder's features, from caches that are then filled. The features of the
+        last pictures are cached.
         """
-        checked = self._checked_pixels(pixels)
-        if self._seen is None or not np.array_equal(self._seen[0], checked):
+        if self._seen is None or not _same(self._seen[0], media):
             self._seen = None
-            self._seen = checked.copy(), self._look(result, checked)
+            kept = tuple(Media(one.picture, one.pixels.copy()) for one in media)
+            self._seen = kept, self._look(result, media)
         return self._seen[1]
 
-    def _look(self, result: Result, pixels: Array) -> Array | None:
-        """Run the graphs of role image: the encoder once per crop, what follows it once for all crops."""
-        graphs = [g for g in self.manifest.graphs if g.role == "image"]
-        wanted = {"image_embeds"} | {info.name for graph in graphs[1:] for info in graph.inputs}
+    def _look(self, result: Result, media: Sequence[Media]) -> dict[str, Array]:
+        """Run the graphs of role image: those of each picture, then what follows once for all pictures."""
+        graphs = self.manifest.role("image")
+        own = {name for picture in self.manifest.pictures for name in picture.graphs}
+        wanted = set(self.manifest.image_rows) | {t.name for g in graphs if g.name not in own for t in g.inputs}
         found: dict[str, list[Array]] = {}
-        for graph in graphs:
+        for one in media:
+            outputs: dict[str, list[Array]] = {}
+            for graph in (g for g in graphs if g.name in one.picture.graphs):
+                outputs |= self._see(result, graph, one.pixels, outputs, wanted)
+            for name in wanted & set(outputs):
+                found.setdefault(name, []).extend(outputs[name])
+        joined = {name: np.concatenate(values) for name, values in found.items()}
+        for graph in (g for g in graphs if g.name not in own and media):
             began = time.perf_counter()
-            if any(info.name == "pixel_values" for info in graph.inputs):
-                for picture in pixels:
-                    self.buffer(graph.name, "pixel_values").write(picture[None])
-                    self._run(graph, 0)
-                    for name in wanted & {info.name for info in graph.outputs}:
-                        found.setdefault(name, []).append(self.buffer(graph.name, name).read()[0].copy())
-            else:
-                whole = {name: np.concatenate(values)[None] for name, values in found.items()}
-                self._write([graph], whole | {"write_index": np.zeros(1, np.int64)})
-                self._run(graph, 0)
+            whole = {name: values[None] for name, values in joined.items()}
+            self._memory.write([graph], whole | {"write_index": np.zeros(1, np.int64)})
+            self._memory.run(graph)
             result.seconds[graph.name] = time.perf_counter() - began
-        embeds = found.get("image_embeds")
-        return None if embeds is None else np.concatenate(embeds)
+        return {name: joined[name] for name in self.manifest.image_rows if name in joined}
 
-    def forget_images(self) -> None:
-        """Look at the next pictures even if they were just seen, as a measurement wants."""
-        self._seen = None
+    def _see(
+        self, result: Result, graph: Graph, views: Array, before: Mapping[str, list[Array]], wanted: set[str]
+    ) -> dict[str, list[Array]]:
+        """A picture's graph over its views, or once over what the graph before it returned; its outputs, [rows, D]."""
+        began = time.perf_counter()
+        if any(info.name == "pixel_values" for info in graph.inputs):
+            given = [{"pixel_values": view[None]} for view in views]
+        else:
+            given = [{name: np.concatenate(values)[None] for name, values in before.items()}]
+        own = {name for picture in self.manifest.pictures for name in picture.graphs}
+        read = wanted | {t.name for g in self.manifest.role("image") if g.name in own for t in g.inputs}
+        outputs: dict[str, list[Array]] = {}
+        for tensors in given:
+            self._memory.write([graph], tensors)
+            self._memory.run(graph)
+            for info in (t for t in graph.outputs if t.name in read):
+                outputs.setdefault(info.name, []).append(self._memory.buffer(info).read()[0].copy())
+        result.seconds[graph.name] = result.seconds.get(graph.name, 0.0) + time.perf_counter() - began
+        return outputs
 
     def _decode(self, token: int, length: int) -> Array:
         """Logits after one more token, `length` rows having gone by."""
-        graphs = [g for g in self.manifest.graphs if g.role == "decode"]
-        inputs = {
-            "inputs_embeds": self._embedded(token).reshape(1, 1, -1),
-            "position_ids": np.full((1, 1), length + self.manifest.decode_offset),
-            "cache_length": np.full(1, length),
+        graphs = self.manifest.role("decode")
+        coded = coded_length(length, self._restored)
+        given = {
+            "inputs_embeds": self._embedded(np.array(token)).reshape(1, 1, -1),
+            "position_ids": np.full((self.manifest.axes, 1), length + self._next),
+            "cache_length": np.full(1, coded),
             "last_index": np.zeros(1, np.int64),
         }
-        self._write(graphs, inputs)
+        self._memory.write(graphs, given | self._no_image_rows(graphs))
         for graph in graphs:
-            self._run(graph, length)
+            self._memory.run(graph, coded)
         logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
         return logits
 
-    def _write(self, graphs: Sequence[Graph], inputs: Mapping[str, Array]) -> None:
-        """Fill the buffers that graphs read and the host provides, each once."""
-        wanted = {self._key(info) for graph in graphs for info in graph.inputs if info.name in inputs}
-        for info in wanted:
-            self._buffers[info].write(inputs[info.name])
+    def _no_image_rows(self, graphs: Sequence[Graph]) -> dict[str, Array]:
+        """Zeros for what graphs that also serve prompts add at the rows of images."""
+        names = set(self.manifest.image_rows.values()) - {"inputs_embeds"}
+        return {t.name: np.zeros(t.shape, np.float32) for g in graphs for t in g.inputs if t.name in names}
 
-    def _embedded(self, ids: Array | int) -> Array:
+    def _embedded(self, ids: Array) -> Array:
         """Rows of the token embedding, those of bfloat16 as float32."""
         rows: Array = self._table[ids]
         return from_bfloat16(rows) if self.manifest.embedding.dtype == "bfloat16" else rows
-
-    # What is asked of the input.
-
-    def _checked(self, prompt: Sequence[int]) -> Array:
-        counts = self.manifest.counts
-        ids = np.asarray(prompt, np.int64).reshape(-1)
-        vocab = self.manifest.embedding.vocab
-        image = self.manifest.image_token_id
-        outside = ids[((ids < 0) | (ids >= vocab)) & (ids != image)]
-        if outside.size:
-            raise InputError(
-                f"prompt: token {outside[0]} is outside the vocabulary of {vocab}; use this model's tokenizer"
-            )
-        images = int((ids == image).sum())
-        if images != counts.num_images:
-            raise InputError(
-                f"prompt: has {images} image(s), the bundle is planned for {counts.num_images}; give "
-                f"{counts.num_images}, or export with --num-images {max(images, 1)}"
-            )
-        text = len(ids) - images
-        if not text:
-            raise InputError("prompt: has no text; ask something")
-        if text > counts.text_tokens:
-            raise InputError(
-                f"prompt: has {text} text tokens, the bundle holds {counts.text_tokens}; shorten it, or export with "
-                f"--max-text-tokens {text} or more"
-            )
-        return ids
-
-    def _checked_pixels(self, pixels: Array | None) -> Array:
-        wanted = next(g for g in self.manifest.graphs if g.role == "image").inputs[0]
-        shape = (self.manifest.counts.num_images * self.manifest.counts.crops, *wanted.shape[1:])
-        found = None if pixels is None else np.asarray(pixels)
-        if found is None or found.shape != shape:
-            given = "nothing" if found is None else list(found.shape)
-            raise InputError(f"pixel_values: is {given}, the bundle is planned for {list(shape)}; see num_images")
-        if not np.isfinite(found).all():
-            raise InputError("pixel_values: holds values that are infinite or not a number; check the preprocessing")
-        return found
-
-    def _pixels(self, images: Sequence[Any]) -> Array:
-        planned = self.manifest.counts.num_images
-        if len(images) != planned:
-            raise InputError(
-                f"images: {len(images)} given, the bundle is planned for {planned}; give {planned}, or export with "
-                f"--num-images {max(len(images), 1)}"
-            )
-        return np.concatenate([self._views(open_image(image)) for image in images])
-
-    def _views(self, picture: Any) -> Array:
-        """What the encoder sees of one picture, [crops, 3, H, W]."""
-        config = self.manifest.image
-        if config.tiles is None or config.canvas is None:
-            return preprocess(picture, config.preprocessing)
-        self._check_canvas(picture.size)
-        return tiled(picture, config.preprocessing, config.canvas, config.tiles)
-
-    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        if len(sizes) != self.manifest.counts.num_images:
-            raise InputError(
-                f"image_sizes: has {len(sizes)} entries, the bundle is planned for {self.manifest.counts.num_images} "
-                "image(s); give (width, height) of each"
-            )
-        if self.manifest.image.tiles is not None:
-            for width, height in sizes:
-                self._check_canvas((width, height))
-
-    def _check_canvas(self, size: tuple[int, int]) -> None:
-        """Raise InputError for a picture that belongs on other tiles than the bundle's."""
-        config = self.manifest.image
-        if config.tiles is None or config.canvas is None:
-            return
-        if min(size) < 1:
-            raise InputError(f"image_sizes: holds {size[0]}x{size[1]}, expected width and height of the picture")
-        best = best_canvas(size, config.pinpoints)
-        if best != config.canvas:
-            tile = config.canvas[0] // config.tiles[1], config.canvas[1] // config.tiles[0]
-            raise InputError(
-                f"picture: {size[0]}x{size[1]} goes on tiles of {best[1] // tile[1]}x{best[0] // tile[0]}, the bundle "
-                f"has {config.tiles[0]}x{config.tiles[1]} (rows x columns); export another with --image-size "
-                f"{size[0]}x{size[1]}"
-            )
-
-    def _limit(self, max_new_tokens: int | None) -> int:
-        room = self.manifest.counts.new_tokens
-        if max_new_tokens is None:
-            return room
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens: is {max_new_tokens}, expected 1..{room}; ask for at least one token")
-        if max_new_tokens > room:
-            raise UsageError(
-                f"max_new_tokens: is {max_new_tokens}, the bundle holds {room}; ask for fewer, or export with "
-                f"--max-new-tokens {max_new_tokens}"
-            )
-        return max_new_tokens
 
     def _load_text(self) -> Text:
         if self._text is None:
@@ -491,44 +481,12 @@ class Pipeline:
             self._text = Text.load(self.bundle.folder, config)
         return self._text
 
-    # How graphs and buffers come together.
 
-    def _open(self, graph: Graph) -> Session:
-        bound = {}
-        for info in (*graph.inputs, *graph.outputs):
-            bound[graph.names.get(info.name, info.name)] = self._allocated(self._key(info))
-        return self.backend.open(self.bundle, graph, bound)
-
-    def _allocated(self, info: TensorInfo) -> Buffer:
-        if info not in self._buffers:
-            try:
-                self._buffers[info] = self.backend.allocate(info)
-            except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
-                raise FitError(
-                    f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "
-                    "--max-text-tokens or --max-new-tokens"
-                ) from error
-        return self._buffers[info]
-
-    def _run(self, graph: Graph, length: int) -> None:
-        """Run a graph after `length` rows have gone by; rows that it returns go to the caches."""
-        self._sessions[graph.name].run()
-        for info in graph.outputs:
-            cache = self._cache_names.get(kv_cache.shared_name(info.name))
-            if cache is not None and cache.shape != info.shape:
-                # What images leave in a cache comes before any row of the prompt.
-                slot = 0 if graph.role == "image" else self._layout.slot(info.name, length)
-                self._allocated(cache).copy_rows(self._buffers[info], slot)
-
-    def _key(self, info: TensorInfo) -> TensorInfo:
-        """The buffer of a tensor: equal name and shape are one buffer, and a cache is written where it is read."""
-        name = kv_cache.shared_name(info.name)
-        cache = self._cache_names.get(name)
-        if cache is None or cache == TensorInfo(name, info.dtype, info.shape):
-            return TensorInfo(name, info.dtype, info.shape)
-        if not kv_cache.are_rows(info, cache):
-            raise BundleError(f"manifest: {info} does not fit its cache, {cache}; export the bundle again")
-        return info
+def _same(seen: Sequence[Media], media: Sequence[Media]) -> bool:
+    """Whether pictures are those of another prompt, to the bit."""
+    return len(seen) == len(media) and all(
+        a.picture == b.picture and np.array_equal(a.pixels, b.pixels) for a, b in zip(seen, media, strict=True)
+    )
 
 
 def _embedding(bundle: Bundle) -> Array:

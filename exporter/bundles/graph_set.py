@@ -9,13 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.graphs import graph, parts, trace
-from lvlm_edge.exporter.graphs.blocks import GraphSpec
 from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import Parts, Weight
 from lvlm_edge.exporter.ort import form
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import GraphSpec, Plan
+from lvlm_edge.exporter.planning.report import stages
 from lvlm_edge.runtime import bundle as manifests
 
 ORT = ".onnxruntime"  # ends the names of graphs that are for ONNX Runtime alone
@@ -24,17 +23,17 @@ Models = list[tuple[GraphSpec, ir.Model]]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GraphSet:
     """The graphs of a plan.
 
     Attributes:
         specs: those for every backend.
-        forms: by backend, those that it runs instead.
+        variants: by backend, those that it runs instead.
         models: of every file that they name.
     """
 
     specs: tuple[GraphSpec, ...]
-    forms: dict[str, tuple[GraphSpec, ...]]
+    variants: dict[str, tuple[GraphSpec, ...]]
     models: Models
     opset: int
 
@@ -52,12 +51,12 @@ class Drawn:
         for wanted, model in self.models:
             graph.save(graph.finish(model, wanted, self.opset, weights, places), folder / file_of(wanted))
         files = [file_of(wanted) for wanted, _ in self.models]
-        for wanted in {file_of(s): s for s in self.forms.get("ort", ())}.values():
+        for wanted in {file_of(s): s for s in self.variants.get("ort", ())}.values():
             file = file_of(wanted)
             if file.endswith(ORT):
                 portable = f"{file.removesuffix(ORT)}.onnx"
                 form.convert(folder / (file if file in files else portable), folder / file)
-        return sorted({*files, *(file_of(s) for s in self.forms.get("ort", ()))})
+        return sorted({*files, *(file_of(s) for s in self.variants.get("ort", ()))})
 
 
 def weights(plan: Plan) -> dict[str, Weight]:
@@ -65,17 +64,22 @@ def weights(plan: Plan) -> dict[str, Weight]:
     return parts.weights(parts.fake(plan)[0])
 
 
-def draw(plan: Plan, progress: Progress, *, ort: bool) -> Drawn:
+def trace_graphs(plan: Plan, progress: Progress, *, ort: bool) -> GraphSet:
     """Trace the graphs of a plan; their weights are still fake.
 
     Args:
         ort: with graphs for ONNX Runtime beside the portable ones, where it gains by them.
     """
     built, mode = parts.fake(plan)
-    specs = planning.method(plan.method).graphs(plan)
+    specs = graphs_of(plan)
     models = _traced(specs, built, plan, mode, progress)
-    forms, more = _forms(plan, built, mode, specs, models, progress) if ort else ({}, [])
-    return Drawn(specs, forms, models + more, built.ops.OPSET)
+    variants, more = _variants(plan, built, mode, specs, models, progress) if ort else ({}, [])
+    return GraphSet(specs, variants, models + more, plan.lowering.opset)
+
+
+def graphs_of(plan: Plan) -> tuple[GraphSpec, ...]:
+    """The graphs of a plan in the order in which they run: the family's of images, then the method's."""
+    return *plan.family.graphs(plan), *plan.method.graphs(plan)
 
 
 def _traced(specs: Iterable[GraphSpec], built: Parts, plan: Plan, mode: Any, progress: Progress) -> Models:
@@ -88,7 +92,7 @@ def _traced(specs: Iterable[GraphSpec], built: Parts, plan: Plan, mode: Any, pro
     return found
 
 
-def _forms(
+def _variants(
     plan: Plan, built: Parts, mode: Any, specs: tuple[GraphSpec, ...], models: Models, progress: Progress
 ) -> tuple[dict[str, tuple[GraphSpec, ...]], Models]:
     """Graphs for ONNX Runtime where it gains by them.
@@ -103,10 +107,10 @@ def _forms(
     if plan.dtype == "bfloat16":
         return {}, []
     more: Models = []
-    shares = hasattr(planning.method(plan.method), "SHARES_WEIGHTS") and plan.lowering == "modern"
+    shares = plan.method.shares_weights and plan.lowering.shares_weights
     if shares and not plan.share_weights:
-        both = replace(plan, share_weights=True)
-        specs = planning.method(plan.method).graphs(both)
+        both = replace(plan, settings=replace(plan.settings, share_weights=True))
+        specs = graphs_of(both)
         own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
         more = [(replace(s, file=s.name + ORT), model) for s, model in _traced(own, built, both, mode, progress)]
     known = parts.weights(built)
@@ -121,7 +125,7 @@ def _forms(
 
 def _reads_caches(plan: Plan, wanted: GraphSpec) -> bool:
     """Whether a graph attends to what its caches hold, in operators that others can be put for."""
-    return plan.lowering == "modern" and (wanted.role == "decode" or wanted.dynamic_rows is not None)
+    return plan.lowering.shares_weights and (wanted.role == "decode" or wanted.dynamic_rows is not None)
 
 
 def _has_integers(plan: Plan, model: ir.Model, known: Mapping[str, Weight]) -> bool:
@@ -136,29 +140,27 @@ def file_of(wanted: GraphSpec) -> str:
     return file if file.endswith(ORT) else f"{file}.onnx"
 
 
-def described(plan: Plan, drawn: Drawn) -> dict[str, Any]:
+def described(plan: Plan, found: GraphSet) -> dict[str, Any]:
     """What a manifest says of a plan and its graphs, by field: all that another keep ratio changes."""
     return {
         "method_config": asdict(plan.config),
         "counts": manifests.Counts(
-            num_images=plan.num_images,
-            crops=plan.crops,
+            num_images=len(plan.pictures),
             visual_tokens=plan.visual_tokens,
-            separators=plan.separators,
             kept_tokens=plan.kept_tokens,
             text_tokens=plan.text_tokens,
             prompt_tokens=plan.prompt_tokens,
             new_tokens=plan.new_tokens,
         ),
-        "stages": tuple(planning.report(plan)["stages"]),
-        "graphs": _entries(drawn.specs),
-        "forms": {name: _entries(graphs) for name, graphs in drawn.forms.items()},
+        "stages": tuple(stages(plan)),
+        "graphs": _entries(found.specs),
+        "variants": {name: _entries(graphs) for name, graphs in found.variants.items()},
         "cache": tuple(
             manifests.Cache(
                 name=group.name,
                 heads=len(group.kv_heads),
                 head_dim=plan.spec.decoder.head_dim,
-                capacity=plan.capacity(group),
+                capacity=plan.capacity_of(group),
                 dropped=group.dropped,
             )
             for group in plan.all_groups()

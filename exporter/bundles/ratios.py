@@ -14,37 +14,70 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import planning
+from lvlm_edge.exporter import families, planning, plans
 from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import BundleError, UsageError
+from lvlm_edge.runtime.layout import Picture
 
 RECORD = "export.json"
-SETTINGS = {"decoder": "weights", "vision": "vision_weights", "head": "head_weights"}  # what was asked of each part
 
 
 def record(folder: Path, plan: Plan, places: Mapping[str, Any]) -> None:
     """Write what `add` needs into a bundle."""
-    settings = {
-        "num_images": plan.num_images,
-        "max_text_tokens": plan.text_tokens,
-        "max_new_tokens": plan.new_tokens,
-        "dtype": plan.dtype,
-        "lowering": plan.lowering,
-        "share_weights": plan.share_weights,
-        "max_graph_gb": plan.max_graph_bytes / 1e9,
-        "grid": plan.grid,
-        "block_size": plan.asked.block,
-        **{name: getattr(plan.asked, part) for part, name in SETTINGS.items()},
-    }
     content = {
         "spec": asdict(plan.spec),
-        "settings": settings,
+        "pictures": [asdict(picture) for picture in plan.pictures],
+        "capacity": asdict(plan.capacity),
+        "settings": asdict(plan.settings),
         "places": {name: asdict(place) for name, place in places.items()},
     }
     (folder / RECORD).write_text(json.dumps(content) + "\n", "utf-8")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Content of the record.
+
+    Raises:
+        BundleError: the bundle has none.
+    """
+    try:
+        content = json.loads((folder / RECORD).read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"holds {type(content).__name__}")
+        return content
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> BundleError:
+    return BundleError(f"{folder / RECORD}: cannot be read ({error}); export the bundle again")
+
+
+def capacity(folder: Path) -> Capacity:
+    """What a bundle was planned for.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
+    try:
+        found = manifests.parse(Capacity, _read(folder)["capacity"], "capacity")
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    assert isinstance(found, Capacity)
+    return found
+
+
+def _settings(folder: Path) -> Settings:
+    try:
+        found = manifests.parse(Settings, _read(folder)["settings"], "settings")
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    assert isinstance(found, Settings)
+    return found
 
 
 def rounded(folder: Path) -> manifests.WeightFormats:
@@ -53,14 +86,10 @@ def rounded(folder: Path) -> manifests.WeightFormats:
     Raises:
         BundleError: the bundle does not say.
     """
-    try:
-        asked = json.loads((folder / RECORD).read_text("utf-8"))["settings"]
-        kinds = {part: str(asked[name]) for part, name in SETTINGS.items()}
-        block = int(asked["block_size"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BundleError(f"{folder / RECORD}: cannot be read ({error}); export the bundle again") from error
+    found = _settings(folder).requested
+    kinds = {part: getattr(found, part) for part in ("decoder", "vision", "head")}
     kinds = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in kinds.items()}
-    return manifests.WeightFormats(**kinds, block=block)
+    return manifests.WeightFormats(**kinds, block=found.block)
 
 
 def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
@@ -87,49 +116,50 @@ def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
         raise UsageError(f"{folder}: holds keep ratio {keep_ratio:g} already; run it with --keep-ratio {keep_ratio:g}")
     plan, places = _plan(folder, manifest, keep_ratio)
     with atomic.inside(folder) as partial:
-        made = _draw(partial, manifest, plan, places, progress or (lambda *_: None))
+        made = _trace(partial, manifest, plan, places, progress or (lambda *_: None))
         return _place(folder, partial, manifest, made, keep_ratio)
 
 
 def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tuple[Plan, dict[str, Any]]:
     """The bundle's own plan with another keep ratio, and where its weights are."""
-    from lvlm_edge.exporter.checkpoints.quantise import Format
     from lvlm_edge.exporter.graphs.graph import Place
 
+    content = _read(folder)
     try:
-        content = json.loads((folder / RECORD).read_text("utf-8"))
-        spec = manifests.parse(ModelSpec, content["spec"], "spec")
-        settings = content["settings"]
+        family = families.load(content["spec"]["family"])
+        vision = manifests.parse(family.vision, content["spec"]["vision"], "vision")
+        spec = replace(manifests.parse(ModelSpec, content["spec"] | {"vision": None}, "spec"), vision=vision)
+        pictures = tuple(manifests.parse(Picture, one, "picture") for one in content["pictures"])
         places = {
             name: Place(p["offset"], p["how"] and Format(**p["how"]), p["scales"], p["shifts"])
             for name, p in content["places"].items()
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BundleError(f"{folder / RECORD}: cannot be read ({error}); export the bundle again") from error
-    grid = settings.pop("grid")
-    plan = planning.make(
-        spec,
-        method_name=manifest.method,
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    plan = plans.make(
+        Model(family, spec, pictures),
+        capacity(folder),
+        _settings(folder),
+        method=manifest.method,
         options=manifest.method_config | {"keep_ratio": keep_ratio},
-        grid=grid and tuple(grid),
-        **settings,
+        formats=manifest.formats,
     )
-    return replace(plan, formats=manifest.formats), places
+    return plan, places
 
 
-def _draw(
+def _trace(
     folder: Path, manifest: manifests.Manifest, plan: Plan, places: Mapping[str, Any], progress: Any
 ) -> manifests.Manifest:
     """Trace the graphs of a ratio into a folder; its manifest, which lists them and what is the bundle's anyway."""
-    from lvlm_edge.exporter.bundles.graph_set import described, draw
+    from lvlm_edge.exporter.bundles.graph_set import described, trace_graphs
 
-    drawn = draw(plan, progress, ort="ort" in manifest.forms)
-    names = drawn.write(folder, manifest.weights, places)
-    graphs = {graph.file for form in (manifest.graphs, *manifest.forms.values()) for graph in form}
+    traced = trace_graphs(plan, progress, ort="ort" in manifest.variants)
+    names = traced.write(folder, manifest.weights, places)
+    graphs = {graph.file for variant in (manifest.graphs, *manifest.variants.values()) for graph in variant}
     files = {name: info for name, info in manifest.files.items() if name not in graphs}
     for name in names:
         files[name] = manifests.FileInfo((folder / name).stat().st_size, manifests.sha256(folder / name))
-    return replace(manifest, **described(plan, drawn), files=files)
+    return replace(manifest, **described(plan, traced), files=files)
 
 
 def _place(
@@ -158,6 +188,6 @@ def _renamed(manifest: manifests.Manifest, names: Mapping[str, str]) -> manifest
     return replace(
         manifest,
         graphs=graphs(manifest.graphs),
-        forms={name: graphs(form) for name, form in manifest.forms.items()},
+        variants={name: graphs(variant) for name, variant in manifest.variants.items()},
         files={names.get(name, name): info for name, info in manifest.files.items()},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import checkpoint, prequantised, quantise
+from lvlm_edge.exporter.checkpoints import prequantised, quantise
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, Source
 from lvlm_edge.exporter.checkpoints.prequantised import Packed
 from lvlm_edge.exporter.checkpoints.quantise import Format
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import DTYPES, Weight
 from lvlm_edge.exporter.planning import BYTES, Plan
@@ -31,43 +31,46 @@ class Placed:
     Attributes:
         source: where its content comes from; None where it is computed.
         own: the source again, where its integers are kept.
+        dtype: of its values, or of its scales.
     """
 
     place: Place
     weight: Weight
-    source: checkpoint.Stored | None
+    source: Source | None
     own: Packed | None
+    dtype: str
 
-    def end(self, dtype: str) -> int:
+    @property
+    def end(self) -> int:
         """Offset after its last byte."""
         shape, how = self.weight.shape, self.place.how
         if how is None:
-            return self.place.offset + self.weight.count * BYTES[dtype]
+            return self.place.offset + self.weight.count * BYTES[self.dtype]
         last = self.place.scales if self.place.shifts is None else self.place.shifts
-        return last + how.scale_bytes(shape, dtype)
+        return last + how.scale_bytes(shape, self.dtype)
 
 
 def place(
-    order: Sequence[str], known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored], plan: Plan
+    order: Sequence[str], known: Mapping[str, Weight], sources: Mapping[str, Source], plan: Plan
 ) -> dict[str, Placed]:
     """Weights one after the other; matrices in their formats, their scales and zero points behind them."""
     placed: dict[str, Placed] = {}
     end = 0
     for name in order:
-        weight, source = known[name], sources.get(name)
+        weight, source, dtype = known[name], sources.get(name), plan.dtype_of(name)
         how = format_of(name, weight, source, plan)
-        size = weight.count * BYTES[plan.dtype] if how is None else how.integer_bytes(weight.shape)
+        size = weight.count * BYTES[dtype] if how is None else how.integer_bytes(weight.shape)
         begin = _up(end, PAGE if size >= 1 << 20 else LINE)
         scales = 0 if how is None else _up(begin + size, LINE)
         shifts, own = None, _own(name, weight, source, plan)
         if how is not None and own is not None and prequantised.zero_points(own) is not None:
-            shifts = _up(scales + how.scale_bytes(weight.shape, plan.dtype), LINE)
-        placed[name] = Placed(Place(begin, how, scales, shifts), weight, source, own)
-        end = placed[name].end(plan.dtype)
+            shifts = _up(scales + how.scale_bytes(weight.shape, dtype), LINE)
+        placed[name] = Placed(Place(begin, how, scales, shifts), weight, source, own, dtype)
+        end = placed[name].end
     return placed
 
 
-def format_of(name: str, weight: Weight, source: checkpoint.Stored | None, plan: Plan) -> Format | None:
+def format_of(name: str, weight: Weight, source: Source | None, plan: Plan) -> Format | None:
     """The format of a weight: that of the checkpoint's own integers, or what is asked for; None for floats.
 
     Raises:
@@ -76,29 +79,37 @@ def format_of(name: str, weight: Weight, source: checkpoint.Stored | None, plan:
     own = _own(name, weight, source, plan)
     if own is not None:
         return Format(own.how.bits, prequantised.held(own))
-    return quantise.fitting(plan.asked_of(name), weight.shape[0], plan.asked.block) if weight.transposed else None
+    return (
+        quantise.fitting(plan.requested_of(name), weight.shape[0], plan.settings.block_size)
+        if weight.transposed
+        else None
+    )
 
 
-def formats(known: Mapping[str, Weight], sources: Mapping[str, checkpoint.Stored], plan: Plan) -> WeightFormats:
-    """The plan's formats, corrected by what the checkpoint's tensors really are where they are kept `as-is`.
+def formats(sources: Mapping[str, Source], requested: WeightFormats) -> WeightFormats:
+    """The formats of the weights: what is asked for, and the checkpoint's own integers where they are kept `as-is`.
+
+    Args:
+        sources: by name in `Parts`.
 
     Raises:
         UnsupportedError: integers of the checkpoint's that graphs do not hold.
     """
-    found = {part: "as-is" for part in ("decoder", "vision", "head") if getattr(plan.asked, part) == "as-is"}
+    found = {part: getattr(requested, part) for part in ("decoder", "vision", "head")}
     blocks = set()
-    for name, weight in known.items():
-        if planning.part_of(name) in found:
-            how = format_of(name, weight, sources.get(name), plan)
-            if how is not None:
-                found[planning.part_of(name)] = how.name
-                blocks.add(how.block or 0)
-    return replace(plan.formats, **found, block=max(blocks, default=0) or plan.formats.block)
+    for name, source in sources.items():
+        part = planning.part_of(name)
+        if isinstance(source, Packed) and getattr(requested, part) == "as-is":
+            how = Format(source.how.bits, prequantised.held(source))
+            found[part] = how.name
+            blocks.add(how.block or 0)
+    found = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in found.items()}
+    return WeightFormats(**found, block=max(blocks, default=0) or requested.block)
 
 
-def _own(name: str, weight: Weight, source: checkpoint.Stored | None, plan: Plan) -> Packed | None:
+def _own(name: str, weight: Weight, source: Source | None, plan: Plan) -> Packed | None:
     """The checkpoint's integers of a matrix that keeps them."""
-    kept = weight.transposed and plan.asked_of(name) == "as-is"
+    kept = weight.transposed and plan.requested_of(name) == "as-is"
     return source if kept and isinstance(source, Packed) else None
 
 
@@ -110,7 +121,6 @@ def write(
     path: Path,
     placed: Mapping[str, Placed],
     computed: Mapping[str, Tensor],
-    dtype: str,
     progress: Callable[[str, int, int], None],
 ) -> FileInfo:
     """Write every weight at its offset, one at a time and in pieces.
@@ -119,14 +129,14 @@ def write(
         computed: contents of weights that have no source.
 
     Raises:
-        CheckpointError: a value that `dtype` cannot hold.
+        CheckpointError: a value that a weight's dtype cannot hold.
     """
     digest, at = hashlib.sha256(), 0
-    size = max(p.end(dtype) for p in placed.values())
+    size = max(p.end for p in placed.values())
     with path.open("wb") as file:
         for name, one in placed.items():
             progress("writing weights", at, size)
-            for data in chain([bytes(one.place.offset - at)], _pieces(name, one, computed, DTYPES[dtype])):
+            for data in chain([bytes(one.place.offset - at)], _pieces(name, one, computed)):
                 file.write(data)
                 digest.update(data)
                 at += len(data)
@@ -135,12 +145,13 @@ def write(
     return FileInfo(size, digest.hexdigest())
 
 
-def _pieces(name: str, one: Placed, computed: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[memoryview | bytes]:
+def _pieces(name: str, one: Placed, computed: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
     """The bytes of a weight as the graphs read it, a few rows at a time."""
+    dtype = DTYPES[one.dtype]
     if one.own is not None:
         yield from _kept(one.own, one, dtype)
         return
-    tensor = computed[name] if one.source is None else prequantised.tensor(one.source)
+    tensor = computed[name] if one.source is None else one.source.read()
     if one.weight.transposed:
         tensor = tensor.t()
     assert tuple(tensor.shape) == one.weight.shape, name

@@ -1,14 +1,19 @@
-"""A checkpoint's tensors, read one at a time from mapped files; nothing here holds the whole model."""
+"""A checkpoint: its folder, its config read once, and tensors read one at a time from mapped files.
+
+Nothing here holds the whole model.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
+from lvlm_edge.runtime.errors import LvlmEdgeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,15 +23,132 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+class CheckpointError(LvlmEdgeError):
+    """A checkpoint's files are missing, damaged, or do not fit each other."""
+
+
+class Source(Protocol):
+    """Where a weight's content comes from.
+
+    Attributes:
+        file: that it is read from, for messages.
+        key: the tensor's name in the checkpoint, for messages.
+        shape: of what `read` returns.
+        dtype: of what `read` returns, by torch's name.
+    """
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from its file where it lies in one as it is."""
+
+
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: file, key in it, shape and dtype; `rows` (first, end) of what is stored, None for all."""
+    """A tensor of a file: key in it, shape and dtype; `rows` (first, end) of what is stored, None for all."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
     rows: tuple[int, int] | None = None
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from its file; the mapping goes with the tensor."""
+        return read(self)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A weight that is computed from others: folded, fused, or interpolated.
+
+    Attributes:
+        file, key: of the tensor that it is made of.
+        make: its content; float32 or the checkpoint's dtype.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        return self.make()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object; restore the file")
+    return content
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a config.json.
+
+    Attributes:
+        folder: the folder.
+        config: content of config.json.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """The checkpoint of a local folder.
+
+        Raises:
+            CheckpointError: no readable `config.json`, or one without `model_type`.
+        """
+        path = Path(folder) / "config.json"
+        config = read_json(path)
+        if not isinstance(config.get("model_type"), str):
+            raise CheckpointError(f"{path}: has no model_type; give a Hugging Face checkpoint folder")
+        for key, value in config.items():
+            if key.endswith("_config") and not isinstance(value, dict | None):
+                raise CheckpointError(
+                    f"{path}: {key} is {type(value).__name__}, expected a JSON object; restore the file"
+                )
+        return cls(Path(folder), config)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file beside config.json; empty where there is none.
+
+        Raises:
+            CheckpointError: the file holds no JSON object.
+        """
+        path = self.folder / name
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor by its name, from file headers alone, as it is stored.
+
+        Raises:
+            CheckpointError: no weights, a shard missing or truncated.
+        """
+        return index(self.folder)
 
 
 def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -129,28 +251,20 @@ def read(stored: Stored) -> Tensor:
 
 
 def match(
-    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], family: Any, folder: Path
-) -> dict[str, Stored]:
+    sources: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]], unused: Callable[[str], bool], folder: Path
+) -> dict[str, Source]:
     """The wanted tensors, by the names of `Parts`.
 
     Args:
-        stored: tensors by checkpoint name.
+        sources: by `Parts` name.
         wanted: shapes, as the checkpoint holds them, by `Parts` name.
-        family: module with `rename` and `unused`.
+        unused: whether a tensor may be there without being read.
 
     Raises:
-        CheckpointError: tensors missing, misshapen, not floating point, unknown, or twice under two prefixes.
+        CheckpointError: tensors missing, misshapen, not floating point, or unknown.
     """
-    found: dict[str, Stored] = {}
-    unknown: list[str] = []
-    for key, value in stored.items():
-        name = family.rename(key)
-        if name in found:
-            raise CheckpointError(f"{folder}: holds {name} twice ({found[name].key} and {key}); remove one")
-        if name in wanted:
-            found[name] = value
-        elif not family.unused(name):
-            unknown.append(key)
+    unknown = [source.key for name, source in sources.items() if name not in wanted and not unused(name)]
+    found = {name: source for name, source in sources.items() if name in wanted}
     missing = [name for name in wanted if name not in found]
     wrong = [
         f"{found[n].key} is {list(found[n].shape)}, config.json says {list(shape)}"
@@ -166,6 +280,21 @@ def match(
     ):
         if names:
             raise CheckpointError(f"{folder}: {problem}: {_some(names)}; {advice}")
+    return found
+
+
+def renamed(stored: Mapping[str, Source], rename: Callable[[str], str], folder: Path) -> dict[str, Source]:
+    """Tensors by their names in `Parts`.
+
+    Raises:
+        CheckpointError: one is there twice, under two prefixes.
+    """
+    found: dict[str, Source] = {}
+    for key, value in stored.items():
+        name = rename(key)
+        if name in found:
+            raise CheckpointError(f"{folder}: holds {name} twice ({found[name].key} and {key}); remove one")
+        found[name] = value
     return found
 
 

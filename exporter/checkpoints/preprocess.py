@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 from lvlm_edge.runtime.image import Preprocessing
 
@@ -81,6 +85,43 @@ def for_config_only(image_size: int, tower: Literal["clip", "siglip"]) -> Prepro
             f"config.json: vision encoder {tower!r} has no known image processor; {nearest(tower, kinds)}"
         )
     return read({"image_processor_type": kinds[tower]}, default_size=image_size)
+
+
+def of_folder(folder: Path, vision: EncoderSpec) -> Preprocessing:
+    """From preprocessor_config.json, or where newer transformers put it, else the tower's defaults.
+
+    Raises:
+        CheckpointError: what comes out is no input of the tower.
+    """
+    path, config = folder / "preprocessor_config.json", {}
+    if path.is_file():
+        config = read_json(path)
+    elif (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"
+        config = read_json(path).get("image_processor") or {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: image_processor is {type(config).__name__}, expected an object; correct it")
+    if not config:
+        return for_config_only(vision.image_size, "siglip" if vision.kind == "siglip" else "clip")
+    how = read(config, default_size=vision.image_size)
+    size, wanted = (3, *_size(how)), (vision.channels, vision.image_size, vision.image_size)
+    if size != wanted:
+        raise CheckpointError(
+            f"{path}: makes pictures of {list(size)}, config.json says {list(wanted)} (channels, height, width); "
+            "correct the file that is wrong"
+        )
+    if not all(map(math.isfinite, (how.rescale or 0, *(how.mean or ()), *(how.std or ())))) or 0 in (how.std or ()):
+        raise CheckpointError(f"{path}: mean, std and rescale_factor make no finite picture; correct the file")
+    return how
+
+
+def _size(how: Preprocessing) -> tuple[int, int]:
+    """Height and width of every picture after its preprocessing."""
+    size = how.crop or how.resize_to
+    if size is None:
+        assert how.shortest_edge is not None and how.pad_to_square is not None
+        return how.shortest_edge, how.shortest_edge
+    return size
 
 
 def fitted(how: Preprocessing, fit: str, size: int) -> Preprocessing:

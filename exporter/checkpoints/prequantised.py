@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.checkpoints import checkpoint
-from lvlm_edge.exporter.checkpoints.checkpoint import Stored
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, Prequantised, read_json
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Stored
+from lvlm_edge.exporter.checkpoints.spec import Prequantised
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class Packed(Stored):
     @property
     def layout(self) -> str:
         return _layout(self.how)
+
+    def read(self) -> Tensor:
+        """What the integers stand for, float32 [out, in]."""
+        return tensor(self)
 
 
 # config.json
@@ -280,15 +284,15 @@ def held(matrix: Packed) -> int | None:
 # tensors
 
 
-def index(folder: Path) -> dict[str, Stored]:
+def index(of: Checkpoint) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by its name, with one `Packed` matrix for the tensors it is stored as.
 
     Raises:
         CheckpointError: no weights, or damaged ones; pieces of a matrix missing or misshapen.
         UnsupportedError: config.json says that they are quantised in a way that is not read here.
     """
-    stored = checkpoint.index(folder)
-    how = read(read_json(folder / "config.json"), folder / "config.json")
+    folder, stored = of.folder, dict(of.stored)
+    how = read(of.config, folder / "config.json")
     if how is None:
         unsaid = sorted(name for name in stored if name.endswith((".qweight", ".weight_packed")))
         if unsaid:
@@ -424,10 +428,8 @@ def _kind(stored: Stored) -> str:
 # content
 
 
-def tensor(stored: Stored) -> Tensor:
-    """One tensor; a matrix of integers as what they stand for, float32 [out, in]."""
-    if not isinstance(stored, Packed):
-        return checkpoint.read(stored)
+def tensor(stored: Packed) -> Tensor:
+    """A matrix of integers as what they stand for, float32 [out, in]."""
     values, zeros, of = integers(stored).float(), zero_points(stored), _groups(stored)
     if zeros is not None:
         values -= zeros.float()[:, of]

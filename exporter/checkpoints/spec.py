@@ -1,67 +1,18 @@
-"""ModelSpec: dimensions and token ids of a checkpoint, from its `config.json` alone; reads no weights."""
+"""ModelSpec: dimensions and token ids of a checkpoint, from its configs alone; reads no weights."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 
 # What stands for an image in the original LLaVA layouts, whose tokenizers have no token for it.
 PLACEHOLDER_ID = -200
-# Names that another family's module serves.
-ALIASES = dict.fromkeys(("llava_qwen", "llava_phi", "llava_phi3", "llava_mistral"), "llava_llama")
 
-
-class CheckpointError(LvlmEdgeError):
-    """A checkpoint's files are missing, damaged, or do not fit each other."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionSpec:
-    """The vision encoder.
-
-    Attributes:
-        kind: `clip` (class token, LayerNorm before the layers) or `siglip`.
-        layers: layers of the checkpoint; a graph holds only those below the highest feature layer.
-        feature_layers: hidden states handed to the projector, as numbers of layers run, concatenated.
-        drop_first: the first token of each hidden state is removed (select strategy `default`).
-        mlp_act: activation name as in the config (`quick_gelu`, `gelu`, `gelu_pytorch_tanh`).
-    """
-
-    kind: str
-    layers: int
-    hidden: int
-    heads: int
-    ffn: int
-    image_size: int
-    patch_size: int
-    channels: int
-    eps: float
-    mlp_act: str
-    feature_layers: tuple[int, ...]
-    drop_first: bool
-
-    @property
-    def grid(self) -> int:
-        """Patches per side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def positions(self) -> int:
-        """Tokens inside the encoder: the patches, and for CLIP the class token."""
-        return self.grid**2 + (self.kind == "clip")
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens per picture that the encoder sees."""
-        return self.positions - self.drop_first
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +24,9 @@ class DecoderSpec:
         window: sliding attention window in tokens, None for full attention.
         max_positions: positions the checkpoint was trained for.
         rope: the text config's fields that decide the rotary tables.
+        qk_norm: queries and keys are RMS-normalised per head before they are rotated.
+        rope_sections: frequencies that turn by time, row and column, in this order; empty for positions of one axis.
+        rope_interleaved: frequencies of rows and columns alternate with those of time instead of following them.
     """
 
     layers: int
@@ -91,6 +45,9 @@ class DecoderSpec:
     window: int | None
     max_positions: int
     rope: Mapping[str, Any] = field(hash=False)
+    qk_norm: bool = False
+    rope_sections: tuple[int, ...] = ()
+    rope_interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,128 +72,70 @@ class Prequantised:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """A vision-language model: encoder, two-layer projector, decoder, and the token ids that matter.
+class ModelSpec(Generic[V]):
+    """A vision-language model: encoder, projector, decoder, and the token ids that matter.
 
     Attributes:
-        projector_act: None for a model without a projector, whose decoder reads the encoder's features.
+        family: name of the family that read it.
+        vision: the family's own description of the encoder and projector.
         image_token_id: `PLACEHOLDER_ID` where the tokenizer has no image token.
-        newline: a learned vector, the separator, comes after the visual tokens of every crop.
-        pinpoints: (width, height) of the canvases of any-resolution pictures; empty for pictures of one crop.
+        features: width of the encoder's features that the decoder's layers read; 0 where a projector makes rows of
+            them.
         settings: what the checkpoint's config says of reduction methods, by method and the method's field.
         prequantised: how the checkpoint's integers are stored; None where it has floats.
     """
 
     family: str
-    vision: VisionSpec
-    projector_act: str | None
-    projector_bias: bool
+    vision: V
     decoder: DecoderSpec
     image_token_id: int
-    newline: bool = False
-    pinpoints: tuple[tuple[int, int], ...] = ()
+    features: int = 0
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     prequantised: Prequantised | None = None
 
     @property
-    def visual_tokens(self) -> int:
-        """Visual tokens per crop; an image is one crop unless any-resolution tiles come with it."""
-        return self.vision.tokens
+    def reads_features(self) -> bool:
+        """Whether pictures have no rows in the prompt."""
+        return self.features > 0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object; restore the file")
-    return content
+_KINDS = {int: "whole number", float: "number", str: "name", bool: "true or false"}
 
 
-def family(name: str) -> ModuleType:
-    """The module of a model family, by `model_type`.
-
-    Raises:
-        UnsupportedError: there is no such family.
-    """
-    from lvlm_edge.exporter import families
-
-    known = [m.name for m in pkgutil.iter_modules(families.__path__)]
-    if ALIASES.get(name, name) not in known:
-        known += ALIASES
-        raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {nearest(name, known)}")
-    return importlib.import_module(f"lvlm_edge.exporter.families.{ALIASES.get(name, name)}")
+def check_kind(path: Path, name: str, value: Any, kind: type) -> None:
+    """Raise CheckpointError unless a field of config.json is of its kind; whole numbers are numbers."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise CheckpointError(f"{path}: {name} is {value!r}, expected a {_KINDS[kind]}; correct it")
 
 
-def load(folder: Path) -> ModelSpec:
-    """The spec of a checkpoint folder; only `config.json` needs to be there.
-
-    Raises:
-        CheckpointError: no readable `config.json`, or one without `model_type`.
-        UnsupportedError: a family, a feature or a way of quantising that this version does not know.
-    """
-    from lvlm_edge.exporter.checkpoints import prequantised  # which imports this module
-
-    config = read_json(folder / "config.json")
-    name = config.get("model_type")
-    if not isinstance(name, str):
-        raise CheckpointError(f"{folder / 'config.json'}: has no model_type; give a Hugging Face checkpoint folder")
-    for key, value in config.items():
-        if key.endswith("_config") and not isinstance(value, dict | None):
-            raise CheckpointError(
-                f"{folder / 'config.json'}: {key} is {type(value).__name__}, expected a JSON object; restore the file"
-            )
-    if name == "llava" and "mm_vision_tower" in config and "text_config" not in config:
-        name = "llava_llama"  # LLaVA-1.5's first releases had the name that the hub layout has now
-    spec = family(name).read_spec(config, folder)
-    assert isinstance(spec, ModelSpec)
-    _check_sizes(spec, folder / "config.json")
-    return replace(spec, prequantised=prequantised.read(config, folder / "config.json"))
+def check_sizes(path: Path, part: str, sizes: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless sizes are whole numbers above 0."""
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{path}: {part} has {name} {value!r}, expected a whole number above 0; correct it")
 
 
-_KINDS = {int: "whole number", float: "number", str: "name"}
+def check_shares(path: Path, name: str, whole: int, by: int) -> None:
+    """Raise CheckpointError unless something can be shared out."""
+    if whole % by:
+        raise CheckpointError(f"{path}: cannot share out {name}, {whole} by {by}; correct it")
 
 
-def _check_sizes(spec: ModelSpec, path: Path) -> None:
-    """Raise CheckpointError unless fields are of their kind, sizes above 0, and heads share out what they divide."""
-    v, d = spec.vision, spec.decoder
-    for name, value, kind in (
-        ("image_token_index", spec.image_token_id, int),
-        ("vision_config's layer_norm_eps", v.eps, float),
-        ("text_config's rms_norm_eps", d.eps, float),
-        ("vision_config's hidden_act", v.mlp_act, str),
-        ("text_config's hidden_act", d.mlp_act, str),
-        ("projector_hidden_act", spec.projector_act if not spec.settings else spec.projector_act or "", str),
-        ("rope_parameters' rope_theta", d.rope.get("rope_parameters", {}).get("rope_theta", 1.0), float),
-    ):
-        if type(value) not in (kind, int) or (kind is str and type(value) is int):
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected a {_KINDS[kind]}; correct it")
-    for part, numbers in (
-        ("vision_config", ("layers", "hidden", "heads", "ffn", "image_size", "patch_size", "channels")),
-        ("text_config", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions")),
-    ):
-        for name in numbers:
-            value = getattr(v if part == "vision_config" else d, name)
-            if type(value) is not int or value < 1:
-                raise CheckpointError(
-                    f"{path}: {part} has {name} {value!r}, expected a whole number above 0; correct it"
-                )
-    for name, whole, by in (
-        ("vision hidden size by heads", v.hidden, v.heads),
-        ("heads by key-value heads", d.heads, d.kv_heads),
-        ("head size by 2", d.head_dim, 2),
-    ):
-        if whole % by:
-            raise CheckpointError(f"{path}: cannot share out {name}, {whole} by {by}; correct it")
-    if spec.visual_tokens < 1:
+def check(spec: ModelSpec[Any], path: Path) -> None:
+    """Raise CheckpointError unless the decoder's fields are of their kind, and heads share out what they divide."""
+    d = spec.decoder
+    check_kind(path, "image_token_index", spec.image_token_id, int)
+    check_kind(path, "text_config's rms_norm_eps", d.eps, float)
+    check_kind(path, "text_config's hidden_act", d.mlp_act, str)
+    theta = d.rope.get("rope_parameters", {}).get("rope_theta", 1.0)
+    check_kind(path, "rope_parameters' rope_theta", theta, float)
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions")
+    check_sizes(path, "text_config", {name: getattr(d, name) for name in names})
+    check_shares(path, "heads by key-value heads", d.heads, d.kv_heads)
+    check_shares(path, "head size by 2", d.head_dim, 2)
+    if d.rope_sections and sum(d.rope_sections) != d.head_dim // 2:
         raise CheckpointError(
-            f"{path}: patches of {v.patch_size} do not fit into pictures of {v.image_size}; correct it"
+            f"{path}: mrope_section is {list(d.rope_sections)}, expected a sum of {d.head_dim // 2}; correct it"
         )
     if spec.image_token_id < 0 and spec.image_token_id != PLACEHOLDER_ID:
         raise CheckpointError(f"{path}: image_token_index is {spec.image_token_id}, expected a token id; correct it")

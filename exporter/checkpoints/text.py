@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.checkpoints.templates import ENDS, PLACEHOLDER, TEMPLATES
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
@@ -14,11 +14,12 @@ from lvlm_edge.runtime.prompt import Text, TextConfig
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
-def copy(folder: Path, out: Path, published: str, image_token_id: int) -> TextConfig | None:
+def copy(folder: Path, out: Path, published: str | None, image_token_id: int) -> TextConfig | None:
     """Copy tokenizer and chat template into a bundle; None for a checkpoint without tokenizer.json.
 
     Args:
-        published: template for a checkpoint that has none, or one that is its language model's and knows no images.
+        published: template for a checkpoint that has none, or one that is its language model's and knows no images;
+            None where the family has no published one.
         image_token_id: below 0 where the tokenizer has no image token.
 
     Raises:
@@ -38,7 +39,10 @@ def copy(folder: Path, out: Path, published: str, image_token_id: int) -> TextCo
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     if image_token_id < 0 and own is not None and PLACEHOLDER not in own:
         own = None
-    (out / TEMPLATE).write_text(own or published, "utf-8")
+    template = own or published
+    if template is None:
+        raise CheckpointError(f"{folder}: has no chat template; add the chat_template.json that belongs to it")
+    (out / TEMPLATE).write_text(template, "utf-8")
     text = TextConfig(
         tokenizer=TOKENIZER,
         chat_template=TEMPLATE,

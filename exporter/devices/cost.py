@@ -71,7 +71,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class StageWork:
     """What a stage does.
 
     Attributes:
@@ -104,7 +104,7 @@ class Work:
 
 
 # What a stage would be without a floor, by the floor's name.
-FLOORS: dict[str, Callable[[Work], Work]] = {
+FLOORS: dict[str, Callable[[StageWork], StageWork]] = {
     "the choice of tokens": lambda w: replace(w, bytes=0, layers=0) if w.name == "select" else w,
     "reading the weights": lambda w: w if w.vision else replace(w, bytes=0),
     "the fixed time of the layers": lambda w: w if w.vision else replace(w, layers=0),
@@ -183,38 +183,38 @@ def measured(path: Path) -> Machine:
     return Machine(vision=matrix, decoder=matrix, bandwidth=bandwidth)
 
 
-def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[Work, ...]:
+def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[StageWork, ...]:
     """The stages before the first token, in order; preprocessing is not among them.
 
     `select` is the choice of the kept tokens between two stages: their rows are read and written.
     """
     spec, width = plan.spec, BYTES[plan.dtype]
-    count, pictures = planning.weights(spec), plan.num_images * plan.crops
+    count, seen = planning.decoder_weights(spec.decoder), planning.vision_work(plan)
     found = [
-        Work(
+        StageWork(
             name="vision",
-            flops=pictures * planning.vision_flops(spec),
-            bytes=pictures * count.vision * width,
-            layers=pictures * max(spec.vision.feature_layers),
+            flops=planning.vision_flops(plan),
+            bytes=sum(views * encoder.weights for views, encoder, _ in seen) * BYTES[plan.vision_dtype],
+            layers=sum(views * encoder.layers for views, encoder, _ in seen),
             vision=True,
         )
     ]
-    if spec.projector_act is not None:
+    if any(projector.steps for _, _, projector in seen):
         found.append(
-            Work(
+            StageWork(
                 name="projector",
-                flops=pictures * planning.projector_flops(spec),
-                bytes=pictures * count.projector * width,
-                layers=pictures,
+                flops=planning.projector_flops(plan),
+                bytes=sum(p.layers * p.weights for _, _, p in seen) * BYTES[plan.vision_dtype],
+                layers=sum(p.layers for _, _, p in seen),
                 vision=True,
             )
         )
     layer = _layer_bytes(plan, weights)
     for i, stage in enumerate(plan.stages):
         last = i == len(plan.stages) - 1
-        end = (count.norm + count.head + planning.own_weights(plan)) * width if last else 0
+        end = (count.norm + count.head + plan.method.own_weights(plan)) * width if last else 0
         found.append(
-            Work(
+            StageWork(
                 name="prefill" if len(plan.stages) == 1 else f"prefill {stage.layers.start}..{stage.layers.stop - 1}",
                 flops=planning.stage_flops(spec.decoder, stage) + (planning.head_flops(spec.decoder) if last else 0),
                 bytes=len(stage.layers) * layer + end,
@@ -223,15 +223,15 @@ def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[Work, ...]:
         )
         if stage.scored and not last:
             moved = 2 * plan.stages[i + 1].queries * spec.decoder.hidden * width
-            found.append(Work(name="select", flops=0, bytes=moved, layers=1))
+            found.append(StageWork(name="select", flops=0, bytes=moved, layers=1))
     return tuple(found)
 
 
-def decode_work(plan: Plan, *, weights: str = "as-is") -> Work:
+def decode_work(plan: Plan, *, weights: str = "as-is") -> StageWork:
     """One decoded token, reading every weight of the decoder and caches that are full."""
-    count, layers = planning.weights(plan.spec), plan.spec.decoder.layers
+    count, layers = planning.decoder_weights(plan.spec.decoder), plan.spec.decoder.layers
     read = layers * _layer_bytes(plan, weights) + (count.norm + count.head) * BYTES[plan.dtype]
-    return Work(
+    return StageWork(
         name="decode",
         flops=planning.decode_flops(plan),
         bytes=read + plan.kv_cache_bytes(),
@@ -241,11 +241,11 @@ def decode_work(plan: Plan, *, weights: str = "as-is") -> Work:
 
 
 def _layer_bytes(plan: Plan, weights: str) -> float:
-    count, width = planning.weights(plan.spec), BYTES[plan.dtype]
+    count, width = planning.decoder_weights(plan.spec.decoder), BYTES[plan.dtype]
     return count.matrices * (fit.WEIGHTS[weights] or width) + count.vectors * width
 
 
-def first_token(works: tuple[Work, ...], machine: Machine) -> float:
+def first_token(works: tuple[StageWork, ...], machine: Machine) -> float:
     """Seconds of the stages, one after the other."""
     return sum(work.seconds(machine) for work in works)
 
@@ -269,16 +269,16 @@ def verdict(plan: Plan, machine: Machine, *, weights: str = "as-is") -> tuple[bo
     flops = planning.prefill_flops(plan) / planning.prefill_flops(planning.dense(plan))
     kept = f"{plan.kept_tokens} of {plan.visual_tokens} visual tokens kept"
     where = f", from layer {plan.stages[-1].layers.start} of {plan.spec.decoder.layers} on" if plan.stages[1:] else ""
-    rows = f"{plan.visual_tokens} of {plan.visual_tokens + plan.text_tokens + plan.separators} rows are visual"
+    rows = f"{plan.visual_tokens} of {plan.visual_tokens + plan.text_tokens + plan.prompt.separators} rows are visual"
     return False, f"the decoder is left with {flops:.1%} of its FLOPs ({kept}{where}; {rows})"
 
 
-def _saves(ours: tuple[Work, ...], dense: tuple[Work, ...], machine: Machine) -> bool:
+def _saves(ours: tuple[StageWork, ...], dense: tuple[StageWork, ...], machine: Machine) -> bool:
     before = first_token(dense, machine)
     return before - first_token(ours, machine) >= PAYS_FROM * before
 
 
-def _costs(works: tuple[Work, ...], without: Callable[[Work], Work], machine: Machine) -> str:
+def _costs(works: tuple[StageWork, ...], without: Callable[[StageWork], StageWork], machine: Machine) -> str:
     """What a floor costs of a prompt, in words."""
     whole = first_token(works, machine)
     rest = first_token(tuple(map(without, works)), machine)
@@ -312,7 +312,7 @@ def report(plan: Plan, profile: Profile, *, weights: str = "as-is", rates: Path 
         return {"available": False, "reason": str(error)}
     dense = planning.dense(plan)
     ours, none = (_times(p, profile, found, weights) for p in (plan, dense))
-    pays, why = (None, "") if plan.method == "none" else verdict(plan, found, weights=weights)
+    pays, why = (None, "") if plan.method.name == "none" else verdict(plan, found, weights=weights)
     return {
         "available": True,
         "basis": basis,

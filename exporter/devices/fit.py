@@ -24,11 +24,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lvlm_edge.exporter import planning
+from lvlm_edge.exporter import lowerings, methods, planning, plans
 from lvlm_edge.exporter.devices import profiles
 from lvlm_edge.exporter.devices.profiles import GIB, Profile
 from lvlm_edge.exporter.planning import BYTES, Plan
 from lvlm_edge.runtime.errors import FitError, UnsupportedError, UsageError, nearest
+from lvlm_edge.runtime.views import view_size
 
 # Bytes per weight in an engine; None: the dtype's. fp4 (NVFP4) is the format's own size, unverified in an engine.
 WEIGHTS = {"as-is": None, "int8": 1.07, "int4": 0.58, "fp8": 1.07, "fp4": 0.5625}
@@ -133,8 +134,8 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     if weights not in WEIGHTS:
         raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
     built = profile.backend != "ort"
-    together = not built and plan.lowering == "modern" and hasattr(planning.method(plan.method), "SHARES_WEIGHTS")
-    engines = engine_bytes(replace(plan, share_weights=True) if together else plan, weights=weights)
+    together = not built and plan.lowering.shares_weights and plan.method.shares_weights
+    engines = engine_bytes(_sharing(plan) if together else plan, weights=weights)
     memory = _memory(profile)
     usable = None if memory is None else round(memory * profile.usable_share.value)
     # TensorRT-RTX builds anywhere, and for a card TensorRT builds in the host's memory, which the profile cannot know.
@@ -144,7 +145,7 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     return Fit(
         device=profile.name,
         jetpack=profile.jetpack,
-        lowering=plan.lowering,
+        lowering=plan.lowering.name,
         dtype=plan.dtype,
         weight_format=weights,
         share_weights=plan.share_weights,
@@ -166,7 +167,7 @@ def engine_bytes(plan: Plan, *, weights: str = "as-is") -> tuple[int, ...]:
     Where weights are shared, the stages' engines serve decode too.
     """
     width = BYTES[plan.dtype]
-    count = planning.weights(plan.spec)
+    count = planning.decoder_weights(plan.spec.decoder)
     layer = count.matrices * (WEIGHTS[weights] or width) + count.vectors * width
     every = range(plan.spec.decoder.layers)
     runs = [run for stage in plan.stages for run in plan.segments(stage.layers)]
@@ -174,8 +175,8 @@ def engine_bytes(plan: Plan, *, weights: str = "as-is") -> tuple[int, ...]:
     runs += [] if plan.share_weights else plan.segments(every)
     end = (count.norm + count.head) * width
     decoder = [len(run) * layer + (end if run.stop == every.stop else 0) for run in runs]
-    decoder[prompt - 1] += planning.own_weights(plan) * width  # of the method, which decode does without
-    return tuple(round(size) for size in [(count.vision + count.projector) * width, *decoder])
+    decoder[prompt - 1] += plan.method.own_weights(plan) * width  # of the method, which decode does without
+    return tuple(round(size) for size in [sum(planning.vision_weights(plan)) * BYTES[plan.vision_dtype], *decoder])
 
 
 def workspace_bytes(profile: Profile) -> int:
@@ -203,20 +204,20 @@ def _activations(plan: Plan) -> int:
     opset 18 are not sure to be fused), and hands every new cache row out. An upper estimate: what reuses buffers
     within a layer is not seen here.
     """
-    v, d, width = plan.spec.vision, plan.spec.decoder, BYTES[plan.dtype]
+    d, width = plan.spec.decoder, BYTES[plan.dtype]
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    legacy = plan.lowering == "legacy"
+    legacy = not plan.lowering.shares_weights
 
     def graph(rows: int, keys: int, hidden: int, heads: int, wide: int) -> int:
         return rows * (2 * hidden + wide) * width + (heads * rows * keys * (width + 4) if legacy else 0)
 
-    scratch = [graph(v.positions, v.positions, v.hidden, v.heads, max(3 * v.hidden, 2 * v.ffn))]
+    seen = BYTES[plan.vision_dtype]
+    scratch = [work.activations(seen, scores=legacy) for _, *both in planning.vision_work(plan) for work in both]
     scratch += [graph(s.queries, s.keys, d.hidden, d.heads, max(dq + 2 * dkv, 3 * d.ffn)) for s in plan.stages]
-    images = (
-        plan.num_images
-        * plan.crops
-        * (v.channels * v.image_size**2 * width + plan.spec.visual_tokens * d.hidden * width)
-    )
+    images = plan.visual_tokens * d.hidden * width
+    for picture in plan.pictures:
+        columns, rows = view_size(picture.views)
+        images += picture.views.count * 3 * columns * rows * seen
     handed = images + plan.prompt_tokens * d.hidden * width + 4 * d.vocab
     handed += sum(s.queries * d.hidden * width for s in plan.stages[:-1])
     if legacy:
@@ -233,15 +234,15 @@ def _problems(plan: Plan, profile: Profile, weights: str) -> tuple[str, ...]:
         known = ", ".join(profile.quantised.value)
         found.append(f"does not compute with {weights} weights; it does with {known}")
     release = profile.release
-    if release is not None and plan.lowering not in profile.lowerings:
+    if release is not None and plan.lowering.name not in profile.lowerings:
         advice = [f"--lowering {name}" for name in profile.lowerings]
-        newer = next((r for r in profile.jetpacks if plan.lowering in r.lowerings), None)
+        newer = next((r for r in profile.jetpacks if plan.lowering.name in r.lowerings), None)
         advice += [f"--device {profile.name}@{newer.version} once it runs that JetPack"] if newer else []
         found.append(
-            f"has TensorRT {release.tensorrt} (JetPack {release.version}), which does not parse the {plan.lowering} "
-            f"lowering; choose {' or '.join(advice)}"
+            f"has TensorRT {release.tensorrt} (JetPack {release.version}), which does not parse the "
+            f"{plan.lowering.name} lowering; choose {' or '.join(advice)}"
         )
-    if profile.backend == "trt-rtx" and (plan.dtype, plan.lowering) == ("float32", "modern"):
+    if profile.backend == "trt-rtx" and (plan.dtype, plan.lowering.name) == ("float32", "modern"):
         # tensorrt_rtx 1.7.1: "Attention operation was not supported by a dedicated kernel"
         found.append("has no float32 kernel for Attention; choose --dtype float16 or --lowering legacy")
     return tuple(found)
@@ -289,17 +290,23 @@ def _changes(start: _Case) -> list[list[_Change]]:
 
 def _shared(case: _Case) -> _Case | None:
     """The case with one copy of the weights, which only the modern lowering can have."""
-    return replace(case, plan=replace(case.plan, share_weights=True)) if case.plan.lowering == "modern" else None
+    return replace(case, plan=_sharing(case.plan)) if case.plan.lowering.shares_weights else None
+
+
+def _sharing(plan: Plan) -> Plan:
+    """The plan whose prompt and decode run in the same graphs."""
+    return replace(plan, settings=replace(plan.settings, share_weights=True))
 
 
 def _keep(plan: Plan, ratio: float) -> _Change:
     """Keep fewer visual tokens: by the plan's own method where it keeps a share, else by the first that does."""
-    names = [plan.method, *planning.method_names()]
-    name = next((n for n in names if "keep_ratio" in {f.name for f in fields(planning.method(n).Config)}), plan.method)
-    flag = f"--keep-ratio {ratio:g}" if name == plan.method else f"--method {name} --keep-ratio {ratio:g}"
+    own = plan.method.name
+    names = [own, *methods.names()]
+    name = next((n for n in names if "keep_ratio" in {f.name for f in fields(methods.load(n).config)}), own)
+    flag = f"--keep-ratio {ratio:g}" if name == own else f"--method {name} --keep-ratio {ratio:g}"
 
     def apply(case: _Case) -> _Case | None:
-        before = asdict(case.plan.config) if name == case.plan.method else {}
+        before = asdict(case.plan.config) if name == case.plan.method.name else {}
         return _again(case, name, before | {"keep_ratio": ratio, "keep_tokens": None}, case.plan.text_tokens)
 
     return _Change(flag, apply)
@@ -307,7 +314,7 @@ def _keep(plan: Plan, ratio: float) -> _Change:
 
 def _text(tokens: int) -> _Change:
     def apply(case: _Case) -> _Case | None:
-        return _again(case, case.plan.method, asdict(case.plan.config), tokens)
+        return _again(case, case.plan.method.name, asdict(case.plan.config), tokens)
 
     return _Change(f"--max-text-tokens {tokens}", apply)
 
@@ -316,27 +323,25 @@ def _again(case: _Case, method: str, options: dict[str, Any], text_tokens: int) 
     """The case with its plan made anew; None where the plan cannot be made, or keeps more than before."""
     plan = case.plan
     try:
-        made = planning.make(
-            plan.spec,
-            method_name=method,
+        made = plans.make(
+            planning.Model(plan.family, plan.spec, plan.pictures),
+            replace(plan.capacity, max_text_tokens=text_tokens),
+            replace(plan.settings, share_weights=False, max_graph_gb=planning.MAX_GRAPH_GB),
+            method=method,
             options=options,
-            num_images=plan.num_images,
-            max_text_tokens=text_tokens,
-            max_new_tokens=plan.new_tokens,
-            grid=plan.grid,
         )
     except (UsageError, UnsupportedError):
         return None
     if made.kept_tokens > plan.kept_tokens:
         return None
-    same = {key: getattr(plan, key) for key in ("dtype", "lowering", "share_weights", "max_graph_bytes")}
-    return replace(case, plan=replace(made, **same))
+    return replace(case, plan=replace(made, lowering=plan.lowering, settings=plan.settings))
 
 
 def _jetpack(name: str, version: str) -> _Change:
     def apply(case: _Case) -> _Case:
         newer = case.profile.with_jetpack(version)
-        return replace(case, profile=newer, plan=replace(case.plan, lowering=newer.lowering))
+        lowering = lowerings.load(newer.lowering)
+        return replace(case, profile=newer, plan=replace(case.plan, lowering=lowering))
 
     return _Change(f"--device {name}@{version}", apply)
 
@@ -372,8 +377,8 @@ def check(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     if not over:
         return fit
     raise FitError(
-        f"fit: {profile.name} has {_gb(fit.available or 0)} for a process, but {plan.method} in {plan.dtype} needs "
-        f"{' and '.join(over)}; {_advice(_Case(plan, profile, weights))}"
+        f"fit: {profile.name} has {_gb(fit.available or 0)} for a process, but {plan.method.name} in {plan.dtype} "
+        f"needs {' and '.join(over)}; {_advice(_Case(plan, profile, weights))}"
     )
 
 

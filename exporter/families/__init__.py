@@ -1,1 +1,57 @@
-"""One file per model family: checkpoint names and config.json to `ModelSpec`."""
+"""One file per model family; the record `planning.Family` says what a family has."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from typing import Any
+
+from lvlm_edge.exporter.checkpoints import prequantised, spec
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.planning import Family
+from lvlm_edge.runtime.errors import UnsupportedError, nearest
+
+# Names that another family's file serves.
+ALIASES = dict.fromkeys(("llava_qwen", "llava_phi", "llava_phi3", "llava_mistral"), "llava_llama")
+
+
+def names() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+
+
+def load(name: str) -> Family[Any]:
+    """A family by `model_type`.
+
+    Raises:
+        UnsupportedError: there is none of that name.
+    """
+    known = names()
+    if ALIASES.get(name, name) not in known:
+        known += ALIASES
+        raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {nearest(name, known)}")
+    found = importlib.import_module(f"{__name__}.{ALIASES.get(name, name)}").FAMILY
+    assert isinstance(found, Family)
+    return found
+
+
+def of(checkpoint: Checkpoint) -> Family[Any]:
+    """The family of a checkpoint."""
+    name = checkpoint.config["model_type"]
+    if name == "llava" and "mm_vision_tower" in checkpoint.config and "text_config" not in checkpoint.config:
+        name = "llava_llama"  # LLaVA-1.5's first releases had the name that the hub layout has now
+    return load(name)
+
+
+def read(checkpoint: Checkpoint) -> ModelSpec[Any]:
+    """The spec of a checkpoint; only its configs need to be there.
+
+    Raises:
+        CheckpointError: fields that are not valid or contradict each other.
+        UnsupportedError: a family, a feature or a way of quantising that this version does not know.
+    """
+    path = checkpoint.folder / "config.json"
+    found = of(checkpoint).read(checkpoint)
+    spec.check(found, path)
+    return replace(found, prequantised=prequantised.read(checkpoint.config, path))

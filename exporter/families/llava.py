@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import configs, prequantised
-from lvlm_edge.exporter.checkpoints.checkpoint import Stored
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints import configs, encoders, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source, renamed
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.families import _llava
+from lvlm_edge.exporter.families._llava import VisionSpec
+from lvlm_edge.exporter.planning import Capacity, Family
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
+from lvlm_edge.runtime.layout import Picture
 
 DECODERS = ("llama", "mistral", "qwen2")
 
@@ -48,52 +52,58 @@ _PREFIXES = (
 _UNUSED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.")
 
 
-def read_spec(config: dict[str, Any], folder: Path | None = None) -> ModelSpec:
+def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
     """The spec from a hub `config.json`; fields it leaves out take the defaults of transformers' config classes.
 
     Raises:
         UnsupportedError: a tower, decoder, RoPE or activation this family does not know.
         CheckpointError: fields that are not valid or contradict each other.
     """
-    full = {**DEFAULTS, **config}
+    full = {**DEFAULTS, **of.config}
     parts = {}
-    for part, known in (("vision_config", configs.TOWERS), ("text_config", DECODERS)):
+    for part, known, defaults in (
+        ("vision_config", encoders.ENCODERS, encoders.DEFAULTS),
+        ("text_config", DECODERS, configs.DEFAULTS),
+    ):
         given = full[part] or DEFAULTS[part]
         kind = given.get("model_type", DEFAULTS[part]["model_type"])
-        parts[part] = configs.completed(f"llava: {part}", given, known, kind)
+        parts[part] = configs.completed(f"llava: {part}", given, known, kind, defaults)
     strategy = full["vision_feature_select_strategy"]
     # image_seq_length is not read: transformers' model does not, and configs carry its default of 576 for any tower.
     try:
-        vision = configs.vision(parts["vision_config"], full["vision_feature_layer"], drop_first=strategy == "default")
+        encoder = encoders.read(parts["vision_config"], full["vision_feature_layer"], drop_first=strategy == "default")
         if strategy not in ("default", "full"):
             raise UnsupportedError(
                 f"llava: vision_feature_select_strategy is {strategy!r}; {nearest(str(strategy), ('default', 'full'))}"
             )
-        return ModelSpec(
+        spec = ModelSpec(
             family="llava",
-            vision=vision,
-            projector_act=full["projector_hidden_act"],
-            projector_bias=bool(full["multimodal_projector_bias"]),
+            vision=VisionSpec(
+                encoder=encoder,
+                projector_act=full["projector_hidden_act"],
+                projector_bias=bool(full["multimodal_projector_bias"]),
+            ),
             decoder=configs.decoder("llava", parts["text_config"], tied=full["tie_word_embeddings"]),
             image_token_id=full.get("image_token_id", full["image_token_index"]),
         )
+        return _llava.check(spec, of.folder / "config.json")
     except TypeError as error:  # sums with a field that is no number
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
 
-def chat_template(config: dict[str, Any]) -> str:
+def chat_template(of: Checkpoint) -> str:
     """The published prompt format."""
     return CHAT_TEMPLATE
 
 
-def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
-    """Where `preprocessor_config.json` may be, and how pictures are fitted (see `preprocess.fitted`)."""
-    return folder, "processor"
+def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
+    """One crop each, as the image processor makes it."""
+    return _llava.pictures(of, spec, capacity, where=of.folder, fit="processor")
 
 
-def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
-    """Every tensor by its name."""
-    return prequantised.index(folder)
+def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:
+    """Every tensor by its name in `Parts`."""
+    return renamed(prequantised.index(of), rename, of.folder)
 
 
 def rename(key: str) -> str:
@@ -106,3 +116,17 @@ def rename(key: str) -> str:
 def unused(name: str) -> bool:
     """Whether a (renamed) tensor may be there without being read: buffers, the tower's last layers and head."""
     return bool(_UNUSED.search(name))
+
+
+FAMILY = Family(
+    name="llava",
+    vision=VisionSpec,
+    read=read,
+    pictures=pictures,
+    work=_llava.work,
+    weights=weights,
+    unused=unused,
+    extend=_llava.extend,
+    graphs=_llava.graphs,
+    chat_template=chat_template,
+)

@@ -14,18 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import checkpoint, configs, prequantised
-from lvlm_edge.exporter.checkpoints.checkpoint import Stored
-from lvlm_edge.exporter.checkpoints.spec import (
-    PLACEHOLDER_ID,
+from lvlm_edge.exporter.checkpoints import checkpoint, configs, encoders, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import (
+    Checkpoint,
     CheckpointError,
-    DecoderSpec,
-    ModelSpec,
-    VisionSpec,
+    Source,
+    Stored,
     read_json,
+    renamed,
 )
+from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
+from lvlm_edge.exporter.checkpoints.spec import PLACEHOLDER_ID, DecoderSpec, ModelSpec
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
+from lvlm_edge.exporter.families import _llava
+from lvlm_edge.exporter.families._llava import VisionSpec
+from lvlm_edge.exporter.planning import Capacity, Family
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
+from lvlm_edge.runtime.layout import Picture
 
 ARCHITECTURES = {
     "LlavaLlamaForCausalLM": "llama",
@@ -59,47 +64,50 @@ _NAMES = (
     (r"^model\.mm_projector\.0\.", "projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "projector.linear_2."),
     (r"^model\.embed_tokens\.", "embed."),
-    (r"^model\.image_newline$", "newline"),
+    (r"^model\.image_newline$", "projector.newline"),
     (r"^model\.", ""),
     (r"(?<=\.)(self_attn|mlp)\.", ""),
 )
 _UNUSED = re.compile(
     r"(position_ids|rotary_emb\.inv_freq)$|^vision\.(post_layernorm|head)\.|^vision\.layers\.\d+\.|"
-    r"^newline$|^vision_mlp_layers\.\d+\.(context_proj|input_proj|proj\.[02]|layernorm_post)\.weight$|"
+    r"^projector\.newline$|^vision_mlp_layers\.\d+\.(context_proj|input_proj|proj\.[02]|layernorm_post)\.weight$|"
     r"^proxyv_initializer\.(Wk\.weight|proxyv_tokens)$"
 )
 _FUSED = re.compile(r"^model\.layers\.\d+\.(self_attn\.(qkv)_proj|mlp\.(gate_up)_proj)\.weight$")
 
 
-def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
+def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
     """The spec from config.json, and from that of the vision encoder where it is another checkpoint.
 
     Raises:
         UnsupportedError: a tower, projector, decoder, RoPE or way of fitting pictures that is not known.
         CheckpointError: fields that are not valid or contradict each other.
     """
+    config, folder = of.config, of.folder
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
         raise UnsupportedError(f"llava_llama: mm_projector_type is {projector!r}; known: mlp2x_gelu")
     try:
         kind = decoder_kind(config)
         text = configs.completed("llava_llama: config.json", config, configs.DECODERS, kind)
-        vision, decoder = _vision(config, folder), configs.decoder("llava_llama", text)
+        encoder, decoder = _vision(config, folder), configs.decoder("llava_llama", text)
         if kind == "phi3" and "proxyv" in config:  # its prefill and decode masks know no window
             decoder = dataclasses.replace(decoder, window=None)
         spec = ModelSpec(
             family="llava_llama",
-            vision=vision,
-            projector_act="gelu",
-            projector_bias=True,
+            vision=VisionSpec(
+                encoder=encoder,
+                projector_act="gelu",
+                projector_bias=True,
+                newline="proxyv" in config,
+                pinpoints=_pinpoints(config, encoder.image_size),
+            ),
             decoder=decoder,
             image_token_id=PLACEHOLDER_ID,
-            newline="proxyv" in config,
-            pinpoints=_pinpoints(config, vision.image_size),
             settings=_settings(config, decoder, folder),
         )
         _agree(config, spec)
-        return spec
+        return _llava.check(spec, folder / "config.json")
     except (TypeError, ZeroDivisionError) as error:  # sums with a field that is no number, or is 0
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
@@ -110,15 +118,22 @@ def decoder_kind(config: dict[str, Any]) -> str:
     return named[0] if named else MODEL_TYPES.get(config["model_type"], "llama")
 
 
-def chat_template(config: dict[str, Any]) -> str:
+def chat_template(of: Checkpoint) -> str:
     """The published conversation format that belongs to the decoder, or that the config names as `version`."""
+    config = of.config
     kind, named = decoder_kind(config), config.get("version")
     if kind == "llama" and config.get("vocab_size", 0) > LLAMA_3:
         return TEMPLATES["llava_llama_3"]
     return TEMPLATES[named if isinstance(named, str) and named in TEMPLATES else CHATS[kind]]
 
 
-def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
+def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
+    """One crop each, or the base view and the tiles of any-resolution pictures."""
+    where, fit = _preprocessing(of.config, of.folder)
+    return _llava.pictures(of, spec, capacity, where=where, fit=fit)
+
+
+def _preprocessing(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
     """Where `preprocessor_config.json` is, and how pictures are fitted.
 
     The encoder's own is taken where the checkpoint has none; those of released encoders are what is taken without one.
@@ -132,20 +147,21 @@ def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
     return here or checkpoint.resolve(name, weights=False), fit
 
 
-def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
-    """Every tensor by its name, with those of the vision encoder's own checkpoint, and Phi-3's fused ones cut up.
+def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:
+    """Tensors by their names in `Parts`, with those of the encoder's own checkpoint, and Phi-3's fused ones cut up.
 
     Raises:
         CheckpointError: there are updates of ProxyV for more layers than its config has.
     """
-    stored = prequantised.index(folder)
-    _check_updates(config, folder, stored, spec.decoder.layers)
+    stored = prequantised.index(of)
+    _check_updates(of.config, of.folder, stored, spec.decoder.layers)
     if not any(name.startswith("model.vision_tower.") for name in stored):
-        found = prequantised.index(_encoder_folder(config, folder))
+        found = prequantised.index(Checkpoint.open(_encoder_folder(of.config, of.folder)))
         whole = any(name.startswith("vision_model.") for name in found)
         inside = {name: t for name, t in found.items() if not whole or name.startswith("vision_model.")}
         stored |= {f"model.vision_tower.{name}": t for name, t in inside.items()}
-    return {name: t for key, whole_tensor in stored.items() for name, t in _cut(key, whole_tensor, spec.decoder)}
+    cut = {name: t for key, whole_tensor in stored.items() for name, t in _cut(key, whole_tensor, spec.decoder)}
+    return renamed(cut, rename, of.folder)
 
 
 def rename(key: str) -> str:
@@ -160,17 +176,17 @@ def unused(name: str) -> bool:
     return bool(_UNUSED.search(name))
 
 
-def _vision(config: dict[str, Any], folder: Path) -> VisionSpec:
+def _vision(config: dict[str, Any], folder: Path) -> EncoderSpec:
     """The encoder. LLaVA takes SigLIP's last layer off and reads what is left as it is, whatever the config says."""
     given = _encoder_config(config, folder)
-    tower = configs.completed("llava_llama: mm_vision_tower", given, configs.TOWERS)
+    tower = configs.completed("llava_llama: mm_vision_tower", given, encoders.ENCODERS, defaults=encoders.DEFAULTS)
     select = config.get("mm_vision_select_feature", "patch")
     if select not in ("patch", "cls_patch"):
         known = nearest(str(select), ("patch", "cls_patch"))
         raise UnsupportedError(f"llava_llama: mm_vision_select_feature is {select!r}; {known}")
     siglip = tower["model_type"] == "siglip_vision_model"
     layer = -2 if siglip else config.get("mm_vision_select_layer", -2)
-    return configs.vision(tower, layer, drop_first=select == "patch" and not siglip, name="mm_vision_select_layer")
+    return encoders.read(tower, layer, drop_first=select == "patch" and not siglip, name="mm_vision_select_layer")
 
 
 def _encoder_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -316,11 +332,11 @@ def _head_mask(folder: Path, kept: int | None, heads: int) -> str | None:
     return None if kept in (None, heads) else str(folder.resolve() / "headmask.npy")
 
 
-def _agree(config: dict[str, Any], spec: ModelSpec) -> None:
+def _agree(config: dict[str, Any], spec: ModelSpec[VisionSpec]) -> None:
     """Raise CheckpointError where config.json says of the encoder what the encoder's own says otherwise."""
     for key, value in (
-        ("mm_hidden_size", spec.vision.hidden),
-        ("per_crop_token_len", spec.visual_tokens if "proxyv" in config else None),
+        ("mm_hidden_size", spec.vision.encoder.hidden),
+        ("per_crop_token_len", spec.vision.encoder.tokens if "proxyv" in config else None),
     ):
         given = config.get(key, value)
         if value is not None and given != value:
@@ -362,3 +378,17 @@ def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:
         cut.append((key.replace(found[2] or found[3], name), part))
         start += count
     return cut
+
+
+FAMILY = Family(
+    name="llava_llama",
+    vision=VisionSpec,
+    read=read,
+    pictures=pictures,
+    work=_llava.work,
+    weights=weights,
+    unused=unused,
+    extend=_llava.extend,
+    graphs=_llava.graphs,
+    chat_template=chat_template,
+)

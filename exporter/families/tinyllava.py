@@ -6,14 +6,17 @@ HiMix is known by `vision_hidden_size` inside `text_config`: its decoder reads t
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-from lvlm_edge.exporter.checkpoints import configs, prequantised
-from lvlm_edge.exporter.checkpoints.checkpoint import Stored
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints import configs, encoders, prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source, renamed
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
+from lvlm_edge.exporter.families import _llava
+from lvlm_edge.exporter.families._llava import VisionSpec
+from lvlm_edge.exporter.planning import Capacity, Family
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
+from lvlm_edge.runtime.layout import Picture
 
 DECODERS = ("llama", "mistral", "qwen2")
 CHATS = {"llama": "tinyllama", "mistral": "tinyllama", "qwen2": "qwen2_base"}
@@ -37,16 +40,17 @@ _UNUSED = re.compile(
 )
 
 
-def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
+def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
     """The spec from config.json.
 
     Raises:
         UnsupportedError: a tower, connector, decoder, RoPE or way of fitting pictures that is not known.
         CheckpointError: fields that are not valid or contradict each other.
     """
+    config = of.config
     given, seen = config.get("text_config") or {}, config.get("vision_config") or {}
     text = configs.completed("tinyllava: text_config", given, DECODERS)
-    tower = configs.completed("tinyllava: vision_config", seen, configs.TOWERS)
+    tower = configs.completed("tinyllava: vision_config", seen, encoders.ENCODERS, defaults=encoders.DEFAULTS)
     strategy, ratio = config.get("vision_feature_select_strategy", "patch"), config.get("image_aspect_ratio")
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise UnsupportedError(
@@ -61,41 +65,41 @@ def read_spec(config: dict[str, Any], folder: Path) -> ModelSpec:
         raise UnsupportedError(f"tinyllava: connector_type is {connector!r}; known: mlp2x_gelu, and HiMix without one")
     try:
         # The first token goes from SigLIP's features too, although it stands for a patch there.
-        vision = configs.vision(tower, config.get("vision_feature_layer", -2), drop_first=STRATEGIES[strategy])
-        if himix and given["vision_hidden_size"] != vision.hidden:
+        encoder = encoders.read(tower, config.get("vision_feature_layer", -2), drop_first=STRATEGIES[strategy])
+        if himix and given["vision_hidden_size"] != encoder.hidden:
             raise CheckpointError(
                 f"config.json: text_config.vision_hidden_size is {given['vision_hidden_size']!r}, but vision_config "
-                f"has {vision.hidden}; correct the one that is wrong"
+                f"has {encoder.hidden}; correct the one that is wrong"
             )
-        return ModelSpec(
+        spec = ModelSpec(
             family="tinyllava",
-            vision=vision,
-            projector_act=None if himix else "gelu",
-            projector_bias=not himix,
+            vision=VisionSpec(encoder=encoder, projector_act=None if himix else "gelu", projector_bias=not himix),
+            features=len(encoder.feature_layers) * encoder.hidden if himix else 0,
             decoder=configs.decoder("tinyllava", text),
             image_token_id=config.get("image_token_index", -200),
             settings={"himix": {}} if himix else {},
         )
+        return _llava.check(spec, of.folder / "config.json")
     except (TypeError, ZeroDivisionError) as error:  # sums with a field that is no number, or is 0
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
 
-def chat_template(config: dict[str, Any]) -> str:
+def chat_template(of: Checkpoint) -> str:
     """The published conversation format that belongs to the decoder."""
-    text = config["text_config"]
+    text = of.config["text_config"]
     if text["model_type"] == "llama" and text.get("vocab_size", 0) > LLAMA_3:
         return TEMPLATES["llama-3"]
     return TEMPLATES[CHATS[text["model_type"]]]
 
 
-def pictures(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
-    """Where `preprocessor_config.json` may be, and how pictures are fitted (see `preprocess.fitted`)."""
-    return folder, FITS[config.get("image_aspect_ratio")]
+def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
+    """One crop each."""
+    return _llava.pictures(of, spec, capacity, where=of.folder, fit=FITS[of.config.get("image_aspect_ratio")])
 
 
-def tensors(config: dict[str, Any], folder: Path, spec: ModelSpec) -> dict[str, Stored]:
-    """Every tensor by its name."""
-    return prequantised.index(folder)
+def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:
+    """Every tensor by its name in `Parts`."""
+    return renamed(prequantised.index(of), rename, of.folder)
 
 
 def rename(key: str) -> str:
@@ -108,3 +112,17 @@ def rename(key: str) -> str:
 def unused(name: str) -> bool:
     """Whether a (renamed) tensor may be there without being read: buffers, last tower layers and head, HiMix's own."""
     return bool(_UNUSED.search(name))
+
+
+FAMILY = Family(
+    name="tinyllava",
+    vision=VisionSpec,
+    read=read,
+    pictures=pictures,
+    work=_llava.work,
+    weights=weights,
+    unused=unused,
+    extend=_llava.extend,
+    graphs=_llava.graphs,
+    chat_template=chat_template,
+)

@@ -6,45 +6,20 @@ Torch is imported when a function runs, so that reading a method's settings does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lvlm_edge.exporter import lowerings
-from lvlm_edge.exporter.planning import CacheGroup, Plan
+from lvlm_edge.exporter.graphs.rotary import Rotation, rotation, turned
+from lvlm_edge.exporter.planning import Body, CacheGroup, GraphSpec, Plan, Tensors
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.kv_cache import PAST, PRESENT
+from lvlm_edge.runtime.kv_cache import LENGTHS, PRESENT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lvlm_edge.exporter.graphs.parts import DecoderLayer, Linear, Parts
-
-
-Body = Callable[[Any, Plan, dict[str, Any]], dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSpec:
-    """A graph to be traced.
-
-    Attributes:
-        role: `image`, `prefill` or `decode` (see the manifest).
-        body: (parts, plan, inputs by name) -> outputs by name.
-        dynamic_rows: the graph takes any number of rows up to this one; None where its shapes are fixed.
-        file: name of the graph that is traced, where this one runs it with other shapes.
-        names: what that graph calls a tensor, where the name differs.
-    """
-
-    name: str
-    role: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    body: Body
-    dynamic_rows: int | None = None
-    file: str | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +33,9 @@ class Shapes:
 
     def score(self, name: str, rows: int) -> TensorInfo:
         return TensorInfo(name, "float32", (1, rows))
+
+    def positions(self, name: str, rows: int) -> TensorInfo:
+        return TensorInfo(name, "int64", (self.plan.axes, rows))
 
     def index(self, name: str, *shape: int) -> TensorInfo:
         return TensorInfo(name, "int64", shape)
@@ -123,17 +101,17 @@ def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
 
 def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """What the layers' caches need as inputs of a prefill graph."""
-    return tuple(lowerings.load(plan.lowering).prefill_inputs(plan, layers))
+    return plan.lowering.prefill_inputs(plan, layers)
 
 
-def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+def leading_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """What a graph returns that fills the layers' caches before the prompt's rows."""
-    return tuple(lowerings.load(plan.lowering).beside_outputs(plan, layers))
+    return plan.lowering.leading_outputs(plan, layers)
 
 
 def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """What a prefill graph returns for the layers' caches."""
-    return tuple(lowerings.load(plan.lowering).prefill_outputs(plan, layers))
+    return plan.lowering.prefill_outputs(plan, layers)
 
 
 @dataclass(frozen=True)
@@ -162,21 +140,24 @@ def segments(plan: Plan, name: str, layers: range, entry: str, result: str | Non
     )
 
 
-def project(parts: Parts, layer: DecoderLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, both rotated in the rotate-half convention, and values of a layer.
+def project(parts: Parts, layer: DecoderLayer, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, both rotated, and values of a layer.
 
     Args:
         x: hidden states, [1, rows, D].
-        positions: original positions of the rows, [1, rows], int64.
+        rotation: of the rows.
 
     Returns:
         [1, H, rows, D_h], [1, H_kv, rows, D_h], [1, H_kv, rows, D_h].
     """
-    d, ops, tables = parts.spec.decoder, parts.ops, (parts.rope_cos, parts.rope_sin)
+    d, ops = parts.spec.decoder, parts.ops
     normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
-    query = ops.rotate(split_heads(layer.q_proj(normed), d.heads), *tables, positions)
-    key = ops.rotate(split_heads(layer.k_proj(normed), d.kv_heads), *tables, positions)
-    return query, key, split_heads(layer.v_proj(normed), d.kv_heads)
+    query, key = split_heads(layer.q_proj(normed), d.heads), split_heads(layer.k_proj(normed), d.kv_heads)
+    if d.qk_norm:
+        query = ops.rms_norm(query, layer.q_norm.weight, d.eps)
+        key = ops.rms_norm(key, layer.k_norm.weight, d.eps)
+    value = split_heads(layer.v_proj(normed), d.kv_heads)
+    return turned(parts, query, rotation), turned(parts, key, rotation), value
 
 
 def some_heads(x: Tensor, linear: Linear, wanted: tuple[int, ...], count: int) -> Tensor:
@@ -204,31 +185,44 @@ def feed_forward(parts: Parts, layer: DecoderLayer, x: Tensor) -> Tensor:
 
 
 def prefill_layers(
-    parts: Parts, plan: Plan, layers: Iterable[int], inputs: dict[str, Tensor], x: Tensor, positions: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+    parts: Parts, plan: Plan, layers: Iterable[int], inputs: Tensors, x: Tensor, positions: Tensor, kept: str = ""
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensors]:
     """Layers over the rows of a prompt, with causal attention; right padding needs no mask of its own.
 
     Args:
-        inputs: what the lowering wants for caches (`prefill_inputs`, or `shared_inputs` where weights are shared).
+        inputs: what the lowering wants for caches (`prefill_inputs`, or `shared_inputs` where weights are shared), and
+            what is added to visual rows after a layer.
         x: hidden states, [1, S, D].
-        positions: [1, S], ascending.
+        positions: [axes, S].
+        kept: prefix of the names of what is added, `kept_` after a reduction.
 
     Returns:
         hidden states after the last layer, its rotated query and the rotated keys, and the caches' outputs by name.
     """
-    caches: dict[str, Tensor] = {}
+    caches: Tensors = {}
+    turn, extend = rotation(parts, positions), parts.ops.extend
     for i in layers:
         (group,) = plan.groups(i)
-        query, key, value = project(parts, parts.layers[i], x, positions)
+        query, key, value = project(parts, parts.layers[i], x, turn)
         if plan.share_weights:
-            attended, written = parts.ops.extend(inputs, group, query, key, value, positions)
+            assert extend is not None
+            slot = _slots(plan, inputs["cache_length"], {group.dropped})[group.dropped]
+            attended, written = extend(inputs, group, query, key, value, slot, positions[:1])
             key = written[f"{PRESENT}.{group.name}.key"]
         else:
-            attended = parts.ops.attend(query, key, value, positions)
+            attended = parts.ops.attend(query, key, value, True)
             written = parts.ops.store(inputs, group, key, value)
         caches |= written
         x = finish(parts, parts.layers[i], x, attended)
+        if i < len(plan.injected):
+            x = x + inputs[f"{kept}{plan.injected[i]}"]
     return x, (query, key), caches
+
+
+def injected(plan: Plan, layers: Iterable[int], rows: int, kept: str = "") -> tuple[TensorInfo, ...]:
+    """What is added to the rows after each of some layers, [1, rows, D]: zeros at rows of text."""
+    names = [plan.injected[i] for i in layers if i < len(plan.injected)]
+    return tuple(Shapes(plan).hidden(f"{kept}{name}", rows) for name in names)
 
 
 def logits(parts: Parts, x: Tensor, row: Tensor) -> Tensor:
@@ -240,34 +234,6 @@ def _head(parts: Parts, x: Tensor) -> Tensor:
     """Last norm and lm_head: hidden states [1, rows, D] to logits [1, rows, vocab], float32."""
     result: Tensor = parts.lm_head(parts.ops.rms_norm(x, parts.norm.weight, parts.spec.decoder.eps)).float()
     return result
-
-
-def vision_graph(plan: Plan) -> GraphSpec:
-    """pixel_values of one crop to the tower's features, and their projection with the crop's separator.
-
-    A model without a projector has the features alone.
-    """
-    v = plan.spec.vision
-    wide = len(v.feature_layers) * v.hidden
-    features = TensorInfo("image_features", plan.dtype, (1, v.tokens, wide))
-    embeds = TensorInfo("image_embeds", plan.dtype, (1, v.tokens + plan.spec.newline, plan.spec.decoder.hidden))
-    return GraphSpec(
-        name="vision",
-        role="image",
-        inputs=(TensorInfo("pixel_values", plan.dtype, (1, v.channels, v.image_size, v.image_size)),),
-        outputs=(features,) if plan.spec.projector_act is None else (features, embeds),
-        body=_vision,
-    )
-
-
-def _vision(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features = parts.vision(inputs["pixel_values"])
-    if plan.spec.projector_act is None:
-        return {"image_features": features}
-    embeds = parts.projector(features)
-    if plan.spec.newline:
-        embeds = concat([embeds[0], parts.newline[None]])[None]
-    return {"image_features": features, "image_embeds": embeds}
 
 
 def prefill_graph(
@@ -287,19 +253,23 @@ def prefill_graph(
         inputs: further ones, for a `body` of its own.
         body: by default the layers with causal attention, and logits at the end.
     """
-    shapes, ops = Shapes(plan), lowerings.load(plan.lowering)
+    shapes, ops = Shapes(plan), plan.lowering
     positions, last = f"{kept}position_ids", f"{kept}last_index"
     ends = segment.result is None
     wanted = (shapes.index(last, 1),) if ends or inputs else ()
     before = ops.shared_inputs if plan.share_weights else ops.prefill_inputs
+    assert before is not None
+    added = injected(plan, segment.layers, rows, kept)
+    states = [segment.entry, positions, *(info.name for info in added), *([segment.result] if segment.result else [])]
     return GraphSpec(
         name=segment.name,
         role="prefill",
         inputs=(
             shapes.hidden(segment.entry, rows),
-            shapes.index(positions, 1, rows),
+            shapes.positions(positions, rows),
             *wanted,
             *inputs,
+            *added,
             *before(plan, segment.layers),
         ),
         outputs=(
@@ -307,17 +277,17 @@ def prefill_graph(
             *outputs,
             *ops.prefill_outputs(plan, segment.layers),
         ),
-        body=body or partial(_prefill, segment=segment, positions=positions, last=last),
+        body=body or partial(_prefill, segment=segment, kept=kept),
         dynamic_rows=rows if plan.share_weights else None,
+        row_axes=dict.fromkeys(states, 1),
     )
 
 
-def _prefill(
-    parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: Segment, positions: str, last: str
-) -> dict[str, Tensor]:
-    x, _, caches = prefill_layers(parts, plan, segment.layers, inputs, inputs[segment.entry], inputs[positions])
+def _prefill(parts: Parts, plan: Plan, inputs: Tensors, *, segment: Segment, kept: str) -> Tensors:
+    positions = inputs[f"{kept}position_ids"]
+    x, _, caches = prefill_layers(parts, plan, segment.layers, inputs, inputs[segment.entry], positions, kept)
     if segment.result is None:
-        return {"logits": logits(parts, x, inputs[last]), **caches}
+        return {"logits": logits(parts, x, inputs[f"{kept}last_index"]), **caches}
     return {segment.result: x, **caches}
 
 
@@ -329,14 +299,14 @@ def decode_graphs(plan: Plan, prefill: Sequence[GraphSpec]) -> tuple[GraphSpec, 
     """
     if plan.share_weights:
         return _shared_decode(plan, [graph for graph in prefill if graph.dynamic_rows])
-    shapes, ops = Shapes(plan), lowerings.load(plan.lowering)
+    shapes, ops = Shapes(plan), plan.lowering
     return tuple(
         GraphSpec(
             name=segment.name,
             role="decode",
             inputs=(
                 shapes.hidden(segment.entry, 1),
-                shapes.index("position_ids", 1, 1),
+                shapes.positions("position_ids", 1),
                 shapes.index("cache_length", 1),
                 *ops.decode_inputs(plan, segment.layers),
             ),
@@ -359,7 +329,7 @@ def _shared_decode(plan: Plan, graphs: Sequence[GraphSpec]) -> tuple[GraphSpec, 
         assert rows is not None
         names = {graph.inputs[0].name: state} | {t.name: t.name.removeprefix("kept_") for t in graph.inputs[1:]}
         single = [
-            tuple(replace(t, name=names.get(t.name, t.name), shape=one_row(t, rows)) for t in tensors)
+            tuple(replace(t, name=names.get(t.name, t.name), shape=one_row(graph, t)) for t in tensors)
             for tensors in (graph.inputs, graph.outputs)
         ]
         found.append(
@@ -377,25 +347,19 @@ def _shared_decode(plan: Plan, graphs: Sequence[GraphSpec]) -> tuple[GraphSpec, 
     return tuple(found)
 
 
-def one_row(info: TensorInfo, rows: int) -> tuple[int, ...]:
+def one_row(graph: GraphSpec, info: TensorInfo) -> tuple[int, ...]:
     """Shape of a tensor of a graph with a number of rows given at run time, when that number is 1."""
-    axis = row_axis(info, rows)
+    axis = graph.row_axes.get(info.name)
     return info.shape if axis is None else (*info.shape[:axis], 1, *info.shape[axis + 1 :])
 
 
-def row_axis(info: TensorInfo, rows: int) -> int | None:
-    """The axis of a tensor along which a prompt's rows lie; None for caches and what has one value per prompt."""
-    cache = info.name.startswith((PAST, PRESENT))
-    return 1 if len(info.shape) in (2, 3) and info.shape[1] == rows and not cache and info.name != "score" else None
-
-
-def _decode(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: Segment) -> dict[str, Tensor]:
+def _decode(parts: Parts, plan: Plan, inputs: Tensors, *, segment: Segment) -> Tensors:
     x, positions, length = inputs[segment.entry], inputs["position_ids"], inputs["cache_length"]
-    caches: dict[str, Tensor] = {}
-    # One length input: two independent ones stop TensorRT-RTX's compiler, a derived one does not.
-    slots = {n: length - n if n else length for n in sorted(_dropped(plan, segment.layers))}
+    caches: Tensors = {}
+    slots = _slots(plan, length, _dropped(plan, segment.layers))
+    turn = rotation(parts, positions[:1])  # a text row has one position on all axes
     for i in segment.layers:
-        query, key, value = project(parts, parts.layers[i], x, positions)
+        query, key, value = project(parts, parts.layers[i], x, turn)
         attended = []
         for group in plan.groups(i):
             heads = pick(query, group.queries), pick(key, group.kv_heads), pick(value, group.kv_heads)
@@ -416,6 +380,20 @@ def merged(groups: Sequence[CacheGroup], attended: Sequence[Tensor]) -> Tensor:
     heads = range(max(head for head, _ in computed) + 1)
     order = [next(i for i, (h, owned) in enumerate(computed) if h == head and head in owned) for head in heads]
     return pick(concat(attended, 1), tuple(order))
+
+
+def _slots(plan: Plan, length: Tensor, dropped: set[int]) -> dict[int, Tensor]:
+    """Rows that caches hold, [1] int64, by the number of rows that they drop of a full prompt.
+
+    There is one length input: two independent ones stop TensorRT-RTX's compiler, derived ones do not. Where fewer
+    pictures may come, it says in its high part how many rows are not dropped (`kv_cache.coded_length`).
+    """
+    everywhere = {group.dropped for group in plan.all_groups()}
+    if not plan.method.fewer_pictures or everywhere == {0}:
+        return {n: length - n if n else length for n in sorted(dropped)}
+    restored = length // LENGTHS
+    rows = length - restored * LENGTHS
+    return {n: rows - n + restored if n else rows for n in sorted(dropped)}
 
 
 def _dropped(plan: Plan, layers: Iterable[int]) -> set[int]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lvlm_edge.exporter.checkpoints.quantise import Format
-from lvlm_edge.exporter.graphs.blocks import GraphSpec
 from lvlm_edge.exporter.graphs.zero_points import Shifts
+from lvlm_edge.exporter.planning import GraphSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import LvlmEdgeError
 

@@ -1,13 +1,14 @@
 """Parts: a checkpoint as named modules (vision, projector, layers, norm, lm_head), built on fake tensors.
 
-No module ever holds a weight. Names of parameters are the names a family's `rename` gives, so a family is a table
-of names and dimensions. Matrices are laid out [in, out], as the graphs multiply.
+No module ever holds a weight. Matrices are laid out [in, out], as the graphs multiply. The encoder and the projector
+are the family's (`Family.extend`), under the names that its `weights` have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import lowerings
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, DecoderSpec, ModelSpec, VisionSpec
-from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import Plan, method
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter.checkpoints.spec import DecoderSpec
+from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,91 +68,6 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
 
-class VisionLayer(nn.Module):
-    """A pre-norm encoder layer of CLIP or SigLIP."""
-
-    def __init__(self, v: VisionSpec, ops: Any) -> None:
-        super().__init__()
-        self.spec, self.act, self.ops = v, activation(v.mlp_act), ops
-        self.layer_norm1, self.layer_norm2 = Norm(v.hidden, bias=True), Norm(v.hidden, bias=True)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(v.hidden, v.hidden, bias=True) for _ in range(4))
-        self.fc1, self.fc2 = Linear(v.hidden, v.ffn, bias=True), Linear(v.ffn, v.hidden, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self._norm(x, self.layer_norm1)
-        q, k, v = (blocks.split_heads(p(normed), self.spec.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(blocks.join_heads(self.ops.attend(q, k, v)))
-        hidden: Tensor = x + self.fc2(self.act(self.fc1(self._norm(x, self.layer_norm2))))
-        return hidden
-
-    def _norm(self, x: Tensor, norm: Norm) -> Tensor:
-        normed: Tensor = self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps)
-        return normed
-
-
-class PatchEmbedding(nn.Module):
-    """Convolution of patch size and stride, weight [D, channels, P, P] as in the checkpoint."""
-
-    def __init__(self, v: VisionSpec) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(v.hidden, v.channels, v.patch_size, v.patch_size))
-        self.bias = nn.Parameter(torch.empty(v.hidden)) if v.kind == "siglip" else None
-        self.stride = v.patch_size
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return F.conv2d(pixels, self.weight, self.bias, stride=self.stride).flatten(2).transpose(1, 2)
-
-
-class Table(nn.Module):
-    """A learned table [rows, D], added as a whole."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-
-
-class Vision(nn.Module):
-    """The vision encoder up to its highest feature layer; layers above are not built."""
-
-    def __init__(self, v: VisionSpec, ops: Any) -> None:
-        super().__init__()
-        self.spec, self.ops = v, ops
-        self.patch_embedding = PatchEmbedding(v)
-        self.position_embedding = Table(v.positions, v.hidden)
-        if v.kind == "clip":
-            self.class_embedding = nn.Parameter(torch.empty(v.hidden))
-            self.pre_layrnorm = Norm(v.hidden, bias=True)  # spelled as in every CLIP checkpoint
-        self.layers = nn.ModuleList(VisionLayer(v, ops) for _ in range(max(v.feature_layers)))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixel_values [1, C, H, W] to the features the projector reads, [1, V, D * number of feature layers]."""
-        x = self.patch_embedding(pixels)
-        if self.spec.kind == "clip":
-            x = torch.cat([self.class_embedding.reshape(1, 1, -1), x], 1)
-        x = x + self.position_embedding.weight
-        if self.spec.kind == "clip":
-            x = self.ops.layer_norm(x, self.pre_layrnorm.weight, self.pre_layrnorm.bias, self.spec.eps)
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        chosen = [states[i][:, 1:] if self.spec.drop_first else states[i] for i in self.spec.feature_layers]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1)
-
-
-class Projector(nn.Module):
-    """Linear, activation, linear: vision features to visual tokens."""
-
-    def __init__(self, spec: ModelSpec, act: str) -> None:
-        super().__init__()
-        wide, d = len(spec.vision.feature_layers) * spec.vision.hidden, spec.decoder.hidden
-        self.linear_1, self.linear_2 = Linear(wide, d, spec.projector_bias), Linear(d, d, spec.projector_bias)
-        self.act = activation(act)
-
-    def forward(self, features: Tensor) -> Tensor:
-        tokens: Tensor = self.linear_2(self.act(self.linear_1(features)))
-        return tokens
-
-
 class DecoderLayer(nn.Module):
     """The weights of one Llama-shaped layer; `blocks` has the arithmetic."""
 
@@ -165,43 +80,49 @@ class DecoderLayer(nn.Module):
         self.o_proj = Linear(dq, d.hidden, d.o_bias)
         self.gate_proj, self.up_proj = Linear(d.hidden, d.ffn, d.mlp_bias), Linear(d.hidden, d.ffn, d.mlp_bias)
         self.down_proj = Linear(d.ffn, d.hidden, d.mlp_bias)
+        if d.qk_norm:
+            self.q_norm, self.k_norm = Norm(d.head_dim), Norm(d.head_dim)
 
 
 class Parts(nn.Module):
     """Everything a graph may use. The token embedding is not here: the runtime looks tokens up itself."""
 
     layers: Any  # a ModuleList of DecoderLayer
-    newline: nn.Parameter  # the separator after every crop [D], where the model has one
+    vision: Any  # the family's
+    projector: Any
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         spec, d, positions = plan.spec, plan.spec.decoder, plan.positions
-        self.spec, self.act, self.ops = spec, activation(d.mlp_act), lowerings.load(plan.lowering)
-        self.vision = Vision(spec.vision, self.ops)
-        if spec.projector_act is not None:
-            self.projector = Projector(spec, spec.projector_act)
-        if spec.newline:
-            self.newline = nn.Parameter(torch.empty(d.hidden))
-        self.layers = nn.ModuleList(DecoderLayer(d) for _ in range(d.layers))
-        self.norm, self.lm_head = Norm(d.hidden), Linear(d.hidden, d.vocab)
-        self.rope_cos = nn.Parameter(torch.empty(positions, d.head_dim // 2))
-        self.rope_sin = nn.Parameter(torch.empty(positions, d.head_dim // 2))
-        extend = getattr(method(plan.method), "extend", None)
-        if extend is not None:  # weights of the method's own
-            extend(self, plan)
+        self.spec, self.act, self.ops = spec, activation(d.mlp_act), plan.lowering
+        with _default_dtype(plan.vision_dtype):
+            plan.family.extend(self, plan)
+        with _default_dtype(plan.dtype):
+            self.layers = nn.ModuleList(DecoderLayer(d) for _ in range(d.layers))
+            self.norm, self.lm_head = Norm(d.hidden), Linear(d.hidden, d.vocab)
+            self.rope_cos = nn.Parameter(torch.empty(positions, d.head_dim // 2))
+            self.rope_sin = nn.Parameter(torch.empty(positions, d.head_dim // 2))
+            plan.method.extend(self, plan)
+
+
+@contextmanager
+def _default_dtype(name: str) -> Iterator[None]:
+    """New tensors are of a dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[name])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def fake(plan: Plan) -> tuple[Parts, Any]:
-    """The parts of a plan on fake tensors of its dtype, and the mode they live in."""
+    """The parts of a plan on fake tensors of its dtypes, and the mode they live in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mode, before = FakeTensorMode(), torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[plan.dtype])
-    try:
-        with mode:
-            return Parts(plan).requires_grad_(False).eval(), mode
-    finally:
-        torch.set_default_dtype(before)
+    mode = FakeTensorMode()
+    with mode:
+        return Parts(plan).requires_grad_(False).eval(), mode
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.graphs.blocks import GraphSpec, row_axis
 from lvlm_edge.exporter.graphs.parts import DTYPES, Parts
-from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.planning import GraphSpec, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
 
 _TORCH = {**DTYPES, "int64": torch.int64}
@@ -43,7 +42,7 @@ def trace(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
             (),
             None,
             dynamo=True,
-            opset_version=parts.ops.OPSET,
+            opset_version=plan.lowering.opset,
             input_names=[info.name for info in graph.inputs],
             output_names=[info.name for info in graph.outputs],
             verbose=False,
@@ -80,7 +79,7 @@ def _dynamic(graph: GraphSpec) -> Any:
     if graph.dynamic_rows is None:
         return None
     rows = torch.export.Dim("rows", min=2, max=graph.dynamic_rows)
-    axes = [row_axis(info, graph.dynamic_rows) for info in graph.inputs]
+    axes = [graph.row_axes.get(info.name) for info in graph.inputs]
     return {"tensors": tuple({} if axis is None else {axis: rows} for axis in axes)}
 
 

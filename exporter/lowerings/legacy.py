@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lvlm_edge.exporter.planning import CacheGroup, Plan
+from lvlm_edge.exporter.planning import CacheGroup, Lowering, Plan, Tensors
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-OPSET = 18
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,21 +30,26 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight + bias
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding, see `blocks.project`."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    """Rotary position embedding, see `planning.Lowering`."""
     import torch
 
     first, second = x.chunk(2, -1)
-    c, s = (table.index_select(0, positions[0])[None, None] for table in (cos, sin))  # [1, 1, rows, D_h / 2]
+    if positions is None:
+        c, s = cos[:, None], sin[:, None]
+    else:
+        c, s = (table.index_select(0, positions[0])[None, None] for table in (cos, sin))  # [1, 1, rows, D_h / 2]
     return torch.cat([first * c - second * s, second * c + first * s], -1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Softmax attention among fresh rows, causal where `positions` are given (which must ascend). [1, H, S, D_h]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Softmax attention among fresh rows [1, H, S, D_h], causal by row number."""
+    import torch
+
     scores = _scores(query, key)
-    if positions is not None:
-        hidden = positions[0][None, :] > positions[0][:, None]
-        scores = scores.masked_fill(hidden, float("-inf"))
+    if causal:
+        rows = torch.arange(query.shape[2])
+        scores = scores.masked_fill(rows[None, :] > rows[:, None], float("-inf"))
     return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
 
 
@@ -61,11 +64,11 @@ def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     return ()
 
 
-def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
-    return plan.beside_rows(layers)
+def leading_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+    return plan.leading_rows(layers)
 
 
-def put(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+def put(inputs: Tensors, group: CacheGroup, key: Tensor, value: Tensor) -> Tensors:
     """The rows as they are."""
     return store(inputs, group, key, value)
 
@@ -74,7 +77,7 @@ def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]
     return plan.prompt_rows(layers)
 
 
-def store(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+def store(inputs: Tensors, group: CacheGroup, key: Tensor, value: Tensor) -> Tensors:
     """The rows as they are."""
     return {f"{PRESENT}.{group.name}.key": key, f"{PRESENT}.{group.name}.value": value}
 
@@ -88,8 +91,8 @@ def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
 
 
 def append(
-    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs: Tensors, group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> tuple[Tensor, Tensors]:
     """The query's attention to the `slot` ([1], int64) cached rows and to the new one."""
     import torch
 
@@ -108,3 +111,22 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     grouped = query.reshape(1, kv_heads, heads // kv_heads, rows, size) * size**-0.5
     products: Tensor = grouped @ key[:, :, None].transpose(-1, -2)
     return products.float()
+
+
+LOWERING = Lowering(
+    name="legacy",
+    opset=18,
+    rms_norm=rms_norm,
+    layer_norm=layer_norm,
+    rotate=rotate,
+    attend=attend,
+    attend_where=attend_where,
+    prefill_inputs=prefill_inputs,
+    prefill_outputs=prefill_outputs,
+    leading_outputs=leading_outputs,
+    decode_inputs=decode_inputs,
+    decode_outputs=decode_outputs,
+    store=store,
+    put=put,
+    append=append,
+)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.lowerings import legacy
-from lvlm_edge.exporter.planning import CacheGroup, Plan
+from lvlm_edge.exporter.planning import CacheGroup, Lowering, Plan, Tensors
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.kv_cache import PAST, PRESENT
 
@@ -42,17 +42,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return onnx_op("LayerNormalization", [x, weight, bias], x, axis=-1, epsilon=eps, stash_type=1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding, see `blocks.project`."""
-    return onnx_op("RotaryEmbedding", [x, cos, sin, positions], x)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+    """Rotary position embedding, see `planning.Lowering`."""
+    return onnx_op("RotaryEmbedding", [x, cos, sin, *([] if positions is None else [positions])], x)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Softmax attention among fresh rows, causal where `positions` are given (which must ascend). [1, H, S, D_h]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Softmax attention among fresh rows [1, H, S, D_h], causal by row number."""
     if query.shape[1] == 1:  # TensorRT-RTX 1.7.1 has no kernel for one head
-        attended: Tensor = legacy.attend(query, key, value, positions)
-        return attended
-    return onnx_op("Attention", [query, key, value], query, is_causal=int(positions is not None))
+        return legacy.attend(query, key, value, causal)
+    return onnx_op("Attention", [query, key, value], query, is_causal=int(causal))
 
 
 def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -60,8 +59,7 @@ def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> 
     # For one head TensorRT-RTX 1.7.1 has no kernel; one row beside an attention of all rows to the same keys ends it
     # with a segmentation fault in bfloat16.
     if 1 in query.shape[1:3]:
-        attended: Tensor = legacy.attend_where(query, key, value, visible)
-        return attended
+        return legacy.attend_where(query, key, value, visible)
     return onnx_op("Attention", [query, key, value, visible[None, None]], query)
 
 
@@ -70,12 +68,12 @@ def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     return (_WRITE, *plan.caches(layers, PAST))
 
 
-def beside_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
+def leading_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
     """What a graph returns that fills caches before the prompt's rows."""
     return plan.caches(layers, PRESENT)
 
 
-def put(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+def put(inputs: Tensors, group: CacheGroup, key: Tensor, value: Tensor) -> Tensors:
     """Caches with rows written at their start."""
     return _written(inputs, group, key, value, inputs[_WRITE.name])
 
@@ -85,7 +83,7 @@ def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]
     return plan.caches(layers, PRESENT)
 
 
-def store(inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+def store(inputs: Tensors, group: CacheGroup, key: Tensor, value: Tensor) -> Tensors:
     """Caches with a prompt's rows written, behind those that no prompt has."""
     start = inputs[_WRITE.name]
     return _written(inputs, group, key, value, start if group.dropped >= 0 else start - group.dropped)
@@ -97,14 +95,21 @@ def shared_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
 
 
 def extend(
-    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, positions: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Any number of rows written behind those that went by, and their attention to all up to their own."""
-    length = inputs[_LENGTH.name]
-    slot = (length - group.dropped).clamp(min=0) if group.dropped else length
+    inputs: Tensors,
+    group: CacheGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensors]:
+    """Any number of rows written behind those that a cache holds, and their attention to all up to their own."""
+    if group.dropped:
+        slot = slot.clamp(min=0)  # a prompt begins at 0
     caches = _written(inputs, group, key, value, slot)
     rows = [caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value")]
-    last = (positions * 0 + 1).cumsum(1) - 1 + slot  # [1, rows]: a range would need the number of rows
+    # [1, rows]: a range would need the number of rows
+    last = (positions * 0 + 1).cumsum(1) - 1 + slot
     seen = _arange(rows[0].shape[2])[None, None, None] <= last[:, None, :, None]
     return onnx_op("Attention", [query, *rows, seen], query), caches
 
@@ -118,8 +123,8 @@ def decode_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
 
 
 def append(
-    inputs: dict[str, Tensor], group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs: Tensors, group: CacheGroup, query: Tensor, key: Tensor, value: Tensor, slot: Tensor
+) -> tuple[Tensor, Tensors]:
     """One row written at `slot` ([1], int64), and the query's attention to the rows up to and including it."""
     caches = _written(inputs, group, key, value, slot)
     keys, values = (caches[f"{PRESENT}.{group.name}.{part}"] for part in ("key", "value"))
@@ -144,9 +149,7 @@ def _arange(count: int) -> Tensor:
     return torch.arange(count)
 
 
-def _written(
-    inputs: dict[str, Tensor], group: CacheGroup, key: Tensor, value: Tensor, slot: Tensor
-) -> dict[str, Tensor]:
+def _written(inputs: Tensors, group: CacheGroup, key: Tensor, value: Tensor, slot: Tensor) -> Tensors:
     found = {}
     for part, rows in (("key", key), ("value", value)):
         cache = inputs[f"{PAST}.{group.name}.{part}"]
@@ -154,3 +157,24 @@ def _written(
             "TensorScatter", [cache, rows, slot], cache, axis=2, mode="linear"
         )
     return found
+
+
+LOWERING = Lowering(
+    name="modern",
+    opset=OPSET,
+    rms_norm=rms_norm,
+    layer_norm=layer_norm,
+    rotate=rotate,
+    attend=attend,
+    attend_where=attend_where,
+    prefill_inputs=prefill_inputs,
+    prefill_outputs=prefill_outputs,
+    leading_outputs=leading_outputs,
+    decode_inputs=decode_inputs,
+    decode_outputs=decode_outputs,
+    store=store,
+    put=put,
+    append=append,
+    shared_inputs=shared_inputs,
+    extend=extend,
+)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import Plan, PlanError, Stage
+from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, PlanError, Prompt, Stage, Tensors, setting
 from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.graphs.parts import Parts
 
 
-SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
+LARGEST_SORT = 3840  # rows that TensorRT's TopK takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """FastV's two knobs, the second as a share or as a count."""
+    """FastV's settings: where it prunes, and what it keeps as a share or as a count."""
 
-    prune_layer: int = 2  # K in the paper: layers 0..K-1 see every visual token
-    keep_ratio: float = 0.5  # 1 - R in the paper
-    keep_tokens: int | None = None  # the count itself; wins over the ratio
+    # K in the paper
+    prune_layer: int = setting(2, "First layer that runs on the kept visual tokens, 1 to the number of layers less 1.")
+    # 1 - R in the paper
+    keep_ratio: float = setting(0.5, "Visual tokens kept over all visual tokens, above 0 and at most 1.")
+    keep_tokens: int | None = setting(None, "Visual tokens kept, as a count instead of --keep-ratio, from 1.")
 
 
 def kept(config: Config, visual_tokens: int) -> int:
@@ -49,21 +51,26 @@ def kept(config: Config, visual_tokens: int) -> int:
     return count
 
 
-def stages(spec: ModelSpec, config: Config, visual_tokens: int, text_tokens: int) -> tuple[Stage, ...]:
+def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage, ...]:
     """Two stages, split at the prune layer.
 
     Raises:
         PlanError: the prune layer is not inside the model, or the kept count is out of range.
         UnsupportedError: separators stand among the visual tokens.
     """
-    if spec.newline:
+    if prompt.separators:
         raise UnsupportedError(
             "fastv: ranks no tokens of a checkpoint with separators after its crops; use --method none"
         )
     k, layers = config.prune_layer, spec.decoder.layers
     if not 0 < k < layers:
         raise PlanError(f"fastv: prune_layer is {k}, but the model has layers 0..{layers - 1}; choose 1..{layers - 1}")
-    full, reduced = visual_tokens + text_tokens, kept(config, visual_tokens) + text_tokens
+    full, reduced = prompt.visual + prompt.others, kept(config, prompt.visual) + prompt.others
+    if reduced > LARGEST_SORT:
+        raise PlanError(
+            f"fastv: keeps {reduced} rows of text and visual tokens, but TensorRT sorts at most {LARGEST_SORT}; lower "
+            "--keep-ratio, --image-size or --max-text-tokens"
+        )
     return (
         Stage(range(k), full, full, full, scored=full),
         Stage(range(k, layers), reduced, reduced, reduced),
@@ -87,7 +94,7 @@ def paper(plan: Plan) -> dict[str, Any]:
     return {"name": "FastV", "unit": "GMAC per layer, mean", "value": mean / 1e9, "ratio": mean / dense}
 
 
-def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+def head(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
     """The last layers below the prune layer over the whole prompt, and the importance scores."""
     x, positions = inputs[segment.entry], inputs["position_ids"]
     x, (query, key), caches = blocks.prefill_layers(parts, plan, segment.layers, inputs, x, positions)
@@ -119,23 +126,32 @@ def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tens
     return attention.mean((1, 2)).index_select(1, visual)
 
 
-def select(parts: Parts, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def select(parts: Parts, plan: Plan, inputs: Tensors) -> Tensors:
     """The kept rows, in sequence order, with their original positions."""
     top = inputs["score"].topk(plan.kept_tokens).indices[0]
     # topk orders by score; RoPE and the causal mask need sequence order.
     kept_visual = blocks.ascending(top)
     slots = blocks.concat([inputs["text_index"], inputs["visual_index"].index_select(0, kept_visual)])
     keep_index = blocks.ascending(slots)
+    added = {f"kept_{name}": inputs[name].index_select(1, keep_index) for name in _added(plan)}
+    # With fewer pictures than planned, padding is chosen in their place: rows behind the last real one.
+    last = (keep_index <= inputs["last_index"]).long().sum(0, keepdim=True) - 1
     return {
         "kept_hidden": inputs["hidden"].index_select(1, keep_index),
         "kept_position_ids": inputs["position_ids"].index_select(1, keep_index),
-        "kept_last_index": inputs["last_index"] - (plan.visual_tokens - plan.kept_tokens),
+        "kept_last_index": last,
         "kept_visual": kept_visual,
+        **added,
     }
 
 
-def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
-    """vision, prefill_head, select, prefill_tail, decode."""
+def _added(plan: Plan) -> tuple[str, ...]:
+    """What is added to visual rows after layers from the prune layer on."""
+    return plan.injected[plan.config.prune_layer :]
+
+
+def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
+    """prefill_head, select, prefill_tail, decode."""
     shapes = blocks.Shapes(plan)
     first, second = plan.stages
     full, reduced = first.queries, second.queries
@@ -149,26 +165,40 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
         *(blocks.prefill_graph(plan, segment, full) for segment in heads[:-1]),
         blocks.prefill_graph(plan, heads[-1], full, inputs=(visual_index,), outputs=(score,), body=scored),
     )
-    selection = blocks.GraphSpec(
+    selection = GraphSpec(
         name="select",
         role="prefill",
         inputs=(
             shapes.hidden("hidden", full),
-            shapes.index("position_ids", 1, full),
+            shapes.positions("position_ids", full),
             shapes.index("last_index", 1),
             score,
             visual_index,
-            shapes.index("text_index", plan.text_tokens),
+            shapes.index("text_index", plan.prompt.others),
+            *(shapes.hidden(name, full) for name in _added(plan)),
         ),
         outputs=(
             shapes.hidden("kept_hidden", reduced),
-            shapes.index("kept_position_ids", 1, reduced),
+            shapes.positions("kept_position_ids", reduced),
             shapes.index("kept_last_index", 1),
             shapes.index("kept_visual", plan.kept_tokens),
+            *(shapes.hidden(f"kept_{name}", reduced) for name in _added(plan)),
         ),
         body=select,
     )
     tails = blocks.segments(plan, "prefill_tail", second.layers, "kept_hidden")
     after = [blocks.prefill_graph(plan, segment, reduced, kept="kept_") for segment in tails]
     prefill = (*before, selection, *after)
-    return blocks.vision_graph(plan), *prefill, *blocks.decode_graphs(plan, prefill)
+    return *prefill, *blocks.decode_graphs(plan, prefill)
+
+
+METHOD = Method(
+    name="fastv",
+    config=Config,
+    stages=stages,
+    graphs=graphs,
+    paper=paper,
+    shares_weights=True,
+    fewer_pictures=True,
+    three_axes=True,
+)

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import Plan, Stage
-
-SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
+from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The baseline has no knobs."""
+    """The baseline has no settings."""
 
 
-def stages(spec: ModelSpec, config: Config, visual_tokens: int, text_tokens: int) -> tuple[Stage, ...]:
-    """One stage: all layers see the whole prompt."""
-    full = visual_tokens + text_tokens
-    return (Stage(range(spec.decoder.layers), full, full, full),)
-
-
-def paper(plan: Plan) -> dict[str, Any] | None:
-    """No paper, no column."""
-    return None
-
-
-def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
-    """vision, prefill, decode."""
+def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
+    """prefill, decode."""
     segments = blocks.segments(plan, "prefill", range(plan.spec.decoder.layers), "inputs_embeds")
     prefill = [blocks.prefill_graph(plan, segment, plan.prompt_tokens) for segment in segments]
-    return blocks.vision_graph(plan), *prefill, *blocks.decode_graphs(plan, prefill)
+    return *prefill, *blocks.decode_graphs(plan, prefill)
+
+
+METHOD = Method(
+    name="none",
+    config=Config,
+    stages=whole,
+    graphs=graphs,
+    shares_weights=True,
+    fewer_pictures=True,
+    three_axes=True,
+)

@@ -9,32 +9,42 @@ take positions of their own. A cache holds every visual token, and decode is a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec
 from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import Plan, PlanError, Stage, layer_flops
+from lvlm_edge.exporter.graphs.rotary import rotation
+from lvlm_edge.exporter.planning import (
+    GraphSpec,
+    Method,
+    Plan,
+    PlanError,
+    Prompt,
+    Stage,
+    Tensors,
+    layer_flops,
+    setting,
+)
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError
+from lvlm_edge.runtime.layout import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lvlm_edge.exporter.graphs.parts import Parts
 
-ONE_IMAGE = True  # the released code packs the crops of one image
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """ProxyV's settings; a checkpoint's config has them."""
 
-    start_layer: int | None = None  # first layer with proxies; 0 is legal
-    reduce_factor: int = 4  # visual tokens per proxy, along each side of the grid
-    learn_proxy: bool = False  # proxies are learnt mixtures of a crop's tokens, not its grid made smaller
+    start_layer: int | None = setting(None, "First layer with proxy tokens, from 0; the checkpoint's by default.")
+    reduce_factor: int = setting(4, "Visual tokens per proxy token along each side of the grid, a divisor of the side.")
+    learn_proxy: bool = setting(False, "Proxy tokens are learnt mixtures of a crop's tokens, not its pooled grid.")
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,16 @@ class Counts:
         return self.proxies + self.separators + self.text
 
 
-def resolve(spec: ModelSpec, config: Config) -> Config:
+def resolve(spec: ModelSpec[Any], config: Config) -> Config:
     """The settings, if the checkpoint can run with them.
 
     Raises:
         UnsupportedError: the checkpoint has no weights of ProxyV.
-        PlanError: the start layer is missing or not in the model, or the grid cannot be shared out.
+        PlanError: the start layer is missing or not in the model.
     """
-    if "proxyv" not in spec.settings or not spec.newline:
-        raise UnsupportedError("proxyv: this checkpoint has no weights of it; give one trained with ProxyV")
-    layers, side = spec.decoder.layers, math.isqrt(spec.visual_tokens)
+    if "proxyv" not in spec.settings:
+        raise UnsupportedError("proxyv: this checkpoint has no ProxyV weights; use one that was trained with ProxyV")
+    layers = spec.decoder.layers
     if config.start_layer is None:
         raise PlanError("proxyv: the checkpoint's config has no proxyv_start_layer; give --start-layer")
     for name, value in (("start_layer", config.start_layer), ("reduce_factor", config.reduce_factor)):
@@ -73,17 +83,43 @@ def resolve(spec: ModelSpec, config: Config) -> Config:
             f"proxyv: start_layer is {config.start_layer}, but the model has layers 0..{layers - 1}; correct it with "
             "--start-layer"
         )
-    if side**2 != spec.visual_tokens or config.reduce_factor < 1 or side % config.reduce_factor:
-        raise PlanError(
-            f"proxyv: reduce_factor is {config.reduce_factor}, which does not divide a grid of {spec.visual_tokens} "
-            "tokens into squares; choose a divisor of its side"
-        )
     return config
 
 
-def proxies(spec: ModelSpec, config: Config) -> int:
+def grid_of(pictures: Sequence[Picture], config: Config) -> tuple[int, int]:
+    """(rows, columns) of the visual tokens of each crop, each crop followed by a separator.
+
+    Raises:
+        UnsupportedError: another arrangement of rows.
+        PlanError: the grid cannot be shared out.
+    """
+    runs = pictures[0].runs
+    visual, separators = runs[::2], runs[1::2]
+    grid = visual[0].grid
+    right = all(run.kind == "visual" and run.grid == grid for run in visual) and len(visual) == len(separators)
+    if not right or not all(run.kind == "separator" and run.rows == 1 for run in separators) or grid is None:
+        raise UnsupportedError("proxyv: expected a separator after the tokens of each crop; use another --method")
+    factor = config.reduce_factor
+    if visual[0].rows != math.prod(grid) or factor < 1 or any(side % factor for side in grid):
+        raise PlanError(
+            f"proxyv: reduce_factor is {factor}, which does not divide a grid of {visual[0].rows} tokens into squares; "
+            "choose a divisor of its side"
+        )
+    return grid
+
+
+def _each(plan: Plan) -> int:
+    """Visual tokens per crop."""
+    return math.prod(grid_of(plan.pictures, plan.config))
+
+
+def _crops(plan: Plan) -> int:
+    return plan.prompt.separators
+
+
+def proxies(plan: Plan) -> int:
     """Proxy tokens per crop."""
-    return spec.visual_tokens // config.reduce_factor**2
+    return _each(plan) // int(plan.config.reduce_factor) ** 2
 
 
 def narrow(d: DecoderSpec) -> int:
@@ -91,22 +127,23 @@ def narrow(d: DecoderSpec) -> int:
     return d.hidden // (4 if d.hidden >= 1024 else 2)
 
 
-def stages(spec: ModelSpec, config: Config, visual_tokens: int, others: int) -> tuple[Stage, ...]:
+def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage, ...]:
     """Two stages, split at the start layer; one where that is 0."""
-    crops = visual_tokens // spec.visual_tokens
-    counts = Counts(visual_tokens, crops * proxies(spec, config), crops, others - crops)
+    crops, each = prompt.separators, math.prod(grid_of(prompt.pictures, config))
+    per = each // config.reduce_factor**2
+    counts = Counts(prompt.visual, crops * per, crops, prompt.others - crops)
     first, last = config.start_layer or 0, spec.decoder.layers
-    full, asking = visual_tokens + others, counts.asking
+    full, asking = prompt.visual + prompt.others, counts.asking
     dense = layer_flops(spec.decoder, full, full) + (crops > 1) * _attention_flops(spec.decoder, 1, full)
-    reduced = sum(_layer_flops(spec, config, counts, last=i == last - 1) for i in range(first, last))
+    reduced = sum(_layer_flops(spec.decoder, config, counts, per, last=i == last - 1) for i in range(first, last))
     return (
         *([Stage(range(first), full, full, full, flops=first * dense)] if first else []),
         Stage(
             range(first, last),
             asking,
-            visual_tokens + asking,
+            prompt.visual + asking,
             full,
-            flops=reduced + _creation_flops(spec, counts, config),
+            flops=reduced + _creation_flops(spec.decoder, counts, config, per),
         ),
     )
 
@@ -115,9 +152,9 @@ def _attention_flops(d: DecoderSpec, queries: int, keys: int) -> int:
     return 4 * queries * keys * d.heads * d.head_dim
 
 
-def _layer_flops(spec: ModelSpec, config: Config, n: Counts, *, last: bool) -> int:
+def _layer_flops(d: DecoderSpec, config: Config, n: Counts, per: int, *, last: bool) -> int:
     """FLOPs of a layer with proxies; the last one updates no visual tokens, so that its proxies need not ask."""
-    d, q = spec.decoder, narrow(spec.decoder)
+    q = narrow(d)
     rows, dkv = n.separators + n.text, d.kv_heads * d.head_dim
     asking = rows if last else n.asking
     found = layer_flops(d, asking, 0) + 2 * n.visual * 2 * d.hidden * dkv
@@ -128,15 +165,15 @@ def _layer_flops(spec: ModelSpec, config: Config, n: Counts, *, last: bool) -> i
     found += 2 * n.visual * (2 * d.hidden * q + 2 * q * q)
     if not config.learn_proxy:
         return found + 2 * n.proxies * d.hidden * q
-    return found + 2 * n.visual * (proxies(spec, config) * d.hidden + d.hidden * q)
+    return found + 2 * n.visual * (per * d.hidden + d.hidden * q)
 
 
-def _creation_flops(spec: ModelSpec, n: Counts, config: Config) -> int:
+def _creation_flops(decoder: DecoderSpec, n: Counts, config: Config, per: int) -> int:
     """FLOPs that make learnt proxies, once; pooled ones have no matrix products."""
     if not config.learn_proxy:
         return 0
-    d, each = spec.decoder.hidden, proxies(spec, config)
-    return 2 * n.visual * (d * narrow(spec.decoder) + each * narrow(spec.decoder) + each * d)
+    d, q = decoder.hidden, narrow(decoder)
+    return 2 * n.visual * (d * q + per * q + per * d)
 
 
 def paper(plan: Plan) -> dict[str, Any]:
@@ -144,9 +181,9 @@ def paper(plan: Plan) -> dict[str, Any]:
 
     Its convention: attention of every row to every row, also where masked, multiply-accumulates, no lm_head.
     """
-    d, each = plan.spec.decoder, plan.spec.visual_tokens
+    d, each = plan.spec.decoder, _each(plan)
     q, dq, dkv = narrow(d), d.heads * d.head_dim, d.kv_heads * d.head_dim
-    nf, p, t = 5 * each, 5 * proxies(plan.spec, plan.config), 50 + 5
+    nf, p, t = 5 * each, 5 * proxies(plan), 50 + 5
     linear = 2 * d.hidden * dq + 2 * d.hidden * dkv + 3 * d.hidden * d.ffn
     full = (nf + t) * linear + 2 * (nf + t) ** 2 * dq
     update = nf * (2 * d.hidden * q + 2 * q * q) + p * d.hidden * q
@@ -162,7 +199,7 @@ def own_weights(plan: Plan) -> int:
     """Numbers of weights that only ProxyV has and the graphs read."""
     d, q, start = plan.spec.decoder, narrow(plan.spec.decoder), plan.config.start_layer
     update = 3 * d.hidden * q + 2 * q * q + d.hidden
-    learnt = d.hidden * q + proxies(plan.spec, plan.config) * q if plan.config.learn_proxy else 0
+    learnt = d.hidden * q + proxies(plan) * q if plan.config.learn_proxy else 0
     return int((d.layers - start - 1) * update + learnt)  # the last layer's update changes nothing that is read
 
 
@@ -201,7 +238,7 @@ def extend(parts: Any, plan: Plan) -> None:
     if plan.config.learn_proxy:
         parts.proxyv_initializer = nn.Module()
         parts.proxyv_initializer.Wk = Linear(d, q)
-        tokens = torch.empty(proxies(plan.spec, plan.config), q)
+        tokens = torch.empty(proxies(plan), q)
         parts.proxyv_initializer.proxyv_tokens = nn.Parameter(tokens)
 
 
@@ -244,7 +281,7 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    return Layout(plan.crops, plan.spec.visual_tokens, proxies(plan.spec, plan.config))
+    return Layout(_crops(plan), _each(plan), proxies(plan))
 
 
 @dataclass(frozen=True)
@@ -256,7 +293,7 @@ class Places:
     rest: Tensor
 
 
-def places(plan: Plan, inputs: dict[str, Tensor]) -> Places:
+def places(plan: Plan, inputs: Tensors) -> Places:
     """Positions of visual tokens, of proxies, and of separators and text."""
     where, start = layout(plan), inputs["visual_index"][:1]
     separators = start + blocks.constant(where.separator_positions())
@@ -267,7 +304,7 @@ def places(plan: Plan, inputs: dict[str, Tensor]) -> Places:
     )
 
 
-def by_position(plan: Plan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def by_position(plan: Plan, inputs: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the prompt ordered by position: the order, its inverse, and the positions in it, [S] int64 each."""
     where = layout(plan)
     order = where.order()
@@ -288,18 +325,19 @@ def by_position(plan: Plan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 # Below the start layer.
 
 
-def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+def head(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
     """Ordinary layers over the whole prompt, every row seeing the positions up to its own."""
     x = inputs[segment.entry]
-    caches: dict[str, Tensor] = {}
+    caches: Tensors = {}
     order, inverse, positions = by_position(plan, inputs)
-    several = plan.crops > 1
+    several = _crops(plan) > 1
+    turn = rotation(parts, positions[None])
     if several:
         x = x.index_select(1, order)
     for i in segment.layers:
         layer, (group,) = parts.layers[i], plan.groups(i)
-        query, key, value = blocks.project(parts, layer, x, positions[None])
-        attended = parts.ops.attend(query, key, value, positions[None])
+        query, key, value = blocks.project(parts, layer, x, turn)
+        attended = parts.ops.attend(query, key, value, True)
         if several:
             attended = _tied(parts, plan, inputs, attended, (query, key, value))
         caches |= parts.ops.store(inputs, group, key, value)
@@ -308,12 +346,10 @@ def head(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks
     return {segment.result: x.index_select(1, inverse) if several else x, **caches}
 
 
-def _tied(
-    parts: Parts, plan: Plan, inputs: dict[str, Tensor], attended: Tensor, heads: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+def _tied(parts: Parts, plan: Plan, inputs: Tensors, attended: Tensor, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The result with one row replaced: the first separator sees the second, which has its position and comes next."""
     query, key, value = heads
-    row = inputs["visual_index"][:1] + plan.spec.visual_tokens
+    row = inputs["visual_index"][:1] + _each(plan)
     rows = blocks.arange(plan.prompt_tokens)
     alone = parts.ops.attend_where(query.index_select(2, row), key, value, (rows <= row + 1)[None])
     return blocks.where((rows == row)[None, None, :, None], alone, attended)
@@ -322,7 +358,7 @@ def _tied(
 # From the start layer on.
 
 
-def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+def tail(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
     """Layers in which proxies, separators and text ask; visual tokens give keys and values, and are updated."""
     where, at = layout(plan), places(plan, inputs)
     if segment.layers.start == plan.config.start_layer:
@@ -330,7 +366,7 @@ def tail(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks
     else:
         state = {name: inputs[f"{name}.{segment.layers.start}"] for name in _state_names(plan)}
     full, proxy, rest = state["full"], state["proxy"], state["rest"]
-    caches: dict[str, Tensor] = {}
+    caches: Tensors = {}
     for i in segment.layers:
         layer, last, (group,) = parts.layers[i], i == plan.spec.decoder.layers - 1, plan.groups(i)
         asking = rest if last else blocks.concat([proxy, rest], 1)
@@ -369,8 +405,7 @@ def _project(
     keys, values = layer.k_proj(normed), layer.v_proj(normed)
 
     def rotated(rows: Tensor, heads: int, at: Tensor) -> Tensor:
-        turned: Tensor = ops.rotate(blocks.split_heads(rows, heads), parts.rope_cos, parts.rope_sin, at[None])
-        return turned
+        return ops.rotate(blocks.split_heads(rows, heads), parts.rope_cos, parts.rope_sin, at[None])
 
     own = (
         rotated(layer.q_proj(normed[:, :count]), d.heads, positions[0]),
@@ -385,29 +420,31 @@ def _before(queries: Tensor, *keys: Tensor) -> Tensor:
     return blocks.concat(keys)[None] <= queries[:, None]
 
 
-def _start(parts: Parts, plan: Plan, inputs: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+def _start(parts: Parts, plan: Plan, inputs: Tensors, x: Tensor) -> Tensors:
     """The kinds of rows apart, and the proxies, from the hidden states that enter the start layer."""
     where, start = layout(plan), inputs["visual_index"][:1]
     full = x.index_select(1, start + blocks.constant(where.visual()))
     rest = blocks.concat([start + blocks.constant(where.separators()), inputs["text_index"]])
     state = {"full": full, "rest": x.index_select(1, rest)}
     if not plan.config.learn_proxy:
-        return state | {"proxy": pooled(full, where.crops, math.isqrt(where.each), plan.config.reduce_factor)}
+        return state | {
+            "proxy": pooled(full, where.crops, grid_of(plan.pictures, plan.config), plan.config.reduce_factor)
+        }
     proxy, share = learnt(parts, full.reshape(where.crops, where.each, -1))
     return state | {"proxy": proxy, "share": share}
 
 
-def pooled(full: Tensor, crops: int, side: int, factor: int) -> Tensor:
+def pooled(full: Tensor, crops: int, grid: tuple[int, int], factor: int) -> Tensor:
     """Each crop's grid made smaller by bilinear interpolation with half-pixel centres, [1, crops * P, D].
 
     For an even factor that is the mean of the four tokens around the middle of a block, for an odd one the middle.
     """
-    few, width = side // factor, full.shape[-1]
-    grid = full.reshape(crops * few, factor, few, factor, width)
+    rows, columns, width = grid[0] // factor, grid[1] // factor, full.shape[-1]
+    cells = full.reshape(crops * rows, factor, columns, factor, width)
     first, count = (factor - 1) // 2, 2 - factor % 2
-    middle = grid[:, first : first + count, :, first : first + count]
+    middle = cells[:, first : first + count, :, first : first + count]
     found: Tensor = middle.mean((1, 3)) if count > 1 else middle
-    return found.reshape(1, crops * few * few, width)
+    return found.reshape(1, crops * rows * columns, width)
 
 
 def learnt(parts: Any, full: Tensor) -> tuple[Tensor, Tensor]:
@@ -432,11 +469,11 @@ def update(parts: Any, index: int, full: Tensor, proxy: Tensor, guide: Callable[
 
 def _grid_guide(plan: Plan, context: Any, proxy: Tensor) -> Tensor:
     """Every token of a block gets its proxy's context, [1, V, q]."""
-    side, factor = math.isqrt(plan.spec.visual_tokens), plan.config.reduce_factor
-    few, narrowed = side // factor, context(proxy)
-    width = narrowed.shape[-1]
-    blocks_ = narrowed.reshape(plan.crops * few, 1, few, 1, width).expand(-1, factor, -1, factor, -1)
-    found: Tensor = blocks_.reshape(1, plan.crops * side * side, width)
+    (rows, columns), factor = grid_of(plan.pictures, plan.config), plan.config.reduce_factor
+    few, narrowed = columns // factor, context(proxy)
+    width, crops = narrowed.shape[-1], _crops(plan)
+    blocks_ = narrowed.reshape(crops * (rows // factor), 1, few, 1, width).expand(-1, factor, -1, factor, -1)
+    found: Tensor = blocks_.reshape(1, crops * rows * columns, width)
     return found
 
 
@@ -463,25 +500,24 @@ def _state(plan: Plan, layer: int) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo(f"{name}.{layer}", plan.dtype, shapes[name]) for name in _state_names(plan))
 
 
-def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
-    """vision, prefill_head (layers below the start layer), prefill_tail, decode."""
+def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
+    """prefill_head (layers below the start layer), prefill_tail, decode."""
     shapes = blocks.Shapes(plan)
     first, layers = plan.config.start_layer, plan.spec.decoder.layers
-    visual = shapes.index("visual_index", plan.visual_tokens + plan.separators)
+    visual = shapes.index("visual_index", plan.visual_tokens + plan.prompt.separators)
     heads = blocks.segments(plan, "prefill_head", range(first), "inputs_embeds", "hidden") if first else ()
     tails = blocks.segments(plan, "prefill_tail", range(first, layers), "hidden" if first else "inputs_embeds")
     return (
-        blocks.vision_graph(plan),
         *(_head_graph(plan, segment, visual) for segment in heads),
         *(_tail_graph(plan, segment, visual) for segment in tails),
         *blocks.decode_graphs(plan, ()),
     )
 
 
-def _head_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> blocks.GraphSpec:
+def _head_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> GraphSpec:
     shapes = blocks.Shapes(plan)
     assert segment.result is not None
-    return blocks.GraphSpec(
+    return GraphSpec(
         name=segment.name,
         role="prefill",
         inputs=(
@@ -497,12 +533,12 @@ def _head_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> bloc
     )
 
 
-def _tail_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> blocks.GraphSpec:
+def _tail_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> GraphSpec:
     shapes = blocks.Shapes(plan)
     starts = segment.layers.start == plan.config.start_layer
     entry = (shapes.hidden(segment.entry, plan.prompt_tokens),) if starts else _state(plan, segment.layers.start)
     last = (shapes.index("last_index", 1),) if segment.result is None else ()
-    return blocks.GraphSpec(
+    return GraphSpec(
         name=segment.name,
         role="prefill",
         inputs=(
@@ -518,3 +554,16 @@ def _tail_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> bloc
         ),
         body=partial(tail, segment=segment),
     )
+
+
+METHOD = Method(
+    name="proxyv",
+    config=Config,
+    stages=stages,
+    graphs=graphs,
+    paper=paper,
+    resolve=resolve,
+    own_weights=own_weights,
+    extend=extend,
+    one_image=True,  # the released code packs the crops of one image
+)

@@ -10,23 +10,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import CacheGroup, Plan, PlanError, Stage, layer_flops
+from lvlm_edge.exporter.planning import (
+    CacheGroup,
+    GraphSpec,
+    Method,
+    Plan,
+    PlanError,
+    Prompt,
+    Stage,
+    Tensors,
+    layer_flops,
+    setting,
+)
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+from lvlm_edge.runtime.layout import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lvlm_edge.exporter.graphs.parts import DecoderLayer, Linear, Parts
 
-ONE_IMAGE = True  # the released code knows one block of visual tokens
 SEMANTICS = ("released", "dropped")
 
 
@@ -34,20 +46,24 @@ SEMANTICS = ("released", "dropped")
 class Config:
     """YOPO's settings; a checkpoint's config has them."""
 
-    semantics: str = field(default="released", metadata={"help": "released (parity) or dropped (the savings)"})
-    window: int | None = None  # side of the square of neighbours that a visual token sees
-    cutoff: int | None = None  # first layer without visual tokens
-    ffn_ratio: float | None = None  # FFN channels over those that visual tokens use
+    semantics: str = setting(
+        "released", "released (what the release computes, for parity) or dropped (what it saves).", SEMANTICS
+    )
+    window: int | None = setting(
+        None, "Side of the square of neighbours that a visual token attends to, from 1; the checkpoint's by default."
+    )
+    cutoff: int | None = setting(None, "First layer without visual tokens, from 1; the checkpoint's by default.")
+    ffn_ratio: float | None = setting(
+        None, "FFN channels over those that visual tokens use, from 1; the checkpoint's by default."
+    )
     # A file as long as it is a setting, then a string per layer: 1 where a head stays for visual tokens.
-    head_mask: str | tuple[str, ...] | None = field(
-        default=None, metadata={"help": "file of heads that stay for visual tokens, .npy, bool [layers, heads]"}
+    head_mask: str | tuple[str, ...] | None = setting(
+        None, "File of the heads that stay for visual tokens, .npy, bool [layers, heads]; the checkpoint's by default."
     )
-    prefix_tokens: int | None = field(
-        default=None, metadata={"help": "text before the image in training, for the record"}
-    )
+    prefix_tokens: int | None = setting(None, "Text tokens before the image in training, from 0; only recorded.")
 
 
-def nominal(spec: ModelSpec, config: Config) -> Config:
+def nominal(spec: ModelSpec[Any], config: Config) -> Config:
     """The settings, where the checkpoint's head mask is missing with the number of heads that its config says.
 
     Masks are not part of every published checkpoint's folder; for counting, the average is enough.
@@ -59,12 +75,11 @@ def nominal(spec: ModelSpec, config: Config) -> Config:
     return replace(config, head_mask=(row,) * spec.decoder.layers)
 
 
-def resolve(spec: ModelSpec, config: Config) -> Config:
+def resolve(spec: ModelSpec[Any], config: Config) -> Config:
     """The settings with the head mask read.
 
     Raises:
         PlanError: a setting is missing or out of range.
-        UnsupportedError: visual tokens that are no square of one picture.
         UsageError, CheckpointError: the head mask cannot be read, or is not of this model.
     """
     d = spec.decoder
@@ -83,23 +98,12 @@ def resolve(spec: ModelSpec, config: Config) -> Config:
             wanted = f"{least}..{most}" if most < math.inf else f"at least {least}"
             kind = "a whole number, " if kinds is int else ""
             raise PlanError(f"yopo: {name} is {value!r}, expected {kind}{wanted}; correct it with {flag}")
-    if math.isqrt(spec.visual_tokens) ** 2 != spec.visual_tokens or spec.newline or spec.projector_act is None:
-        found = (
-            "no projector"
-            if spec.projector_act is None
-            else "separators after its crops"
-            if spec.newline
-            else f"{spec.visual_tokens} visual tokens"
-        )
-        raise UnsupportedError(
-            f"yopo: the checkpoint has {found}, expected the square grid of one picture alone; use another --method"
-        )
     mask = config.head_mask
     rows = ("1" * d.heads,) * d.layers if mask is None else _read(mask, spec) if isinstance(mask, str) else mask
     return replace(config, head_mask=rows)
 
 
-def _read(path: str, spec: ModelSpec) -> tuple[str, ...]:
+def _read(path: str, spec: ModelSpec[Any]) -> tuple[str, ...]:
     import numpy as np
 
     shape = (spec.decoder.layers, spec.decoder.heads)
@@ -138,7 +142,7 @@ def heads(plan: Plan, layer: int) -> Heads:
     return Heads(kept, pruned, read[0], read[1])
 
 
-def channels(spec: ModelSpec, config: Config) -> int:
+def channels(spec: ModelSpec[Any], config: Config) -> int:
     """FFN channels that visual tokens use: the first ones."""
     assert config.ffn_ratio is not None
     return int(spec.decoder.ffn / config.ffn_ratio)
@@ -153,7 +157,7 @@ def limit(plan: Plan) -> int:
     return _limit(plan.spec, plan.config)
 
 
-def _limit(spec: ModelSpec, config: Config) -> int:
+def _limit(spec: ModelSpec[Any], config: Config) -> int:
     if config.semantics == "released":
         return spec.decoder.layers
     assert config.cutoff is not None and config.head_mask is not None
@@ -161,17 +165,39 @@ def _limit(spec: ModelSpec, config: Config) -> int:
     return 1 + max((i for i in range(config.cutoff) if "1" in config.head_mask[i]), default=-1)
 
 
-def stages(spec: ModelSpec, config: Config, visual_tokens: int, others: int) -> tuple[Stage, ...]:
+def grid_of(pictures: Sequence[Picture], spec: ModelSpec[Any]) -> tuple[int, int]:
+    """(rows, columns) of the picture's visual tokens.
+
+    Raises:
+        UnsupportedError: they are not the whole grid of one picture, in one run.
+    """
+    runs = pictures[0].runs
+    grid = runs[0].grid
+    if runs[0].kind == "visual" and len(runs) == 1 and grid is not None and runs[0].rows == math.prod(grid):
+        return grid
+    found = f"{pictures[0].visual_tokens} visual tokens"
+    if spec.reads_features:
+        found = "no projector"
+    elif any(run.kind == "separator" for run in runs):
+        found = "separators after its crops"
+    raise UnsupportedError(
+        f"yopo: the checkpoint has {found}, expected the grid of one picture alone; use another --method"
+    )
+
+
+def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage, ...]:
     """Dropped: two stages, split where visual tokens leave. Released: every token in every layer."""
-    full, layers, border = visual_tokens + others, spec.decoder.layers, _limit(spec, config)
-    flops = sum(_layer_flops(spec, config, visual_tokens, others, i, i == border - 1) for i in range(border))
+    grid_of(prompt.pictures, spec)
+    visual, others = prompt.visual, prompt.others
+    full, layers, border = visual + others, spec.decoder.layers, _limit(spec, config)
+    flops = sum(_layer_flops(spec, config, visual, others, i, i == border - 1) for i in range(border))
     return (
         *([Stage(range(border), full, full, full, flops=flops)] if border else []),
         *([Stage(range(border, layers), others, others, others)] if border < layers else []),
     )
 
 
-def _layer_flops(spec: ModelSpec, config: Config, v: int, t: int, layer: int, last: bool) -> int:
+def _layer_flops(spec: ModelSpec[Any], config: Config, v: int, t: int, layer: int, last: bool) -> int:
     """FLOPs of a layer that visual tokens enter; of the last such layer only their keys and values are read."""
     d = spec.decoder
     assert isinstance(config.head_mask, tuple)
@@ -193,7 +219,7 @@ def paper(plan: Plan) -> dict[str, Any]:
 
     Convention: 2 x multiply-accumulate, keys and values as wide as queries, `window`^2 keys below the cutoff.
     """
-    d, c, v = plan.spec.decoder, plan.config, plan.spec.visual_tokens
+    d, c, v = plan.spec.decoder, plan.config, plan.visual_tokens
     shares = [row.count("1") / d.heads for row in c.head_mask[: c.cutoff]]
     attention = 4 * v * d.hidden**2 + 2 * v * c.window**2 * d.hidden
     cost = 2 * sum(share * attention + 3 * v * d.hidden * d.ffn / c.ffn_ratio for share in shares)
@@ -235,13 +261,13 @@ def cache_groups(plan: Plan, layer: int) -> tuple[CacheGroup, ...]:
 # Graphs. Visual tokens and text are apart from the start: they use different weights.
 
 
-def seen(plan: Plan, inputs: dict[str, Tensor]) -> Tensor:
+def seen(plan: Plan, inputs: Tensors) -> Tensor:
     """Which rows see which keys, both visual tokens, then text, [V + T, V + T], bool.
 
     Causal, but that visual tokens see their neighbours on all sides, and no other visual token.
     """
     visual, text = inputs["visual_index"], inputs["text_index"]
-    apart = distances(visual - visual[:1], math.isqrt(plan.visual_tokens))
+    apart = distances(visual - visual[:1], grid_of(plan.pictures, plan.spec))
     reach = (plan.config.window - 1) // 2
     # One comparison at the end: TensorRT-RTX 1.7.1 ends with a segmentation fault on joined and combined booleans.
     later = (text[None] - visual[:, None]) * (reach + 1)  # beyond reach where text comes after the image
@@ -250,19 +276,21 @@ def seen(plan: Plan, inputs: dict[str, Tensor]) -> Tensor:
     return sees
 
 
-def distances(index: Tensor, side: int) -> Tensor:
+def distances(index: Tensor, grid: tuple[int, int]) -> Tensor:
     """Rows or columns between visual tokens, whichever are more, [V, V], int64.
 
     Args:
         index: 0 .. V-1, as data: of a constant the whole square would become one.
+        grid: (rows, columns) that they lie on.
     """
-    rows, columns = ([i // side for i in range(side**2)], [i % side for i in range(side**2)])
+    count, side = math.prod(grid), grid[1]
+    rows, columns = ([i // side for i in range(count)], [i % side for i in range(count)])
     at = [blocks.constant(table).index_select(0, index) for table in (rows, columns)]
     down, across = ((x[:, None] - x[None]).abs() for x in at)
     return down.maximum(across)
 
 
-def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.Segment) -> dict[str, Tensor]:
+def run(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
     """Layers of the segment, with visual tokens as far as they go."""
     first, positions = segment.layers.start, inputs["text_index"][None]
     if first == 0:
@@ -273,7 +301,7 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
         text = inputs[f"text.{first}"]
         visual = inputs.get(f"visual.{first}", text)  # nobody reads it where there is none
     sees = seen(plan, inputs) if first < limit(plan) else None
-    caches: dict[str, Tensor] = {}
+    caches: Tensors = {}
     for i in segment.layers:
         if sees is None or i >= limit(plan):
             text, _, written = blocks.prefill_layers(parts, plan, [i], inputs, text, positions)
@@ -287,12 +315,12 @@ def run(parts: Parts, plan: Plan, inputs: dict[str, Tensor], *, segment: blocks.
 
 
 def _dropped(
-    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor
+) -> tuple[Tensor, Tensor, Tensors]:
     """A layer whose pruned heads do not know of visual tokens: two layers in one, of other heads and other rows."""
     layer, found, groups, last = parts.layers[i], heads(plan, i), plan.groups(i), i == limit(plan) - 1
     results: list[Tensor] = []  # of text
-    written: dict[str, Tensor] = {}
+    written: Tensors = {}
     of_visual = None
     if found.kept:
         rows = _rows(parts, layer, visual, text, inputs, found.kept, found.kept_kv, asks=not last)
@@ -304,7 +332,7 @@ def _dropped(
         rows = _rows(parts, layer, None, text, inputs, found.pruned, found.pruned_kv)
         written |= parts.ops.store(inputs, groups[-1], *rows[1:])
         key, value = (_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:])
-        results.append(parts.ops.attend(rows[0], key, value, inputs["text_index"][None]))
+        results.append(parts.ops.attend(rows[0], key, value, True))
     # The weight in the order of the heads, selected where that is its own too: TensorRT-RTX 1.7.1 ends with a
     # segmentation fault on heads of two attentions in the weight's order, and on more masks without the selection.
     joined = [blocks.join_heads(x) for x in results]
@@ -317,8 +345,8 @@ def _dropped(
 
 
 def _released(
-    parts: Parts, plan: Plan, i: int, inputs: dict[str, Tensor], visual: Tensor, text: Tensor, sees: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor
+) -> tuple[Tensor, Tensor, Tensors]:
     """A layer that takes visual tokens into the softmax, and their values as zero where the release zeroes columns."""
     layer, found, d = parts.layers[i], heads(plan, i), plan.spec.decoder
     (group,) = plan.groups(i)
@@ -357,7 +385,7 @@ def _rows(
     layer: DecoderLayer,
     visual: Tensor | None,
     text: Tensor,
-    inputs: dict[str, Tensor],
+    inputs: Tensors,
     asking: tuple[int, ...],
     kv_heads: tuple[int, ...],
     *,
@@ -435,8 +463,8 @@ def _state(plan: Plan, layer: int) -> tuple[TensorInfo, ...]:
     return (*visual, shapes.hidden(f"text.{layer}", plan.text_tokens))
 
 
-def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
-    """vision; released: prefill; dropped: prefill_head and, from the cutoff on, prefill_tail; decode."""
+def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
+    """Released: prefill; dropped: prefill_head and, from the cutoff on, prefill_tail; decode."""
     shapes, layers, border = blocks.Shapes(plan), plan.spec.decoder.layers, limit(plan)
     names = ("prefill",) if border in (0, layers) else ("prefill_head", "prefill_tail")
     runs = [run for run in (range(border), range(border, layers)) if run]
@@ -446,13 +474,13 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
         for segment in blocks.segments(plan, name, run, "inputs_embeds", "text" if run.stop < layers else None)
     ]
 
-    def graph(segment: blocks.Segment) -> blocks.GraphSpec:
+    def graph(segment: blocks.Segment) -> GraphSpec:
         first, stop = segment.layers.start, segment.layers.stop
         entry = _state(plan, first) if first else (shapes.hidden("inputs_embeds", plan.prompt_tokens),)
         visual = (shapes.index("visual_index", plan.visual_tokens),) if first < border else ()
         last = (shapes.index("last_index", 1),) if stop == layers else ()
         caches = blocks.prefill_inputs(plan, segment.layers)
-        return blocks.GraphSpec(
+        return GraphSpec(
             name=segment.name,
             role="prefill",
             inputs=(*entry, *visual, shapes.index("text_index", plan.text_tokens), *last, *caches),
@@ -463,4 +491,17 @@ def graphs(plan: Plan) -> tuple[blocks.GraphSpec, ...]:
             body=partial(run, segment=segment),
         )
 
-    return blocks.vision_graph(plan), *(graph(segment) for segment in segments), *blocks.decode_graphs(plan, ())
+    return *(graph(segment) for segment in segments), *blocks.decode_graphs(plan, ())
+
+
+METHOD = Method(
+    name="yopo",
+    config=Config,
+    stages=stages,
+    graphs=graphs,
+    paper=paper,
+    resolve=resolve,
+    nominal=nominal,
+    cache_groups=cache_groups,
+    one_image=True,  # the released code knows one block of visual tokens
+)

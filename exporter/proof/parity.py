@@ -16,15 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvlm_edge.exporter import planning, references
+from lvlm_edge.exporter import families, methods, references
 from lvlm_edge.exporter.bundles import ratios
-from lvlm_edge.exporter.checkpoints import checkpoint, spec
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
-from lvlm_edge.runtime.bundle import WeightFormats
+from lvlm_edge.runtime.bundle import Bundle, WeightFormats
+from lvlm_edge.runtime.inputs import media
 from lvlm_edge.runtime.kv_cache import PRESENT
+from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.views import view_size
 
 Array = NDArray[Any]
 
@@ -38,11 +41,15 @@ PARTS = ("key", "value")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A prompt to compare on: token ids with one image token per image, and pixels [crops, 3, H, W] float32."""
+    """A prompt to compare on: token ids with one image token per image, and each image's pixels.
+
+    Attributes:
+        pixels: float32 [views, 3, H, W] of all images, or one such array per image.
+    """
 
     name: str
     prompt: tuple[int, ...]
-    pixels: Array
+    pixels: Array | Sequence[Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +111,12 @@ def check(
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
-    check_fits(pipe.manifest, folder)
+    check_fits(pipe.bundle, folder)
     model = references.load(folder)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
+        assert pixels is not None
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
     steps = min(steps, pipe.manifest.counts.new_tokens)
     rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.small else WeightFormats()
@@ -117,7 +125,7 @@ def check(
         references.quantised.apply(model, rounded, pipe.manifest.dtype)
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
-    if backend in pipe.manifest.forms or pipe.manifest.formats.small:
+    if backend in pipe.manifest.variants or pipe.manifest.formats.small:
         rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
@@ -125,20 +133,21 @@ def check(
     return verdict
 
 
-def check_fits(manifest: manifests.Manifest, folder: Path) -> None:
+def check_fits(bundle: Bundle, folder: Path) -> None:
     """Raise an error for a checkpoint that cannot be the one that was exported."""
-    found, counts = spec.load(folder), manifest.counts
-    method = planning.method(manifest.method)
-    if hasattr(method, "resolve"):
-        method.resolve(found, method.Config(**manifest.method_config))
+    manifest, of = bundle.manifest, checkpoint.Checkpoint.open(folder)
+    family, found = families.of(of), families.read(of)
+    method = methods.load(manifest.method)
+    method.resolve(found, method.config(**manifest.method_config))
+    pictures = family.pictures(of, found, ratios.capacity(bundle.folder))
     for name, theirs, ours in (
         ("vocabulary", found.decoder.vocab, manifest.embedding.vocab),
         ("hidden size", found.decoder.hidden, manifest.embedding.hidden),
         ("layers", found.decoder.layers, len({_layer(cache) for cache in manifest.cache})),
         ("image token", found.image_token_id, manifest.image_token_id),
-        ("visual tokens", found.visual_tokens * counts.num_images * counts.crops, counts.visual_tokens),
-        ("projector", found.projector_act is not None, _projects(manifest)),
-        ("separators", found.newline, counts.separators > 0),
+        ("visual tokens", sum(p.visual_tokens for p in pictures), manifest.counts.visual_tokens),
+        ("projector", not found.reads_features, bool(manifest.image_rows)),
+        ("separators", _separators(pictures), _separators(manifest.pictures)),
     ):
         if theirs != ours:
             raise CheckpointError(
@@ -146,11 +155,14 @@ def check_fits(manifest: manifests.Manifest, folder: Path) -> None:
             )
 
 
+def _separators(pictures: Sequence[Picture]) -> bool:
+    return any(picture.rows("separator") for picture in pictures)
+
+
 def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
     """Seeded prompts of several lengths, with the images at several places, on noise pictures."""
     rng, manifest = np.random.default_rng(seed), pipe.manifest
-    room, images = manifest.counts.text_tokens, manifest.counts.num_images
-    wanted = next(g for g in manifest.graphs if g.role == "image").inputs[0].shape
+    room, images = manifest.counts.text_tokens, len(manifest.pictures)
     found = []
     for name, text, before in (
         ("short", min(6, room), 1),
@@ -161,8 +173,11 @@ def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
         ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
         before = min(before, text - 1)
         prompt = [*ids[:before], *[manifest.image_token_id] * images, *ids[before:]]
-        pixels = rng.standard_normal((images * manifest.counts.crops, *wanted[1:])).astype(np.float32)
-        found.append(Case(name=name, prompt=tuple(int(i) for i in prompt), pixels=pixels))
+        shapes = [(p.views.count, 3, *view_size(p.views)[::-1]) for p in manifest.pictures]
+        pixels = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        same = len({shape[1:] for shape in shapes}) == 1
+        joined = np.concatenate(pixels) if same else pixels
+        found.append(Case(name=name, prompt=tuple(int(i) for i in prompt), pixels=joined))
     return found
 
 
@@ -170,11 +185,10 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     """Every comparison of one case. Each graph is fed what PyTorch had, so that a difference shows where it arises."""
     manifest = pipe.manifest
     run = references.module(manifest.method).run
-    pixels = torch.from_numpy(case.pixels)
+    pixels = references.pixels(case.pixels)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
     rows = _vision(pipe, case, expected) + _image_kv(pipe, case, expected)
-    embeds = _separated(pipe, expected.image_embeds.numpy()) if _projects(manifest) else None
-    inputs = pipe.prefill_inputs(case.prompt, embeds)
+    inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected))
     rows += _caches(pipe, case, expected, inputs)
     pipe.forget_images()  # caches may hold what PyTorch made of them
     answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
@@ -189,7 +203,8 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
 def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
     """What PyTorch says of a case."""
     run = references.module(pipe.manifest.method).run
-    found: Reference = run(model, pipe.manifest.method_config, case.prompt, torch.from_numpy(case.pixels), steps)
+    pixels = references.pixels(case.pixels)
+    found: Reference = run(model, pipe.manifest.method_config, case.prompt, pixels, steps)
     return found
 
 
@@ -233,19 +248,24 @@ def _apart(tokens: list[int], logits: Array | None, wanted: list[int], reference
     return _error(logits[: same + 1], reference[: same + 1]), same
 
 
-def _projects(manifest: manifests.Manifest) -> bool:
-    """Whether images have rows in the prompt; else the decoder's layers read their features."""
-    return any(t.name == "image_embeds" for t in manifest.graph("vision").outputs)
-
-
 def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
-    outputs = [pipe.run_graph("vision", {"pixel_values": picture[None]}) for picture in case.pixels]
-    features = np.concatenate([o["image_features"] for o in outputs])
-    rows = [_close(pipe, case, "vision", features, expected.image_features)]
-    if _projects(pipe.manifest):
-        tokens = expected.image_features.shape[1]  # without the separator after them
-        embeds = np.concatenate([o["image_embeds"][0, :tokens] for o in outputs])
-        rows.append(_close(pipe, case, "projector", embeds, expected.image_embeds))
+    """The image graphs of every picture: what the projector reads, and the rows that the decoder reads."""
+    features, found = [], dict[str, list[Array]]()
+    for one in media(pipe.manifest, case.pixels if isinstance(case.pixels, np.ndarray) else list(case.pixels)):
+        for view in one.pixels:
+            outputs = pipe.run_graph(one.picture.graphs[0], {"pixel_values": view[None]})
+            features.append(outputs["image_features"][0])
+            for name in pipe.manifest.image_rows:
+                found.setdefault(name, []).append(outputs[name][0])
+    joined = expected.image_features.flatten(0, -2)
+    rows = [_close(pipe, case, "vision", np.concatenate(features), joined)]
+    if not found:
+        return rows
+    own = np.concatenate(found["image_embeds"])
+    kinds = [np.full(run.rows, run.kind == "visual") for p in pipe.manifest.pictures for run in p.runs]
+    rows.append(_close(pipe, case, "projector", own[np.concatenate(kinds)], expected.image_embeds))
+    for name, wanted in expected.injected.items():
+        rows.append(_close(pipe, case, name, np.concatenate(found[name]), wanted))
     return rows
 
 
@@ -253,7 +273,7 @@ def _image_kv(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
     """What caches hold of images before the prompt's rows, made from PyTorch's own features."""
     if expected.image_kv is None:
         return []
-    graphs = [g for g in pipe.manifest.graphs if g.role == "image" and g.name != "vision"]
+    graphs = [g for g in pipe.manifest.role("image") if not any(g.name in p.graphs for p in pipe.manifest.pictures)]
     features = expected.image_features.flatten(0, 1).numpy()[None]
     given = {"image_features": features, "write_index": np.zeros(1, np.int64)}
     outputs: dict[str, Array] = {}
@@ -332,14 +352,17 @@ def _worst(pipe: Pipeline, case: Case, stage: str, found: list[tuple[manifests.C
     return Row(case=case.name, stage=stage, figure=figure, bound=bound, passed=first is None, note=note)
 
 
-def _separated(pipe: Pipeline, embeds: Array) -> Array:
-    """Visual tokens of all crops [V, D] with the bundle's separator, as the vision graph left it, after each crop's."""
-    counts = pipe.manifest.counts
-    if not counts.separators:
-        return embeds
-    separator = pipe.buffer("vision", "image_embeds").read()[0, -1:]
-    crops = np.split(embeds, counts.separators)
-    return np.concatenate([row for crop in crops for row in (crop, separator)])
+def _image_rows(pipe: Pipeline, expected: Reference) -> dict[str, Array]:
+    """PyTorch's rows of all images, with the bundle's separators, as the vision graph left them, where it has some."""
+    if not pipe.manifest.image_rows:
+        return {}
+    runs = [run for p in pipe.manifest.pictures for run in p.runs if run.kind != "text"]
+    kinds = np.concatenate([np.full(run.rows, run.kind == "visual") for run in runs])
+    embeds = np.zeros((len(kinds), pipe.manifest.embedding.hidden), np.float32)
+    embeds[kinds] = expected.image_embeds.numpy()
+    if not kinds.all():
+        embeds[~kinds] = pipe.buffer("vision", "image_embeds").read()[0, -1:]
+    return {"image_embeds": embeds} | {name: wanted.numpy() for name, wanted in expected.injected.items()}
 
 
 def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str, Array]) -> tuple[list[Row], Array]:
@@ -380,7 +403,8 @@ def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], hidde
     """Kept rows must be the hidden rows of text and kept tokens, in sequence order, with their own positions."""
     slots = np.sort(np.concatenate([inputs["text_index"], inputs["visual_index"][np.sort(kept)]]))
     last = int(inputs["last_index"][0]) - (len(inputs["visual_index"]) - len(kept))
-    wrong = int((select["kept_position_ids"][0] != slots).sum()) + int((np.sort(kept) != kept).sum())
+    wrong = int((select["kept_position_ids"] != inputs["position_ids"][:, slots]).any(0).sum())
+    wrong += int((np.sort(kept) != kept).sum())
     wrong += int((select["kept_hidden"][0] != hidden[slots]).any(1).sum())
     wrong += int(select["kept_last_index"][0] != last)
     return Row(case=case.name, stage="kept order", figure=wrong, bound=0, passed=wrong == 0)
@@ -448,7 +472,8 @@ def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, se
     os.replace(partial, bundle / name)
 
 
-def _digest(values: Array) -> str:
+def _digest(values: Array | Sequence[Array]) -> str:
     import hashlib
 
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    parts = [values] if isinstance(values, np.ndarray) else values
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from lvlm_edge.exporter import planning, references
 from lvlm_edge.exporter.bundles import atomic, pack
 from lvlm_edge.exporter.checkpoints import checkpoint, preprocess, quantise, spec, text
-from lvlm_edge.exporter.checkpoints.checkpoint import Stored
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, Stored
 from lvlm_edge.exporter.checkpoints.quantise import Format
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.references import original
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError, nearest
 from lvlm_edge.runtime.image import open_image

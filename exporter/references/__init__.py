@@ -6,7 +6,8 @@ Each module has `run(model, method_config, prompt, pixels, steps, kept=None) -> 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import pkgutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
-from lvlm_edge.exporter.references import original, quantised, stored
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
+from lvlm_edge.exporter.references import families, original, quantised, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Reference:
         kept: ascending indices of the kept visual tokens, [k]; None likewise.
         cache: keys and values per layer after prefill, [H_kv, rows, d], without HiMix's images; None where not told.
         image_kv: keys and values of the images in every layer, [L, 2, H_kv, N, d]; HiMix's only.
+        injected: what is added to the images' rows after decoder layers, [rows of images, D], by the names of the
+            graphs' outputs.
     """
 
     image_features: Tensor
@@ -44,9 +47,10 @@ class Reference:
     kept: Tensor | None = None
     cache: list[tuple[Tensor, Tensor]] | None = None
     image_kv: Tensor | None = None
+    injected: dict[str, Tensor] = field(default_factory=dict)
 
 
-__all__ = ["Reference", "load", "module", "quantised"]
+__all__ = ["Reference", "load", "module", "pixels", "quantised"]
 
 
 def module(method: str) -> ModuleType:
@@ -54,11 +58,18 @@ def module(method: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{method}")
 
 
+def pixels(values: Any) -> Any:
+    """Pixel values as the references take them: a tensor where all images have one size, else a list of tensors."""
+    found = [torch.from_numpy(part) for part in (values if isinstance(values, list | tuple) else [values])]
+    return torch.cat(found) if len({part.shape[1:] for part in found}) == 1 else found
+
+
 def load(folder: Path) -> Any:
     """A checkpoint on transformers' modules, float32, eager attention.
 
     Returns:
-        Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`.
+        Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`: that of the file of
+        `references/families` named as `model_type`, or LLaVA's original layouts.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -69,8 +80,11 @@ def load(folder: Path) -> Any:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if original.known(read_json(folder / "config.json")):
+        config = read_json(folder / "config.json")
+        if original.known(config):
             return original.load(folder)
+        if config["model_type"] in [m.name for m in pkgutil.iter_modules(families.__path__)]:
+            return importlib.import_module(f"{families.__name__}.{config['model_type']}").load(folder)
         if stored.quantised(folder) is not None:
             return _dequantised(folder)
         model = LlavaForConditionalGeneration.from_pretrained(

@@ -16,7 +16,7 @@ def run(
     model: Any,
     method_config: dict[str, Any],
     prompt: Sequence[int],
-    pixels: Tensor,
+    pixels: Any,
     steps: int,
     kept: Tensor | None = None,
 ) -> Reference:
@@ -29,14 +29,13 @@ def run(
     from transformers import DynamicCache
 
     m = original.view(model)
-    decoder = m.decoder
-    features, embeds, inputs, images = m.read(prompt, pixels)
-    rows, visual = inputs[None], images.nonzero()[:, 0]
+    decoder, read = m.decoder, m.lay_out(prompt, pixels)
+    images, visual = read.images, read.images.nonzero()[:, 0]
+    added = [_spread(rows, images) for rows in read.injected]
 
     k, cache = method_config["prune_layer"], DynamicCache()
-    positions = torch.arange(len(images))[None]
     with original.recorded(decoder.layers[k - 1].self_attn, lambda i, o: o[1]) as attention:
-        hidden = _layers(decoder, range(k), rows, positions, cache)
+        hidden = _layers(decoder, range(k), read.rows[None], read.positions, cache, added)
     score = attention[0][0, :, -1].mean(0)[visual]
     count = method_config["keep_tokens"]
     count = round(len(visual) * method_config["keep_ratio"]) if count is None else count
@@ -44,28 +43,42 @@ def run(
     chosen = best if kept is None else kept
     stays = ~images
     stays[visual[chosen]] = True
-    last = _layers(decoder, range(k, len(decoder.layers)), hidden[:, stays], positions[:, stays], cache)
+    added = [rows[stays] for rows in added]
+    positions = read.positions[..., stays]
+    last = _layers(decoder, range(k, len(decoder.layers)), hidden[:, stays], positions, cache, added)
 
     logits, tokens = [], []
     for step in range(steps):
         logits.append(m.logits(last[0]))
         tokens.append(int(logits[-1].argmax()))
         if step + 1 < steps:
-            row = m.embed(tokens[-1:])[None]
-            last = _layers(decoder, range(len(decoder.layers)), row, torch.tensor([[len(images) + step]]), cache)
+            row, position = m.embed(tokens[-1:])[None], m.at(read.next + step)
+            last = _layers(decoder, range(len(decoder.layers)), row, position, cache, [])
     return Reference(
-        image_features=features,
-        image_embeds=embeds,
+        image_features=read.features,
+        image_embeds=read.embeds,
         logits=torch.stack(logits),
         tokens=tokens,
         hidden=hidden[0],
         score=score,
         kept=best,
+        injected={f"deepstack.{i}": rows for i, rows in enumerate(read.injected)},
     )
 
 
-def _layers(decoder: Any, layers: range, x: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Some layers of the decoder over rows x, which come after what the cache holds."""
+def _spread(rows: Tensor, images: Tensor) -> Tensor:
+    """Rows of images among those of the whole prompt, [n, D]; zeros at text."""
+    found = torch.zeros(len(images), rows.shape[1], dtype=rows.dtype)
+    found[images] = rows
+    return found
+
+
+def _layers(decoder: Any, layers: range, x: Tensor, positions: Tensor, cache: Any, added: Sequence[Tensor]) -> Tensor:
+    """Some layers of the decoder over rows x, which come after what the cache holds.
+
+    Args:
+        added: what is added to the rows after layers 0, 1, ..., [n, D] each.
+    """
     n = x.shape[1]
     mask = torch.full((n, n), float("-inf")).triu(1)[None, None] if n > 1 else None
     rope = decoder.rotary_emb(x, positions)
@@ -73,4 +86,6 @@ def _layers(decoder: Any, layers: range, x: Tensor, positions: Tensor, cache: An
         x = decoder.layers[i](
             x, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rope
         )
+        if i < len(added):
+            x = x + added[i]
     return x

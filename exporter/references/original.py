@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_edge.exporter.checkpoints import checkpoint
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.references import stored as stored_tensors
 
 DECODERS = {
@@ -37,6 +38,29 @@ OWN = ("image_newline", "vision_mlp_layers.", "proxyv_initializer.")  # tensors 
 HIMIX = ("k_proj_img", "v_proj_img", "input_layernorm_img")
 IMAGE = -200  # LLaVA's placeholder; its configs do not say so
 Cache = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What the decoder reads of a prompt, and where its rows are. All in the model's precision.
+
+    Attributes:
+        features: what the projector reads, [images, V, D_v], or of all images together [V, D_v].
+        embeds: what the decoder reads of it, without separators, [images * V, D].
+        rows: the decoder's rows in logical order, [n, D].
+        images: which of them are the images', bool [n].
+        positions: as the decoder's rotary embedding takes them: [1, n], or [3, 1, n].
+        next: position of the first generated token.
+        injected: what is added to the images' rows after decoder layers 0, 1, ..., [rows of images, D] each.
+    """
+
+    features: Tensor
+    embeds: Tensor
+    rows: Tensor
+    images: Tensor
+    positions: Tensor
+    next: int
+    injected: tuple[Tensor, ...] = ()
 
 
 class Original:
@@ -84,7 +108,7 @@ class Original:
         self.extra = {name: tensor.double() for name, tensor in self.extra.items()}
         return self
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Any) -> tuple[Tensor, Tensor]:
         """Features [crops, V, D_v], and what the decoder reads of them without newlines, [crops * V, D]."""
         weight = self.language.lm_head.weight
         states = self.tower(pixels.to(weight.dtype), output_hidden_states=True).hidden_states
@@ -116,6 +140,37 @@ class Original:
             visual += [token == self.image_token_id] * len(row)
         return features, embeds, torch.cat(rows), torch.tensor(visual)
 
+    def lay_out(self, prompt: Sequence[int], pixels: Any) -> Read:
+        """A prompt as the decoder reads it; positions are numbers of rows."""
+        features, embeds, rows, images = self.read(prompt, pixels)
+        positions = torch.arange(len(rows))[None]
+        return Read(features=features, embeds=embeds, rows=rows, images=images, positions=positions, next=len(rows))
+
+    def at(self, position: int) -> Tensor:
+        """The position of one generated token, as the decoder's rotary embedding takes it."""
+        return torch.tensor([[position]])
+
+    def answer(self, prompt: Sequence[int], pixels: Any, steps: int) -> tuple[list[int], Tensor]:
+        """Greedy tokens of stock `generate`, end-of-sequence ignored, and their logits [steps, vocab]."""
+        rows = self.lay_out(prompt, pixels).rows
+        return generated(self.language, steps, {"inputs_embeds": rows[None]}, len(rows))
+
+    @property
+    def answers(self) -> bool:
+        """Whether transformers can run the model as a whole."""
+        return self.projector is not None
+
+    def attend_with(self, implementation: str) -> None:
+        """Choose transformers' implementation of attention."""
+        for part in (self.tower, self.language):
+            part.set_attn_implementation(implementation)
+
+    def prefill(self, prompt: Sequence[int], pixels: Any) -> tuple[Any, Any]:
+        """Stock output for a prompt, and a function of (token [1, 1], cache) that gives that of one more token."""
+        rows = self.lay_out(prompt, pixels).rows
+        out = self.language(inputs_embeds=rows[None], use_cache=True, logits_to_keep=1)
+        return out, lambda token, cache: self.language(input_ids=token, past_key_values=cache, use_cache=True)
+
     def logits(self, row: Tensor) -> Tensor:
         """Logits of the last of some rows, [vocab]."""
         found: Tensor = self.language.lm_head(self.decoder.norm(row[-1]))
@@ -140,10 +195,46 @@ class Hub(Original):
         )
         self.whole = model
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Any) -> tuple[Tensor, Tensor]:
         with recorded(self.projector, lambda i, o: i[0]) as features:
             embeds = torch.cat(list(self.whole.model.get_image_features(pixels).pooler_output))
         return features[0], embeds
+
+    def answer(self, prompt: Sequence[int], pixels: Any, steps: int) -> tuple[list[int], Tensor]:
+        ids = self._expanded(prompt, pixels)
+        return generated(self.whole, steps, {"input_ids": ids, "pixel_values": pixels}, ids.shape[1])
+
+    def attend_with(self, implementation: str) -> None:
+        self.whole.set_attn_implementation(implementation)
+
+    def prefill(self, prompt: Sequence[int], pixels: Any) -> tuple[Any, Any]:
+        ids = self._expanded(prompt, pixels)
+        out = self.whole(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        return out, lambda token, cache: self.whole(input_ids=token, past_key_values=cache, use_cache=True)
+
+    def _expanded(self, prompt: Sequence[int], pixels: Any) -> Tensor:
+        """Token ids with the image token once per visual token, [1, n]."""
+        vision = self.whole.config.vision_config
+        each = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
+        each -= self.whole.config.vision_feature_select_strategy == "default"
+        return torch.tensor([[t for i in prompt for t in ([i] * each if i == self.image_token_id else [i])]])
+
+
+def generated(model: Any, steps: int, given: dict[str, Any], rows: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens of stock `generate` and their logits [steps, vocab], end-of-sequence ignored."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+    settings = GenerationConfig(
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    out = model.generate(**given, attention_mask=torch.ones(1, rows, dtype=torch.int64), generation_config=settings)
+    return out.sequences[0, -steps:].tolist(), torch.cat(out.logits)
 
 
 def view(model: Any) -> Original:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lvlm_edge.exporter.checkpoints import checkpoint
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError, read_json
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 
 Array = NDArray[Any]
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # the channel that stands at each place of a word

@@ -373,7 +373,7 @@ def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, d
 def _runs(graph: Graph, manifest: Manifest) -> int:
     """How often a prompt runs a graph: that of the pixels once per crop."""
     seen = any(info.name == "pixel_values" for info in graph.inputs)
-    return manifest.counts.num_images * manifest.counts.crops if seen else 1
+    return sum(p.views.count for p in manifest.pictures if graph.name in p.graphs) if seen else 1
 
 
 def cache_bytes(manifest: Manifest, contender: Contender) -> float:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime import Pipeline, views
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
 
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 MATRIX = (1024, 2048, 2048)  # rows, inner, columns of the product that gives the matrix rate: 8.6 GFLOP
 VECTOR = (8192, 8192)  # the matrix that gives the bandwidth: 268 MB, far more than a cache holds
 TRIES = 3  # of each rate per turn
-PICTURE = (640, 480)  # of random pictures, where no canvas is prescribed: width, height
+PICTURE = (640, 480)  # of random pictures, where every picture belongs on the canvas: width, height
 RATES = "rates"
 
 
@@ -95,21 +95,17 @@ def prompt(manifest: Manifest, seed: int, text_tokens: int) -> tuple[list[int], 
     ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
     before = text_tokens // 3
     whole = [*ids[:before], *[manifest.image_token_id] * counts.num_images, *ids[before:]]
-    width, height = manifest.image.canvas or PICTURE
-    pictures = [
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(counts.num_images)
-    ]
+    pictures = []
+    for planned in manifest.pictures:
+        canvas = planned.views.canvas
+        width, height = PICTURE if canvas.rule == "any" else canvas.size
+        pictures.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
     return [int(i) for i in whole], pictures
 
 
-def pixels(manifest: Manifest, pictures: Sequence[Any]) -> Array:
-    """What the encoder sees of pictures, float32 [crops, 3, H, W]."""
-    from lvlm_edge.runtime.image import preprocess, tiled
-
-    config = manifest.image
-    if config.tiles is None or config.canvas is None:
-        return np.concatenate([preprocess(p, config.preprocessing) for p in pictures])
-    return np.concatenate([tiled(p, config.preprocessing, config.canvas, config.tiles) for p in pictures])
+def pixels(manifest: Manifest, pictures: Sequence[Any]) -> list[Array]:
+    """What the encoder sees of the planned pictures, float32 [views, 3, H, W] each."""
+    return [views.pixels(p, one.views) for p, one in zip(pictures, manifest.pictures, strict=True)]
 
 
 class _BundleRunner:
@@ -170,33 +166,33 @@ class _TorchRunner:
         from lvlm_edge.exporter.references import original
 
         torch.set_num_threads(contender.threads)
-        self._contender, self._manifest = contender, open_bundle(contender.bundle, verify=False).manifest
+        bundle = open_bundle(contender.bundle, verify=False)
+        self._contender, self._manifest = contender, bundle.manifest
         folder = Path(contender.folder)
-        parity.check_fits(self._manifest, folder)
-        self._model = references.load(folder)
-        self._hub = not isinstance(self._model, original.Original)
-        if not self._hub and self._model.projector is None:
+        parity.check_fits(bundle, folder)
+        self._view = original.view(references.load(folder))
+        if not self._view.answers:
             raise UnsupportedError(
                 f"{folder}: transformers cannot run HiMix's layers, so there is nothing to time; leave out --against"
             )
-        for part in (self._model,) if self._hub else (self._model.tower, self._model.language):
-            part.set_attn_implementation("sdpa")
+        self._view.attend_with("sdpa")
         self.about: dict[str, Any] = {"method": "none", "dtype": "float32", "source": str(folder)}
 
     def ask(self, seed: int) -> dict[str, Any]:
         import torch
 
+        from lvlm_edge.exporter import references
+
         ids, pictures = prompt(self._manifest, seed, self._contender.text_tokens)
         with torch.no_grad():
             began = time.perf_counter()
-            seen = torch.from_numpy(pixels(self._manifest, pictures))
+            seen = references.pixels(pixels(self._manifest, pictures))
             prepared = time.perf_counter() - began
-            out = self._prefill(ids, seen)
+            out, step = self._view.prefill(ids, seen)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             first = time.perf_counter() - began
-            language = self._model if self._hub else self._model.language
             for _ in range(self._contender.new_tokens - 1):
-                out = language(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = step(token, out.past_key_values)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
             whole = time.perf_counter() - began
         return {
@@ -205,17 +201,6 @@ class _TorchRunner:
             "decode": (whole - first) / (self._contender.new_tokens - 1),
             **memory(),
         }
-
-    def _prefill(self, ids: Sequence[int], seen: Any) -> Any:
-        import torch
-
-        if not self._hub:
-            rows = self._model.read(ids, seen)[2]
-            return self._model.language(inputs_embeds=rows[None], use_cache=True, logits_to_keep=1)
-        counts, image = self._manifest.counts, self._manifest.image_token_id
-        count = counts.visual_tokens // counts.num_images
-        tokens = torch.tensor([[t for i in ids for t in ([i] * count if i == image else [i])]])
-        return self._model(input_ids=tokens, pixel_values=seen, use_cache=True, logits_to_keep=1)
 
 
 class _RatesRunner:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export
 from lvlm_edge.exporter.checkpoints import spec
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export, plan, planning, references
 from lvlm_edge.exporter.checkpoints import spec
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lvlm_edge.exporter import export
 from lvlm_edge.exporter.bundles import atomic
 from lvlm_edge.exporter.checkpoints import quantise
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from tests import tiny

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export, plan, planning
 from lvlm_edge.exporter.checkpoints import checkpoint, spec
-from lvlm_edge.exporter.checkpoints.spec import CheckpointError
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.families import tinyllava
 from lvlm_edge.exporter.graphs import blocks, parts
 from lvlm_edge.runtime import Pipeline

@@ -1,0 +1,149 @@
+"""What an export is asked for: capacities and settings, whose fields are the flags of the command line.
+
+A field's metadata holds the flag's help and, where it takes one of several words, these words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lvlm_edge.exporter.checkpoints import quantise
+from lvlm_edge.runtime.bundle import FORMATS, WIDTHS, WeightFormats
+from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+
+FLOAT = "float"  # matrices in the bundle's dtype, also where the checkpoint's are integers
+WEIGHTS = (*FORMATS, FLOAT)
+MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
+Size = tuple[int, int]
+
+T = TypeVar("T")
+
+
+class PlanError(UsageError):
+    """A method's setting or a capacity is out of range."""
+
+
+def setting(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A field with its help text, and the words that it takes."""
+    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a prompt and its answer may hold; fixed at export."""
+
+    num_images: int = setting(1, "Images in a prompt.")
+    max_text_tokens: int = setting(
+        256, "Text tokens of a prompt, before and after the images, begin-of-sequence included."
+    )
+    max_new_tokens: int = setting(128, "Tokens of an answer.")
+    image_size: tuple[Size, ...] = setting(
+        (),
+        "Width and height of the pictures to come, in pixels, for checkpoints whose visual tokens depend on it. Repeat "
+        "it for pictures of several sizes in one prompt.",
+        metavar="WxH",
+    )
+    grid: tuple[int, int] | None = setting(
+        None, "Rows and columns of any-resolution tiles, instead of --image-size.", metavar="RxC"
+    )
+
+    def __post_init__(self) -> None:
+        given: Any = self.image_size
+        if len(given) == 2 and all(isinstance(side, int) for side in given):  # one size, as (width, height)
+            given = (given,)
+        object.__setattr__(self, "image_size", tuple(tuple(size) for size in given))
+        for name in ("num_images", "max_text_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise PlanError(f"plan: {name} is {value}, expected at least 1; raise --{name.replace('_', '-')}")
+        for width, height in self.image_size:
+            if min(width, height) < 1:
+                raise PlanError(f"plan: --image-size is {width}x{height}; give width x height in pixels")
+        if self.image_size and self.grid is not None:
+            raise PlanError("plan: --image-size and --grid both decide the tiles; give one of them")
+        if len(self.image_size) > 1 and len(self.image_size) != self.num_images:
+            if self.num_images != 1:
+                raise PlanError(
+                    f"plan: {len(self.image_size)} sizes of pictures for {self.num_images} images; give one "
+                    "--image-size for all, or one for each"
+                )
+            object.__setattr__(self, "num_images", len(self.image_size))
+
+    @property
+    def sizes(self) -> tuple[Size | None, ...]:
+        """The size of each planned image; None where none was given."""
+        if not self.image_size:
+            return (None,) * self.num_images
+        return self.image_size if len(self.image_size) > 1 else self.image_size * self.num_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Precision, formats and lowering of an export."""
+
+    dtype: str = setting("float32", "Precision of activations, caches and unquantised weights.", tuple(WIDTHS))
+    vision_dtype: str | None = setting(
+        None,
+        "Precision of the vision encoder and projector, by default that of --dtype. Trained encoders of some families "
+        "overflow in float16.",
+        tuple(WIDTHS),
+    )
+    lowering: str = setting(
+        "modern",
+        "ONNX operators of the graphs: modern (opset 24) or legacy (opset 18, TensorRT 10.3).",
+        ("modern", "legacy"),
+    )
+    share_weights: bool = setting(
+        False, "Prompt and decode run in the same graphs: an engine holds one copy of the weights, for small boards."
+    )
+    max_graph_gb: float = setting(
+        MAX_GRAPH_GB, "Weights that one decoder graph may hold, in GB; a larger decoder is split into several graphs."
+    )
+    weights: str = setting(
+        "as-is",
+        "Format of the decoder's matrices: as-is (also integers that the checkpoint stores), float (dequantize), int8 "
+        "(a scale per output channel) or int4 (a scale per block of input channels).",
+        WEIGHTS,
+    )
+    vision_weights: str = setting(
+        "as-is", "Format of the vision encoder's and projector's matrices: as-is, float, int8 or int4.", WEIGHTS
+    )
+    head_weights: str | None = setting(
+        None,
+        "Format of lm_head's matrix: as-is, float, int8 or int4; by default int8 where the decoder's matrices are "
+        "int8 or int4, else the decoder's format.",
+        WEIGHTS,
+    )
+    block_size: int = setting(128, "Input channels that share an INT4 scale: 128 where it divides them, or 32.")
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "vision_dtype"):
+            value = getattr(self, name)
+            if value not in WIDTHS and not (name == "vision_dtype" and value is None):
+                raise UnsupportedError(f"{name}: {value!r} is not supported; {nearest(str(value), WIDTHS)}")
+        if not self.max_graph_gb > 0:
+            raise PlanError(f"plan: max_graph_gb is {self.max_graph_gb:g}, expected more than 0; raise --max-graph-gb")
+        for name in ("weights", "vision_weights", "head_weights"):
+            value = getattr(self, name)
+            if value not in WEIGHTS and not (name == "head_weights" and value is None):
+                raise UnsupportedError(f"{name}: {value!r} is not supported; {nearest(str(value), WEIGHTS)}")
+        if self.block_size not in quantise.BLOCKS:
+            raise PlanError(f"block_size: {self.block_size}, expected 32 or 128")
+
+    @property
+    def requested(self) -> WeightFormats:
+        """The formats that are asked for; `float` and `as-is` differ where the checkpoint has integers."""
+        head = self.head_weights
+        if head is None:
+            head = self.weights if self.weights in ("as-is", FLOAT) else "int8"
+        return WeightFormats(decoder=self.weights, vision=self.vision_weights, head=head, block=self.block_size)
+
+
+def fold(record: type[T], options: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
+    """A record from the keyword options that are its fields, and the options that are not; None means not given."""
+    names = {f.name for f in dataclasses.fields(record)}  # type: ignore[arg-type]
+    own = {key: value for key, value in options.items() if key in names and value is not None}
+    return record(**own), {key: value for key, value in options.items() if key not in names}

@@ -1,0 +1,192 @@
+"""Bundles on disk: a folder of `manifest.json`, one ONNX file per graph, one file of weights, tokenizer files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lvlm_edge.runtime.bundle.manifest import SCHEMA, WIDTHS, FileInfo, Manifest, problems
+from lvlm_edge.runtime.bundle.schema import parse
+from lvlm_edge.runtime.errors import BundleError, UsageError
+
+MANIFEST = "manifest.json"
+CERTIFICATE = "certificate.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder, its checked manifest, and the name of the manifest's file."""
+
+    folder: Path
+    manifest: Manifest
+    name: str = MANIFEST
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | None = None) -> Bundle:
+    """Read and check a bundle.
+
+    Args:
+        folder: the bundle.
+        verify: hash every file; without it only presence and size are checked.
+        keep_ratio: which of the keep ratios that it holds; None for the one it was exported with.
+
+    Raises:
+        BundleError: not a bundle, another schema, or a file missing, altered or outside the folder.
+        UsageError: it does not hold the ratio.
+    """
+    folder = Path(folder)
+    bundle = Bundle(folder, load_manifest(folder))
+    if keep_ratio is not None and bundle.manifest.method_config.get("keep_ratio") != keep_ratio:
+        name = _held(folder, keep_ratio)
+        bundle = Bundle(folder, load_manifest(folder, name), name)
+    for name, info in bundle.manifest.files.items():
+        _check_file(folder, name, info, verify)
+    _check_references(bundle)
+    return bundle
+
+
+def manifest_name(keep_ratio: float) -> str:
+    """File of the manifest of a keep ratio that was added to a bundle."""
+    return f"manifest.keep-{keep_ratio:g}.json"
+
+
+def certificate_name(manifest: str) -> str:
+    """File of the certificate that speaks of a manifest."""
+    return manifest.replace("manifest", "certificate", 1)
+
+
+def keep_ratios(folder: Path) -> list[float]:
+    """The keep ratios that a bundle holds, that of its export first; none where its method keeps everything."""
+    own = load_manifest(folder).method_config.get("keep_ratio")
+    if own is None:
+        return []
+    names = [path.name for path in folder.glob("manifest.keep-*.json")]
+    added = [name.removeprefix("manifest.keep-").removesuffix(".json") for name in names]
+    return [own, *sorted((float(name) for name in added if _is_number(name)), reverse=True)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _held(folder: Path, keep_ratio: float) -> str:
+    """The manifest's file of a keep ratio."""
+    found = keep_ratios(folder)
+    if keep_ratio not in found:
+        held = f"holds keep ratio {', '.join(f'{r:g}' for r in found)}" if found else "keeps every visual token"
+        raise UsageError(
+            f"{folder}: {held}, not {keep_ratio:g}; choose one of them, or add it with lvlm-edge export "
+            f"--add-keep-ratio {keep_ratio:g} {folder}"
+        )
+    return manifest_name(keep_ratio)
+
+
+def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """The manifest of a bundle, its own structure checked but not the files it names.
+
+    Args:
+        name: its file.
+
+    Raises:
+        BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
+    """
+    path = folder / name
+    if not path.is_file() or path.is_symlink():
+        found = f"has no {name} of its own" if folder.is_dir() else "is no folder"
+        raise BundleError(f"{folder}: {found}; give a bundle made by `lvlm-edge export`")
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (OSError, RecursionError, ValueError) as error:
+        raise BundleError(f"{path}: is not JSON ({error}); export or copy the bundle again") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise BundleError(f"{path}: schema {schema} is newer than this version reads ({SCHEMA}); upgrade lvlm-edge")
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{path}: schema is {schema!r}, expected {SCHEMA}; make a new bundle: lvlm-edge export CHECKPOINT -o BUNDLE"
+        )
+    try:
+        manifest: Manifest = parse(Manifest, content, "manifest")
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{path}: {error}; export the bundle again") from error
+    for what in problems(manifest):
+        raise BundleError(f"{path}: {what}; export the bundle again")
+    return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into a folder."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> None:
+    path = folder / safe_name(name)
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: is a link, expected a file inside the bundle; export or copy the bundle again")
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing; export or copy the bundle again")
+    size = path.stat().st_size
+    if size != info.size:
+        raise BundleError(f"{path}: has {size} bytes, the manifest says {info.size}; export or copy the bundle again")
+    if verify and sha256(path) != info.sha256:
+        raise BundleError(f"{path}: was altered (its sha256 is not the manifest's); export or copy the bundle again")
+
+
+def safe_name(name: str) -> str:
+    """The name, if it stays inside the bundle.
+
+    Raises:
+        BundleError: an absolute path, or one with `..`.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise BundleError(f"manifest: file {name!r} points outside the bundle; do not use this bundle")
+    if not name.isprintable() or len(name) > 200:
+        raise BundleError(f"manifest: {name[:40]!r} is no name of a file; export the bundle again")
+    return name
+
+
+def _check_references(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    named = [g.file for graphs in (manifest.graphs, *manifest.variants.values()) for g in graphs] + [
+        manifest.weights,
+        manifest.embedding.file,
+    ]
+    if manifest.text is not None:
+        named += [manifest.text.tokenizer, manifest.text.chat_template]
+    for name in named:
+        if name not in manifest.files:
+            raise BundleError(f"manifest: names {name!r}, which is not in its list of files; export the bundle again")
+    table = manifest.embedding
+    width = WIDTHS.get(table.dtype)
+    if width is None:
+        raise BundleError(
+            f"manifest: embedding dtype is {table.dtype!r}, expected {' or '.join(WIDTHS)}; export the bundle again"
+        )
+    end = table.offset + table.vocab * table.hidden * width
+    if end > manifest.files[table.file].size or min(table.offset, table.vocab - 1, table.hidden - 1) < 0:
+        raise BundleError(f"manifest: the embedding reaches past the end of {table.file}; export the bundle again")
