@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -265,6 +265,28 @@ def keep_ratios(folder: Path) -> list[float]:
     names = [path.name for path in folder.glob("manifest.keep-*.json")]
     added = [name.removeprefix("manifest.keep-").removesuffix(".json") for name in names]
     return [own, *sorted((float(name) for name in added if _is_number(name)), reverse=True)]
+
+
+def shared_files(folder: Path, ratios: Iterable[float]) -> dict[str, Any]:
+    """Which keep ratios of a bundle read which bytes.
+
+    Returns:
+        `files`: of every file its size, its sha256 and the `keep_ratios` that need it. `beyond_weights`: bytes of a
+        ratio's files that no ratio before it has, weights left out.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UsageError: the bundle lacks a ratio.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    beyond = {}
+    for ratio in ratios:
+        manifest = open_bundle(folder, verify=False, keep_ratio=ratio).manifest
+        new = [name for name in manifest.files if name not in files]
+        beyond[f"{ratio:g}"] = sum(manifest.files[name].size for name in new if name != manifest.weights)
+        for name, info in manifest.files.items():
+            files.setdefault(name, {**dataclasses.asdict(info), "keep_ratios": []})["keep_ratios"].append(ratio)
+    return {"files": files, "beyond_weights": beyond}
 
 
 def _is_number(text: str) -> bool:

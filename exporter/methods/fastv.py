@@ -6,7 +6,7 @@ attention of the last prompt token alone. Ranked once, in prefill; kept tokens k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,16 @@ SHARES_WEIGHTS = True  # prompt and decode can run in the same graphs
 class Config:
     """FastV's two knobs, the second as a share or as a count."""
 
-    prune_layer: int = 2  # K in the paper: layers 0..K-1 see every visual token
-    keep_ratio: float = 0.5  # 1 - R in the paper
-    keep_tokens: int | None = None  # the count itself; wins over the ratio
+    prune_layer: int = field(  # K in the paper: layers 0..K-1 see every visual token
+        default=2, metadata={"help": "first decoder layer that runs on the kept visual tokens alone, 1..layers-1"}
+    )
+    keep_ratio: float = field(  # 1 - R in the paper
+        default=0.5, metadata={"help": "visual tokens kept over all visual tokens, above 0 and at most 1"}
+    )
+    keep_tokens: int | None = field(
+        default=None,
+        metadata={"help": "number of visual tokens to keep, from 1 to all; replaces --keep-ratio"},
+    )
 
 
 def kept(config: Config, visual_tokens: int) -> int:

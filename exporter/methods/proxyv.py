@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,27 @@ ONE_IMAGE = True  # the released code packs the crops of one image
 class Config:
     """ProxyV's settings; a checkpoint's config has them."""
 
-    start_layer: int | None = None  # first layer with proxies; 0 is legal
-    reduce_factor: int = 4  # visual tokens per proxy, along each side of the grid
-    learn_proxy: bool = False  # proxies are learnt mixtures of a crop's tokens, not its grid made smaller
+    start_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "first decoder layer that runs on proxy tokens, 0..layers-1",
+            "default": "the checkpoint's",
+        },
+    )
+    reduce_factor: int = field(
+        default=4,
+        metadata={
+            "help": "visual tokens per proxy token along each side of the grid, a divisor of the side",
+            "default": "the checkpoint's, else 4",
+        },
+    )
+    learn_proxy: bool = field(
+        default=False,
+        metadata={
+            "help": "proxy tokens are learned mixtures of a crop's visual tokens (true) or its smaller grid (false)",
+            "default": "the checkpoint's, else false",
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,44 @@ SEMANTICS = ("released", "dropped")
 class Config:
     """YOPO's settings; a checkpoint's config has them."""
 
-    semantics: str = field(default="released", metadata={"help": "released (parity) or dropped (the savings)"})
-    window: int | None = None  # side of the square of neighbours that a visual token sees
-    cutoff: int | None = None  # first layer without visual tokens
-    ffn_ratio: float | None = None  # FFN channels over those that visual tokens use
+    semantics: str = field(
+        default="released",
+        metadata={
+            "help": "released (masks as in the released code, full cost) or dropped (leaves the tokens out, saves time)"
+        },
+    )
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "side of the square of neighbors that a visual token attends to, at least 1",
+            "default": "the checkpoint's",
+        },
+    )
+    cutoff: int | None = field(
+        default=None,
+        metadata={"help": "first decoder layer without visual tokens, 1..layers", "default": "the checkpoint's"},
+    )
+    ffn_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "FFN channels divided by those that visual tokens use, from 1 to the number of channels",
+            "default": "the checkpoint's",
+        },
+    )
     # A file as long as it is a setting, then a string per layer: 1 where a head stays for visual tokens.
     head_mask: str | tuple[str, ...] | None = field(
-        default=None, metadata={"help": "file of heads that stay for visual tokens, .npy, bool [layers, heads]"}
+        default=None,
+        metadata={
+            "help": "file of the heads that visual tokens use, .npy, bool [layers, heads]",
+            "default": "the checkpoint's, else all heads",
+        },
     )
     prefix_tokens: int | None = field(
-        default=None, metadata={"help": "text before the image in training, for the record"}
+        default=None,
+        metadata={
+            "help": "text tokens before the image in training, 0 or more; recorded in the manifest and not used",
+            "default": "the checkpoint's",
+        },
     )
 
 
