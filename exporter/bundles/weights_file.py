@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import checkpoint, prequantised, quantise
-from lvlm_edge.exporter.checkpoints.prequantised import Packed
+from lvlm_edge.exporter.checkpoints import checkpoint, quantise
+from lvlm_edge.exporter.checkpoints import integers as prequantised
+from lvlm_edge.exporter.checkpoints.integers.packed import Packed
 from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.checkpoints.spec import CheckpointError
 from lvlm_edge.exporter.graphs.graph import Place

@@ -181,7 +181,7 @@ def load(folder: Path) -> ModelSpec:
         CheckpointError: no readable `config.json`, or one without `model_type`.
         UnsupportedError: a family, a feature or a way of quantising that this version does not know.
     """
-    from lvlm_edge.exporter.checkpoints import prequantised  # which imports this module
+    from lvlm_edge.exporter.checkpoints import integers  # which imports this module
 
     config = read_json(folder / "config.json")
     name = config.get("model_type")
@@ -197,7 +197,7 @@ def load(folder: Path) -> ModelSpec:
     spec = family(name).read_spec(config, folder)
     assert isinstance(spec, ModelSpec)
     _check_sizes(spec, folder / "config.json")
-    return replace(spec, prequantised=prequantised.read(config, folder / "config.json"))
+    return replace(spec, prequantised=integers.read(config, folder / "config.json"))
 
 
 _KINDS = {int: "whole number", float: "number", str: "name"}

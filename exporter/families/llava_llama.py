@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import checkpoint, configs, prequantised
+from lvlm_edge.exporter.checkpoints import checkpoint, configs
+from lvlm_edge.exporter.checkpoints import integers as prequantised
 from lvlm_edge.exporter.checkpoints.checkpoint import Stored
 from lvlm_edge.exporter.checkpoints.spec import (
     PLACEHOLDER_ID,

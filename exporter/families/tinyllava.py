@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import configs, prequantised
+from lvlm_edge.exporter.checkpoints import configs
+from lvlm_edge.exporter.checkpoints import integers as prequantised
 from lvlm_edge.exporter.checkpoints.checkpoint import Stored
 from lvlm_edge.exporter.checkpoints.spec import CheckpointError, ModelSpec
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import prequantised, quantise
+from lvlm_edge.exporter.checkpoints import integers as prequantised
+from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec
 from lvlm_edge.runtime.bundle import FORMATS, WIDTHS, TensorInfo, WeightFormats
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
