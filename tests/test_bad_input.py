@@ -641,7 +641,7 @@ import json, os, shutil, signal, sys
 import torch
 from lvlm_edge.exporter.bundles import atomic, pack, weights_file
 from lvlm_edge.exporter.graphs import trace
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 
 torch.set_num_threads(1)  # a fork has one thread
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -765,7 +765,7 @@ def test_an_export_killed_at_random_leaves_the_old_bundle_or_the_new_one(force, 
     output = place / ("old" if force else "new")
     export = ("export", good, "-o", output, "--force", *CAPACITY)
     for part in range(6):
-        process = subprocess.Popen([sys.executable, "-m", "lvlm_edge.exporter.cli", *map(str, export)])
+        process = subprocess.Popen([sys.executable, "-m", "lvlm_edge.exporter.commands.main", *map(str, export)])
         time.sleep(6 * (part + dice.random()) / 6)
         process.kill()
         process.wait()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
-from lvlm_edge.runtime.bundle import open_bundle
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.checkpoints import quantise
+from lvlm_edge.exporter.commands.main import main
+from lvlm_edge.exporter.devices import profiles
+from lvlm_edge.exporter.methods import yopo
+from lvlm_edge.runtime.bundle import FORMATS, open_bundle
 from tests import tiny
 from tests.tiny import CAPACITY, cli, tree
 
@@ -57,7 +65,7 @@ def document(*arguments: object) -> dict:
     return found
 
 
-COMMANDS = ("plan", "quantize", "export", "check", "run", "bench", "inspect", "devices", "doctor")
+COMMANDS = ("plan", "quantize", "export", "check", "build", "run", "bench", "inspect", "devices", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,6 +78,45 @@ def test_help_speaks_of_every_option(command):
         command, []
     ):
         assert option in done.stdout
+
+
+# Options that take one of several words, and where the words come from.
+WORDS = {
+    "--method": planning.method_names(),
+    "--dtype": profiles.CHOICES["dtypes"],
+    "--lowering": profiles.CHOICES["lowering"],
+    "--backend": profiles.CHOICES["backend"],
+    "--algorithm": ("awq", "gptq"),
+    "--semantics": yopo.SEMANTICS,
+    "--weights": (planning.FLOAT, *FORMATS),
+    "--vision-weights": (planning.FLOAT, *FORMATS),
+    "--head-weights": (planning.FLOAT, *FORMATS),
+    "--block-size": tuple(map(str, quantise.BLOCKS)),
+}
+
+
+def options_of(command: str) -> dict[str, click.Option]:
+    found = main.commands[command]
+    params = found.get_params(click.Context(found, info_name=command))
+    return {param.opts[-1]: param for param in params if isinstance(param, click.Option)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is_and_which_words_it_takes(command):
+    for flag, option in options_of(command).items():
+        said = option.help or ""
+        assert len(said) > 10, flag
+        assert not said.startswith(("Of ", "The same")), flag
+        missing = [word for word in WORDS.get(flag, ()) if not re.search(rf"(?<![\w-]){word}(?![\w-])", said)]
+        assert not missing, f"{command} {flag}: {missing}"
+
+
+def test_every_setting_of_every_method_is_an_option_that_says_what_it_does():
+    options = options_of("export")
+    for name in planning.method_names():
+        for setting in dataclasses.fields(planning.method(name).Config):
+            option = options["--" + setting.name.replace("_", "-")]
+            assert (option.help or "").startswith(f"{name}: {setting.metadata['help']}")
 
 
 def test_the_commands_are_listed_with_what_they_do():
@@ -87,7 +134,8 @@ def test_no_arguments_print_the_help():
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from lvlm_edge.exporter.cli import main; main(['export', '--help'], standalone_mode=False); "
+    code = "import sys; from lvlm_edge.exporter.commands.main import main\n"
+    code += "main(['export', '--help'], standalone_mode=False)\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -157,7 +205,7 @@ def on_a_terminal(*arguments: object) -> str:
     """What a command prints to stderr when that is a terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-m", "lvlm_edge.exporter.cli", *map(str, arguments)],
+        [sys.executable, "-m", "lvlm_edge.exporter.commands.main", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
@@ -312,7 +360,7 @@ def test_run_answers_without_hashing_and_on_one_thread(none, ask, tmp_path):
 
     # a process of its own, since a process has one pool of threads
     options = ("--image", tmp_path / "picture.png", "--prompt", "w5 w6", "--no-verify", "--threads", "1")
-    command = [sys.executable, "-m", "lvlm_edge.exporter.cli", "run", none, *options]
+    command = [sys.executable, "-m", "lvlm_edge.exporter.commands.main", "run", none, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
 
     assert (done.stdout, done.stderr) == (answer, "")

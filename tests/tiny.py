@@ -90,7 +90,7 @@ def cli(*arguments: Any) -> Any:
     """The command line, in this process."""
     from click.testing import CliRunner
 
-    from lvlm_edge.exporter.cli import main
+    from lvlm_edge.exporter.commands.main import main
 
     return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="lvlm-edge")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import prequantised, quantise
+from lvlm_edge.exporter.checkpoints import integers, quantise
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, Source
-from lvlm_edge.exporter.checkpoints.prequantised import Packed
+from lvlm_edge.exporter.checkpoints.integers.packed import Packed
 from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import DTYPES, Weight
@@ -63,7 +63,7 @@ def place(
         begin = _up(end, PAGE if size >= 1 << 20 else LINE)
         scales = 0 if how is None else _up(begin + size, LINE)
         shifts, own = None, _own(name, weight, source, plan)
-        if how is not None and own is not None and prequantised.zero_points(own) is not None:
+        if how is not None and own is not None and own.zero_points() is not None:
             shifts = _up(scales + how.scale_bytes(weight.shape, dtype), LINE)
         placed[name] = Placed(Place(begin, how, scales, shifts), weight, source, own, dtype)
         end = placed[name].end
@@ -78,7 +78,7 @@ def format_of(name: str, weight: Weight, source: Source | None, plan: Plan) -> F
     """
     own = _own(name, weight, source, plan)
     if own is not None:
-        return Format(own.how.bits, prequantised.held(own))
+        return Format(own.how.bits, integers.held(own))
     return (
         quantise.fitting(plan.requested_of(name), weight.shape[0], plan.settings.block_size)
         if weight.transposed
@@ -100,7 +100,7 @@ def formats(sources: Mapping[str, Source], requested: WeightFormats) -> WeightFo
     for name, source in sources.items():
         part = planning.part_of(name)
         if isinstance(source, Packed) and getattr(requested, part) == "as-is":
-            how = Format(source.how.bits, prequantised.held(source))
+            how = Format(source.how.bits, integers.held(source))
             found[part] = how.name
             blocks.add(how.block or 0)
     found = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in found.items()}
@@ -186,15 +186,15 @@ def _kept(source: Packed, one: Placed, dtype: torch.dtype) -> Iterator[memoryvie
     """The checkpoint's own integers, its scales, and what its zero points add, with the padding between them."""
     how, place, shape = one.place.how, one.place, one.weight.shape
     assert how is not None
-    integers = prequantised.integers(source).t()
-    assert tuple(integers.shape) == shape, source.key
-    yield _bytes(quantise.stored(integers, how))
+    values = source.integers().t()
+    assert tuple(values.shape) == shape, source.key
+    yield _bytes(quantise.stored(values, how))
     yield bytes(place.scales - place.offset - how.integer_bytes(shape))
-    scale = prequantised.scales(source)
+    scale = source.scales()
     written = _bytes(_blocks(source, scale, how, dtype).reshape(-1).view(torch.uint8))
     yield written
     if place.shifts is not None:
-        zeros = prequantised.zero_points(source)
+        zeros = source.zero_points()
         assert zeros is not None
         yield bytes(place.shifts - place.scales - len(written))
         shift = -zeros.float() * scale * (how.block or shape[0])

@@ -7,7 +7,7 @@ import pkgutil
 from dataclasses import replace
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import prequantised, spec
+from lvlm_edge.exporter.checkpoints import integers, spec
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Family
@@ -54,4 +54,4 @@ def read(checkpoint: Checkpoint) -> ModelSpec[Any]:
     path = checkpoint.folder / "config.json"
     found = of(checkpoint).read(checkpoint)
     spec.check(found, path)
-    return replace(found, prequantised=prequantised.read(checkpoint.config, path))
+    return replace(found, prequantised=integers.read(checkpoint.config, path))

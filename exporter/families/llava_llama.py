@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import checkpoint, configs, encoders, prequantised
+from lvlm_edge.exporter.checkpoints import checkpoint, configs, encoders, integers
 from lvlm_edge.exporter.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -153,10 +153,10 @@ def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture
     Raises:
         CheckpointError: there are updates of ProxyV for more layers than its config has.
     """
-    stored = prequantised.index(of)
+    stored = integers.index(of)
     _check_updates(of.config, of.folder, stored, spec.decoder.layers)
     if not any(name.startswith("model.vision_tower.") for name in stored):
-        found = prequantised.index(Checkpoint.open(_encoder_folder(of.config, of.folder)))
+        found = integers.index(Checkpoint.open(_encoder_folder(of.config, of.folder)))
         whole = any(name.startswith("vision_model.") for name in found)
         inside = {name: t for name, t in found.items() if not whole or name.startswith("vision_model.")}
         stored |= {f"model.vision_tower.{name}": t for name, t in inside.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lvlm_edge.exporter.checkpoints import configs, encoders, prequantised
+from lvlm_edge.exporter.checkpoints import configs, encoders, integers
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source, renamed
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
@@ -99,7 +99,7 @@ def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) ->
 
 def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:
     """Every tensor by its name in `Parts`."""
-    return renamed(prequantised.index(of), rename, of.folder)
+    return renamed(integers.index(of), rename, of.folder)
 
 
 def rename(key: str) -> str:

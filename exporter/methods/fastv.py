@@ -6,13 +6,13 @@ attention of the last prompt token alone. Ranked once, in prefill; kept tokens k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.graphs import blocks
-from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, PlanError, Prompt, Stage, Tensors, setting
+from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, PlanError, Prompt, Stage, Tensors
 from lvlm_edge.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,13 +26,18 @@ LARGEST_SORT = 3840  # rows that TensorRT's TopK takes
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """FastV's settings: where it prunes, and what it keeps as a share or as a count."""
+    """FastV's two knobs, the second as a share or as a count."""
 
-    # K in the paper
-    prune_layer: int = setting(2, "First layer that runs on the kept visual tokens, 1 to the number of layers less 1.")
-    # 1 - R in the paper
-    keep_ratio: float = setting(0.5, "Visual tokens kept over all visual tokens, above 0 and at most 1.")
-    keep_tokens: int | None = setting(None, "Visual tokens kept, as a count instead of --keep-ratio, from 1.")
+    prune_layer: int = field(  # K in the paper: layers 0..K-1 see every visual token
+        default=2, metadata={"help": "first decoder layer that runs on the kept visual tokens alone, 1..layers-1"}
+    )
+    keep_ratio: float = field(  # 1 - R in the paper
+        default=0.5, metadata={"help": "visual tokens kept over all visual tokens, above 0 and at most 1"}
+    )
+    keep_tokens: int | None = field(
+        default=None,
+        metadata={"help": "number of visual tokens to keep, from 1 to all; replaces --keep-ratio"},
+    )
 
 
 def kept(config: Config, visual_tokens: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from lvlm_edge.exporter.planning import (
     Stage,
     Tensors,
     layer_flops,
-    setting,
 )
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError
@@ -42,9 +41,27 @@ if TYPE_CHECKING:
 class Config:
     """ProxyV's settings; a checkpoint's config has them."""
 
-    start_layer: int | None = setting(None, "First layer with proxy tokens, from 0; the checkpoint's by default.")
-    reduce_factor: int = setting(4, "Visual tokens per proxy token along each side of the grid, a divisor of the side.")
-    learn_proxy: bool = setting(False, "Proxy tokens are learnt mixtures of a crop's tokens, not its pooled grid.")
+    start_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "first decoder layer that runs on proxy tokens, 0..layers-1",
+            "default": "the checkpoint's",
+        },
+    )
+    reduce_factor: int = field(
+        default=4,
+        metadata={
+            "help": "visual tokens per proxy token along each side of the grid, a divisor of the side",
+            "default": "the checkpoint's, else 4",
+        },
+    )
+    learn_proxy: bool = field(
+        default=False,
+        metadata={
+            "help": "proxy tokens are learned mixtures of a crop's visual tokens (true) or its smaller grid (false)",
+            "default": "the checkpoint's, else false",
+        },
+    )
 
 
 @dataclass(frozen=True)

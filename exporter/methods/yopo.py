@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from lvlm_edge.exporter.planning import (
     Stage,
     Tensors,
     layer_flops,
-    setting,
 )
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
@@ -46,21 +45,45 @@ SEMANTICS = ("released", "dropped")
 class Config:
     """YOPO's settings; a checkpoint's config has them."""
 
-    semantics: str = setting(
-        "released", "released (what the release computes, for parity) or dropped (what it saves).", SEMANTICS
+    semantics: str = field(
+        default="released",
+        metadata={
+            "help": "released (masks as in the released code, full cost) or dropped (leaves the tokens out, saves time)"
+        },
     )
-    window: int | None = setting(
-        None, "Side of the square of neighbours that a visual token attends to, from 1; the checkpoint's by default."
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "side of the square of neighbors that a visual token attends to, at least 1",
+            "default": "the checkpoint's",
+        },
     )
-    cutoff: int | None = setting(None, "First layer without visual tokens, from 1; the checkpoint's by default.")
-    ffn_ratio: float | None = setting(
-        None, "FFN channels over those that visual tokens use, from 1; the checkpoint's by default."
+    cutoff: int | None = field(
+        default=None,
+        metadata={"help": "first decoder layer without visual tokens, 1..layers", "default": "the checkpoint's"},
+    )
+    ffn_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "FFN channels divided by those that visual tokens use, from 1 to the number of channels",
+            "default": "the checkpoint's",
+        },
     )
     # A file as long as it is a setting, then a string per layer: 1 where a head stays for visual tokens.
-    head_mask: str | tuple[str, ...] | None = setting(
-        None, "File of the heads that stay for visual tokens, .npy, bool [layers, heads]; the checkpoint's by default."
+    head_mask: str | tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "file of the heads that visual tokens use, .npy, bool [layers, heads]",
+            "default": "the checkpoint's, else all heads",
+        },
     )
-    prefix_tokens: int | None = setting(None, "Text tokens before the image in training, from 0; only recorded.")
+    prefix_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "text tokens before the image in training, 0 or more; recorded in the manifest and not used",
+            "default": "the checkpoint's",
+        },
+    )
 
 
 def nominal(spec: ModelSpec[Any], config: Config) -> Config:

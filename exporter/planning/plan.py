@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from lvlm_edge.exporter.checkpoints.prequantised import block
+from lvlm_edge.exporter.checkpoints.integers import block
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec
 from lvlm_edge.exporter.planning.capacity import FLOAT, Capacity, PlanError, Settings
 from lvlm_edge.exporter.planning.records import (

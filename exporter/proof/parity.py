@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from lvlm_edge.exporter import families, methods, references
 from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter.proof import certificate
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
@@ -129,7 +126,7 @@ def check(
         rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
-        _certify(pipe, folder, cases, steps, seed, verdict)
+        certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
     return verdict
 
 
@@ -447,33 +444,3 @@ def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch
 
 def _named(graph: manifests.Graph, inputs: dict[str, Array]) -> dict[str, Array]:
     return {t.name: inputs[t.name] for t in graph.inputs if t.name in inputs}
-
-
-def _certify(pipe: Pipeline, folder: Path, cases: Sequence[Case], steps: int, seed: int, verdict: Verdict) -> None:
-    """Write the certificate: inputs, figures, versions, and the hash of the manifest it speaks of."""
-    bundle = pipe.bundle.folder
-    names = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
-    content = {
-        "passed": verdict.passed,
-        "manifest_sha256": manifests.sha256(bundle / pipe.bundle.name),
-        "against": str(folder),
-        "against_config_sha256": manifests.sha256(folder / "config.json"),
-        "backend": pipe.backend.name,
-        "machine": platform.machine(),
-        "steps": steps,
-        "seed": seed,
-        "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
-        "rows": [asdict(row) for row in verdict.rows],
-        "versions": {name: metadata.version(name) for name in names},
-    }
-    name = manifests.certificate_name(pipe.bundle.name)
-    partial = bundle / (name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(partial, bundle / name)
-
-
-def _digest(values: Array | Sequence[Array]) -> str:
-    import hashlib
-
-    parts = [values] if isinstance(values, np.ndarray) else values
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()

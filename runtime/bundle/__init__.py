@@ -12,6 +12,7 @@ from lvlm_edge.runtime.bundle.files import (
     safe_name,
     save_manifest,
     sha256,
+    shared_files,
 )
 from lvlm_edge.runtime.bundle.manifest import (
     FORMATS,
@@ -56,4 +57,5 @@ __all__ = [
     "safe_name",
     "save_manifest",
     "sha256",
+    "shared_files",
 ]

@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lvlm_edge.runtime.bundle.manifest import SCHEMA, WIDTHS, FileInfo, Manifest, problems
 from lvlm_edge.runtime.bundle.schema import parse
@@ -168,6 +170,28 @@ def safe_name(name: str) -> str:
     if not name.isprintable() or len(name) > 200:
         raise BundleError(f"manifest: {name[:40]!r} is no name of a file; export the bundle again")
     return name
+
+
+def shared_files(folder: Path, ratios: Iterable[float]) -> dict[str, Any]:
+    """Which keep ratios of a bundle read which bytes.
+
+    Returns:
+        `files`: of every file its size, its sha256 and the `keep_ratios` that need it. `beyond_weights`: bytes of a
+        ratio's files that no ratio before it has, weights left out.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UsageError: the bundle lacks a ratio.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    beyond = {}
+    for ratio in ratios:
+        manifest = open_bundle(folder, verify=False, keep_ratio=ratio).manifest
+        new = [name for name in manifest.files if name not in files]
+        beyond[f"{ratio:g}"] = sum(manifest.files[name].size for name in new if name != manifest.weights)
+        for name, info in manifest.files.items():
+            files.setdefault(name, {**dataclasses.asdict(info), "keep_ratios": []})["keep_ratios"].append(ratio)
+    return {"files": files, "beyond_weights": beyond}
 
 
 def _check_references(bundle: Bundle) -> None:

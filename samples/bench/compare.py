@@ -29,7 +29,17 @@ def prepare(work: Path, size: str) -> list[Path]:
         subprocess.run([sys.executable, HERE / "make_checkpoint.py", size, checkpoint], check=True)
     for name, options in BUNDLES.items():
         bundle = work / f"{size}-{name}"
-        command = [sys.executable, "-m", "lvlm_edge.exporter.cli", "export", checkpoint, "-o", bundle, "--force", "-q"]
+        command = [
+            sys.executable,
+            "-m",
+            "lvlm_edge.exporter.commands.main",
+            "export",
+            checkpoint,
+            "-o",
+            bundle,
+            "--force",
+            "-q",
+        ]
         command += ["--method", name, "--max-text-tokens", str(TEXT), "--max-new-tokens", "64", *options]
         began = time.perf_counter()
         child = subprocess.Popen(command)

@@ -32,7 +32,7 @@ def exported(work: Path, size: str, text: int, ratio: float | None) -> Path:
     options = [] if ratio is None else ["--method", "fastv", "--prune-layer", "2", "--keep-ratio", str(ratio)]
     bundle = work / "-".join([size, str(text), *(["none"] if ratio is None else ["fastv", str(ratio)])])
     if not bundle.is_dir():
-        command = [sys.executable, "-m", "lvlm_edge.exporter.cli", "export", work / size, "-o", bundle, "-q"]
+        command = [sys.executable, "-m", "lvlm_edge.exporter.commands.main", "export", work / size, "-o", bundle, "-q"]
         command += ["--max-text-tokens", str(text), "--max-new-tokens", "8", *options]
         subprocess.run(command, check=True)
     return bundle

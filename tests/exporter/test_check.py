@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from lvlm_edge.exporter import export
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.exporter.graphs import blocks, parts
 from lvlm_edge.exporter.methods import fastv

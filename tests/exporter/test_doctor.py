@@ -91,7 +91,7 @@ def test_the_command_prints_what_works_and_what_to_install(modules):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from lvlm_edge.exporter.cli import main\n"
+        "import sys; from lvlm_edge.exporter.commands.main import main\n"
         "try: main(['doctor', '--json'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "print({'torch', 'transformers', 'onnx'} & set(sys.modules), file=sys.stderr)"

@@ -175,7 +175,7 @@ def test_float32_attention_is_refused_with_tensorrts_reason_and_a_way_out(gqa, e
 def test_the_command_line_builds_for_a_device(own):
     from click.testing import CliRunner
 
-    from lvlm_edge.exporter.cli import main
+    from lvlm_edge.exporter.commands.main import main
 
     done = CliRunner().invoke(main, ["build", str(own), "--device", "rtx-4090", "--graph", "select", "--json"])
     refused = CliRunner().invoke(main, ["build", str(own), "--device", "cpu"])

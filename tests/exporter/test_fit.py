@@ -325,7 +325,7 @@ class Refuse:
             raise ImportError(name + " is not to be imported")
 
 sys.meta_path.insert(0, Refuse())
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 main({arguments!r}, prog_name="lvlm-edge")
 """
 

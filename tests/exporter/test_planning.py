@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lvlm_edge.exporter import plan, planning
 from lvlm_edge.exporter.checkpoints import spec
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.exporter.planning import PlanError
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError

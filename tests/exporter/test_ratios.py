@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from lvlm_edge.exporter.bundles import atomic, graph_set, ratios
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import MANIFEST, keep_ratios, open_bundle, sha256

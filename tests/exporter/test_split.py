@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from lvlm_edge.exporter import export
-from lvlm_edge.exporter.cli import main
+from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.exporter.planning import PlanError

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export, plan
 from lvlm_edge.exporter.bundles import ratios
-from lvlm_edge.exporter.checkpoints import prequantised
+from lvlm_edge.exporter.checkpoints import integers as prequantised
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.exporter.proof import parity

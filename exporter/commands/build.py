@@ -1,0 +1,66 @@
+"""`lvlm-edge build`: TensorRT engines of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.output import progress_bar
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
+@click.option(
+    "--device", required=True, help="Profile of the device to build for. `lvlm-edge devices` lists the names."
+)
+@click.option(
+    "--compute-capability",
+    "targets",
+    multiple=True,
+    help="Compute capability to build for, like 8.9, or portable (TensorRT-RTX only); may be given repeatedly.  "
+    "[default: the device's]",
+)
+@click.option(
+    "--graph", "graphs", multiple=True, help="Build only this graph; may be given repeatedly.  [default: all graphs]"
+)
+@click.option(
+    "--optimisation-level",
+    type=click.IntRange(0, 5),
+    help="TensorRT's builder optimization level, from 0 (builds fast) to 5 (runs fast).  [default: TensorRT's]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@JSON
+def build(
+    bundle: Path,
+    keep_ratio: float | None,
+    device: str,
+    targets: tuple[str, ...],
+    graphs: tuple[str, ...],
+    optimisation_level: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """TensorRT engines of a bundle, built for a device; what is up to date stays."""
+    from lvlm_edge.exporter.devices import engine, profiles
+
+    profile = profiles.find(device)
+    own = profile.compute_capability
+    settings = engine.Settings(
+        backend=profile.backend,
+        compute_capabilities=targets or (own.value if own else engine.PORTABLE,),
+        optimisation_level=optimisation_level,
+    )
+    with progress_bar(quiet) as progress:
+        out = engine.build(bundle, settings, graphs=graphs or None, keep_ratio=keep_ratio, progress=progress)
+    record = json.loads((out / engine.ENGINES).read_text("utf-8"))
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    elif not quiet:
+        size = sum(entry["size"] for entry in record["engines"].values())
+        click.echo(
+            f"{out}: {len(record['engines'])} engines, {size / 1e6:,.1f} MB, {record['flavour']} {record['version']}"
+        )

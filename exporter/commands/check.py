@@ -1,0 +1,87 @@
+"""`lvlm-edge check`: a bundle against PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, FROM_0, JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.output import show, table
+from lvlm_edge.runtime.errors import UsageError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
+@click.option("--against", required=True, help="Checkpoint that was exported: folder or Hugging Face id.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Image file of one more comparison, asked about with --prompt; give as many as the bundle takes.",
+)
+@click.option("--prompt", help="Question of one more comparison, about the files given with --image.")
+@click.option(
+    "--steps", type=AT_LEAST_1, default=16, show_default=True, help="Number of greedily decoded tokens to compare."
+)
+@BACKEND
+@click.option("--seed", type=FROM_0, default=0, show_default=True, help="Seed of the random prompts and images.")
+@JSON
+def check(
+    bundle: Path,
+    keep_ratio: float | None,
+    against: str,
+    images: tuple[Path, ...],
+    prompt: str | None,
+    steps: int,
+    backend: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Compare a bundle with PyTorch, graph by graph and token by token; exit 1 if it differs."""
+    from lvlm_edge.exporter.proof import parity
+
+    verdict = parity.check(
+        bundle,
+        against,
+        steps=steps,
+        backend=backend,
+        keep_ratio=keep_ratio,
+        seed=seed,
+        question=_question(images, prompt),
+    )
+    if as_json:
+        rows = [dataclasses.asdict(row) for row in verdict.rows]
+        click.echo(json.dumps({"passed": verdict.passed, "rows": rows}, indent=1))
+    else:
+        _print_verdict(verdict)
+    if not verdict.passed:
+        sys.exit(1)
+
+
+def _question(images: tuple[Path, ...], prompt: str | None) -> tuple[str, tuple[Path, ...]] | None:
+    if not images and prompt is None:
+        return None
+    if not images or prompt is None:
+        raise UsageError("check: --image and --prompt go together; give both or neither")
+    return prompt, images
+
+
+def _print_verdict(verdict: Any) -> None:
+    rows = table("prompt", "stage", "error", "bound", "", "")
+    for row in verdict.rows:
+        mark = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+        told = ("", "") if row.bound is None else (f"{row.bound:.1e}", mark)
+        rows.add_row(row.case, row.stage, f"{row.figure:.2e}", *told, row.note)
+    show(rows)
+    if verdict.passed:
+        show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")
+    else:
+        row = verdict.first_failure
+        show(f"[red]FAILED[/]: first at {row.stage} (prompt {row.case}); certificate.json written")

@@ -1,0 +1,55 @@
+"""The group of commands, which prints every error that a user can act on as one line and exits with its code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from lvlm_edge.runtime.errors import LvlmEdgeError, nearest
+
+
+class Errors(click.Group):
+    """A group that prints every error a user can act on as one line and exits with its code."""
+
+    def main(self, args: Any = None, prog_name: Any = None, *_: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+                error.show()
+            else:
+                print_error(_usage(error))
+            code = error.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LvlmEdgeError as error:
+            print_error(str(error))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print_error("stopped; nothing was left half-written")
+            ctx.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def print_error(message: str) -> None:
+    click.echo(f"lvlm-edge: {' '.join(message.split())}", err=True)
+
+
+def _usage(error: click.ClickException) -> str:
+    """An error of the command line itself: which command, what is wrong, where its options are."""
+    context = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        return f"{error.format_message().rstrip('.')}; see lvlm-edge --help"
+    name = context.command.name
+    return f"{name}: {error.format_message().rstrip('.')}; see lvlm-edge {name} --help"

@@ -1,0 +1,76 @@
+"""`lvlm-edge inspect`: what a bundle holds. Runs on the device: it needs no PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.output import show, table
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
+@click.option("--verify", is_flag=True, help="Verify every file by its hash.")
+@JSON
+def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool) -> None:
+    """What is in a bundle: counts, graphs with every tensor, caches, files and who shares them, certificate."""
+    from lvlm_edge.exporter.proof import certificate as certificates
+    from lvlm_edge.runtime.bundle import keep_ratios, open_bundle, shared_files
+
+    opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
+    certificate, ratios = certificates.read(bundle, opened.name), keep_ratios(bundle)
+    shared = shared_files(bundle, ratios)
+    if as_json:
+        content = dataclasses.asdict(opened.manifest) | {"certificate": certificate, "verified": verify}
+        click.echo(json.dumps(content | {"keep_ratios": ratios, "shared": shared}, indent=1))
+    else:
+        _print_bundle(opened.manifest, certificate, verify)
+        if ratios[1:]:
+            _print_shared(shared)
+
+
+def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: bool) -> None:
+    counts = manifest.counts
+    tensors = table("graph", "", "tensor", "dtype", "shape")
+    for graph in manifest.graphs:
+        for kind, infos in (("in", graph.inputs), ("out", graph.outputs)):
+            for info in infos:
+                tensors.add_row(graph.name, kind, info.name, info.dtype, "x".join(map(str, info.shape)))
+    files = table("file", "bytes", "sha256")
+    for name, info in manifest.files.items():
+        files.add_row(name, f"{info.size:,}", info.sha256[:16])
+    caches = sorted({(c.capacity, c.dropped) for c in manifest.cache}, reverse=True)
+    show(
+        f"{manifest.method} {manifest.method_config or ''} on {manifest.model['family']}, {manifest.dtype}, opset "
+        f"{manifest.opset}, from {manifest.provenance.source}",
+        f"{counts.num_images} image(s), {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
+        f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
+        "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
+        tensors,
+        files,
+        f"files {'verified by hash' if verified else 'present, sizes as listed; --verify hashes them'}",
+    )
+    if certificate is None:
+        show("no certificate; lvlm-edge check makes one")
+    elif certificate["passed"] is None:
+        show("certificate: damaged; lvlm-edge check makes a new one")
+    else:
+        state = "passed" if certificate["passed"] else "FAILED"
+        show(f"certificate: {state}" + ("" if certificate["of_this_bundle"] else ", but of another export"))
+
+
+def _print_shared(shared: dict[str, Any]) -> None:
+    files = table("file", "bytes", "sha256", "keep ratios")
+    for name, entry in shared["files"].items():
+        files.add_row(
+            name, f"{entry['size']:,}", entry["sha256"][:16], ", ".join(f"{r:g}" for r in entry["keep_ratios"])
+        )
+    show(files)
+    for ratio, size in shared["beyond_weights"].items():
+        show(f"keep ratio {ratio}: {size:,} bytes of its own")

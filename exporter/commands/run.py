@@ -1,0 +1,137 @@
+"""`lvlm-edge run`: an answer to a question about images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, JSON, KEEP_RATIO
+from lvlm_edge.runtime.errors import UsageError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@KEEP_RATIO
+@click.option("--image", "images", multiple=True, help="Image file; give as many as the bundle takes.")
+@click.option("--prompt", required=True, help="Question about the images.")
+@click.option("--system", help="System message, if the chat template takes one.")
+@click.option("--max-new-tokens", type=int, help="Most tokens of the answer.  [default: the bundle's capacity]")
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 decodes greedily.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among this many likeliest tokens; 0 is off.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest tokens with this cumulative probability; 1 is off.",
+)
+@click.option(
+    "--repetition-penalty", default=1.0, show_default=True, help="Penalty on tokens that occurred before; 1 is off."
+)
+@click.option("--seed", type=int, help="Seed of sampling.  [default: random]")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given repeatedly.")
+@click.option(
+    "--overlay",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the image to this file, with the patches of dropped visual tokens darkened.",
+)
+@BACKEND
+@click.option("--threads", type=AT_LEAST_1, help="CPU threads of the backend ort.  [default: ONNX Runtime's]")
+@click.option("--no-verify", is_flag=True, help="Skip verifying the bundle's files by their hashes.")
+@click.option("--stats", is_flag=True, help="Print times and the number of kept visual tokens to stderr.")
+@JSON
+def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
+    """Answer a question about images, streaming to stdout."""
+    from lvlm_edge.runtime import Pipeline, Sampling
+
+    sampling = Sampling(
+        temperature=o["temperature"],
+        top_k=o["top_k"],
+        top_p=o["top_p"],
+        repetition_penalty=o["repetition_penalty"],
+        seed=o["seed"],
+    )
+    options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
+    pipe = Pipeline.load(bundle, o["backend"], **options)
+    if overlay is not None:
+        _check_overlay(pipe.manifest, overlay)
+    begun = False
+    for piece in pipe.stream(
+        prompt,
+        images,
+        max_new_tokens=o["max_new_tokens"],
+        sampling=sampling,
+        stop=o["stop"],
+        system=o["system"],
+    ):
+        if not as_json:  # many tokenizers begin an answer with the space that separates it from the prompt
+            click.echo(piece if begun else piece.lstrip(), nl=False)
+            sys.stdout.flush()
+        begun = begun or bool(piece.strip())
+    if not as_json:
+        click.echo()
+    if overlay is not None:
+        _write_overlay(pipe, images, overlay)
+    if as_json:
+        click.echo(json.dumps(_answer(pipe), indent=1))
+    elif o["stats"]:
+        _print_stats(pipe)
+
+
+def _check_overlay(manifest: Any, target: Path) -> None:
+    """Raise UsageError, before the answer, for what can be known then."""
+    if not any(info.name == "kept_visual" for graph in manifest.graphs for info in graph.outputs):
+        raise UsageError(
+            f"run: --overlay shows which tokens are kept, but method {manifest.method} chooses none; leave it out"
+        )
+    from lvlm_edge.runtime import overlay
+
+    if target.suffix.lower() not in overlay.SUFFIXES or target.is_dir() or not target.parent.is_dir():
+        raise UsageError(
+            f"{target}: cannot be written as a picture; give a path in a folder that exists, ending in "
+            + ", ".join(overlay.SUFFIXES)
+        )
+
+
+def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
+    """The picture (side by side where there are several) with the kept patches clear and the others dark."""
+    from lvlm_edge.runtime import overlay
+
+    try:
+        overlay.save(overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual), target)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{target}: cannot be written ({error}); give another path") from error
+
+
+def _answer(pipe: Any) -> dict[str, Any]:
+    result = pipe.last
+    kept = None if result.kept_visual is None else result.kept_visual.tolist()
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish": result.finish,
+        "prompt_tokens": result.prompt_tokens,
+        "visual_tokens": pipe.manifest.counts.visual_tokens,
+        "kept_visual": kept,
+        "seconds": result.seconds,
+    }
+
+
+def _print_stats(pipe: Any) -> None:
+    result, counts = pipe.last, pipe.manifest.counts
+    if result.kept_visual is not None:
+        share = counts.kept_tokens / counts.visual_tokens
+        click.echo(
+            f"kept {counts.kept_tokens} of {counts.visual_tokens} visual tokens "
+            f"({share:.0%} kept, {1 - share:.0%} removed)",
+            err=True,
+        )
+    steps = "  ".join(f"{k} {v * 1e3:.1f}" for k, v in result.seconds.items() if k not in ("first_token", "decode"))
+    click.echo(f"time to first token {result.seconds['first_token'] * 1e3:.1f} ms ({steps})", err=True)
+    if len(result.token_ids) > 1:
+        each = result.seconds["decode"] / (len(result.token_ids) - 1)
+        click.echo(f"{len(result.token_ids)} tokens, {each * 1e3:.2f} ms per token", err=True)

@@ -1,0 +1,84 @@
+"""The certificate of a bundle: `certificate.json`, written by `check` and read by `inspect`; needs no PyTorch.
+
+It holds what was compared (prompts, the hash of the pixels, the checkpoint), every figure found, the versions of the
+packages, and the hash of the manifest, so that a certificate of another export is recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_edge.runtime.bundle import certificate_name, sha256
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lvlm_edge.exporter.proof.parity import Case, Verdict
+    from lvlm_edge.runtime import Pipeline
+
+PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
+
+
+def write(pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict, *, steps: int, seed: int) -> None:
+    """Write the certificate of a bundle beside its manifest; it replaces an earlier one as a whole.
+
+    Args:
+        pipe: the bundle as it was run.
+        against: folder of the checkpoint that it was compared with.
+        steps: tokens that were decoded.
+        seed: of the random prompts and images.
+    """
+    bundle = pipe.bundle.folder
+    content = {
+        "passed": verdict.passed,
+        "manifest_sha256": sha256(bundle / pipe.bundle.name),
+        "against": str(against),
+        "against_config_sha256": sha256(against / "config.json"),
+        "backend": pipe.backend.name,
+        "machine": platform.machine(),
+        "steps": steps,
+        "seed": seed,
+        "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
+        "rows": [asdict(row) for row in verdict.rows],
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    name = certificate_name(pipe.bundle.name)
+    partial = bundle / (name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    os.replace(partial, bundle / name)
+
+
+def read(bundle: Path, manifest: str) -> dict[str, Any] | None:
+    """The verdict of the last check of a bundle, or None if there was none.
+
+    Args:
+        manifest: name of the manifest's file, of which there is one per keep ratio.
+
+    Returns:
+        `passed`, None if the certificate is damaged, and `of_this_bundle`: whether it names this manifest's hash.
+    """
+    path = bundle / certificate_name(manifest)
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        passed, hashed = bool(stored["passed"]), stored["manifest_sha256"]
+    except (OSError, RecursionError, ValueError, TypeError, KeyError):
+        return {"passed": None, "of_this_bundle": False}
+    return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / manifest)}
+
+
+def _digest(values: NDArray[Any] | Sequence[NDArray[Any]]) -> str:
+    """sha256 of the bytes of a tensor, or of several one after the other, hexadecimal."""
+    parts = [values] if isinstance(values, np.ndarray) else values
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
