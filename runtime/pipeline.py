@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, from_bfloat16, load, numpy_dtype
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, from_bfloat16, host_tensors, load, numpy_dtype
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, open_bundle
 from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UsageError
 from lvlm_edge.runtime.image import best_canvas, open_image, preprocess, tiled
@@ -51,6 +51,7 @@ class Pipeline:
         kv_cache.check_layout(self.manifest.cache, self.manifest.counts)
         self._layout = kv_cache.Layout(self.manifest.cache, self.manifest.dtype)
         self._buffers: dict[TensorInfo, Buffer] = {}
+        self._host = host_tensors(self.manifest.graphs)
         self._cache_names = {info.name: info for info in self._layout.buffers()}
         self._sessions: dict[str, Session] = {g.name: self._open(g) for g in self.manifest.graphs}
         self._table = _embedding(bundle)
@@ -502,7 +503,7 @@ class Pipeline:
     def _allocated(self, info: TensorInfo) -> Buffer:
         if info not in self._buffers:
             try:
-                self._buffers[info] = self.backend.allocate(info)
+                self._buffers[info] = self.backend.allocate(info, host=info.name in self._host)
             except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
                 raise FitError(
                     f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "
