@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, host_tensors
 from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, TensorInfo
 from lvlm_edge.runtime.errors import BundleError, FitError
 
@@ -23,7 +23,7 @@ class Memory:
         self._layout = kv_cache.Layout(manifest.cache, manifest.dtype)
         self._caches = {info.name: info for info in self._layout.buffers()}
         self._buffers: dict[TensorInfo, Buffer] = {}
-        self._backend = backend
+        self._backend, self._host = backend, host_tensors(manifest.graphs)
         self._sessions: dict[str, Session] = {g.name: self._open(bundle, g) for g in manifest.graphs}
 
     def buffer(self, info: TensorInfo) -> Buffer:
@@ -61,7 +61,7 @@ class Memory:
     def _allocated(self, info: TensorInfo) -> Buffer:
         if info not in self._buffers:
             try:
-                self._buffers[info] = self._backend.allocate(info)
+                self._buffers[info] = self._backend.allocate(info, host=info.name in self._host)
             except (MemoryError, ValueError) as error:  # numpy says ValueError to what no machine has
                 raise FitError(
                     f"{info.name}: {list(info.shape)} {info.dtype} does not fit into memory; export with a lower "

@@ -387,6 +387,7 @@ FAMILY = Family(
     pictures=pictures,
     work=_llava.work,
     weights=weights,
+    rename=rename,
     unused=unused,
     extend=_llava.extend,
     graphs=_llava.graphs,

@@ -274,6 +274,7 @@ class Family(Generic[V]):
             capacity that the family does not have, or lacks one that it needs.
         work: (spec, picture) -> products of the vision encoder per view, and of the projector per picture.
         weights: (checkpoint, spec, pictures) -> sources of weights by their names in `Parts`.
+        rename: a tensor's name in the checkpoint -> its name in `Parts`.
         unused: whether a tensor (renamed) may be there without being read.
         extend: (parts, plan) -> None; gives `Parts` the encoder and the projector.
         graphs: plan -> graphs of role `image`, in the order in which they run.
@@ -290,6 +291,7 @@ class Family(Generic[V]):
     pictures: Callable[[Checkpoint, ModelSpec[V], Capacity], tuple[Picture, ...]]
     work: Callable[[ModelSpec[V], Picture], tuple[Work, Work]]
     weights: Callable[[Checkpoint, ModelSpec[V], tuple[Picture, ...]], Mapping[str, Source]]
+    rename: Callable[[str], str]
     unused: Callable[[str], bool]
     extend: Callable[[Any, Plan], None]
     graphs: Callable[[Plan], tuple[GraphSpec, ...]]

@@ -1,9 +1,9 @@
 """Bench: time to first token by stage, decode speed and peak memory of bundles on this machine, beside their floors.
 
 Every contender (a bundle on a backend, PyTorch, and the measurement of the machine's own rates) is a process of its
-own. They take turns, one prompt each, so that what else the machine does meets all alike. A turn has a fresh picture
-and a fresh prompt, the same for all. Runs on the device: PyTorch is imported for `against` alone, and where onnx_ir is
-not installed there are no floors.
+own. Runs are interleaved, one prompt at a time, so that background load affects all of them equally. A turn has a fresh
+image and a fresh prompt, the same for all. Runs on the device: PyTorch is imported for `against` alone, and where
+onnx_ir is not installed there are no floors.
 
 What is timed:
 
@@ -22,23 +22,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lvlm_edge.exporter.options import fold
 from lvlm_edge.exporter.timing.contenders import MATRIX, RATES, VECTOR, Contender, Runner
+from lvlm_edge.exporter.timing.machine import clocks, machine
 from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
 Progress = Callable[[str, int, int], None]
 
-PACKAGES = ("lvlm-edge", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "transformers")
 TORCH = "PyTorch"
 
 
@@ -99,53 +98,65 @@ class Worker:
                     pipe.close()
 
 
-def bench(
-    bundles: Sequence[str | Path],
-    *,
-    backends: Sequence[str] = ("ort",),
-    keep_ratios: Sequence[float] = (),
-    against: str | Path | None = None,
-    rounds: int = 7,
-    warm_up: int = 1,
-    threads: int | None = None,
-    text_tokens: int | None = None,
-    new_tokens: int | None = None,
-    seed: int = 0,
-    verify: bool = True,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Time bundles, each on each backend, in turns; see the module for what is timed.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to time; keyword options of `bench`.
 
-    Args:
+    Attributes:
+        backends: `ort`, `trt` or `trt-rtx`.
         keep_ratios: those of the ratios that every bundle holds which are to be timed; by default that of its export.
         against: checkpoint of the first bundle, to time PyTorch with too: transformers in float32 with sdpa, on every
             visual token whatever the bundle's method.
-        rounds: turns that count.
-        warm_up: turns before them that do not.
+        rounds: measured rounds.
+        warm_up: rounds before them, not measured.
         threads: of every contender; by default as many as this process may use.
         text_tokens: of a prompt; by default the smallest capacity among the bundles.
         new_tokens: of an answer, at least 2; by default 16, or the smallest capacity.
+        seed: of the images and prompts.
         verify: hash the bundles' files first.
+    """
+
+    backends: Sequence[str] = ("ort",)
+    keep_ratios: Sequence[float] = ()
+    against: str | Path | None = None
+    rounds: int = 7
+    warm_up: int = 1
+    threads: int | None = None
+    text_tokens: int | None = None
+    new_tokens: int | None = None
+    seed: int = 0
+    verify: bool = True
+
+
+def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+    """Time bundles, each on each backend, in turns; see the module for what is timed.
+
+    Args:
+        bundles: folders.
+        options: fields of `Settings`.
 
     Returns:
         `contenders` with median, lowest and highest of every figure and all its values, `rates`, `machine`, `notes`.
 
     Raises:
         BundleError: a bundle is damaged.
-        UsageError: a count is out of range for a bundle, a bundle lacks a keep ratio, or something is given twice.
+        UsageError: an option is unknown, a count is out of range for a bundle, a bundle lacks a keep ratio, or
+            something is given twice.
         UnsupportedError: a backend that is not there, or PyTorch cannot run the checkpoint as it is.
         CheckpointError: the checkpoint is not the first bundle's.
     """
+    settings = fold(Settings, options, "bench")
+    backends, keep_ratios, against = settings.backends, settings.keep_ratios, settings.against
     opened = {
-        (folder, ratio): open_bundle(folder, verify=verify, keep_ratio=ratio)
+        (folder, ratio): open_bundle(folder, verify=settings.verify, keep_ratio=ratio)
         for folder in map(Path, bundles)
         for ratio in keep_ratios or (None,)
     }
     room = [(b.manifest.counts.text_tokens, b.manifest.counts.new_tokens) for b in opened.values()]
-    text = _within("--text-tokens", text_tokens, 1, min(t for t, _ in room), min(t for t, _ in room))
-    new = _within("--new-tokens", new_tokens, 2, min(n for _, n in room), min(16, *(n for _, n in room)))
+    text = _within("--text-tokens", settings.text_tokens, 1, min(t for t, _ in room), min(t for t, _ in room))
+    new = _within("--new-tokens", settings.new_tokens, 2, min(n for _, n in room), min(16, *(n for _, n in room)))
     common: dict[str, Any] = {
-        "threads": threads or len(os.sched_getaffinity(0)),
+        "threads": settings.threads or len(os.sched_getaffinity(0)),
         "text_tokens": text,
         "new_tokens": new,
     }
@@ -165,8 +176,10 @@ def bench(
     elif "ort" in backends:
         contenders.append(Contender(name=RATES, kind=RATES, **common))
     notes += [f"no floors for {b}: the rates measured are those of a processor" for b in backends if b != "ort"]
-    before = _clocks()
-    turns, about = _run(contenders, rounds=rounds, warm_up=warm_up, seed=seed, progress=progress)
+    before = clocks()
+    turns, about = _run(
+        contenders, rounds=settings.rounds, warm_up=settings.warm_up, seed=settings.seed, progress=progress
+    )
     rates = best_rates(turns.pop(RATES)) if RATES in turns else None
     about.pop(RATES, None)
     first_ratio = next(iter(keep_ratios), None)
@@ -189,11 +202,11 @@ def bench(
     if against is not None:
         notes.append("PyTorch: float32, sdpa, every visual token; one stage, its vision encoder in it")
     return {
-        "machine": _machine() | {"clocks_mhz": {"before": before, "after": _clocks()}},
+        "machine": machine() | {"clocks_mhz": {"before": before, "after": clocks()}},
         **common,
-        "rounds": rounds,
-        "warm_up": warm_up,
-        "seed": seed,
+        "rounds": settings.rounds,
+        "warm_up": settings.warm_up,
+        "seed": settings.seed,
         "rates": rates,
         "contenders": rows,
         "notes": list(dict.fromkeys(notes)),
@@ -252,11 +265,6 @@ def _names(
         for r in ratios or (None,)
         for b in backends
     }
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_onnx_ir() -> bool:
@@ -390,52 +398,3 @@ def _weights(path: Path) -> int:
 
     values = ir.load(path).graph.initializers.values()
     return sum(value.const_value.nbytes for value in values if value.const_value is not None)
-
-
-# The machine.
-
-
-def _machine() -> dict[str, Any]:
-    """What the figures depend on beside the bundles."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory": _field("/proc/meminfo", "MemTotal"),
-        "board": _read("/proc/device-tree/model").rstrip("\0 \n") or None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _clocks() -> dict[str, list[float]]:
-    """Clocks at this moment in MHz, of the cores and, where the system tells, of devices such as a Jetson's GPU."""
-    found = {"cores": [float(line.split(":")[1]) for line in _lines("/proc/cpuinfo") if line.startswith("cpu MHz")]}
-    if not found["cores"]:
-        found["cores"] = [int(_read(str(p)) or 0) / 1e3 for p in _sorted("cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    for path in sorted(Path("/sys/class/devfreq").glob("*/cur_freq")):
-        found[path.parent.name] = [int(_read(str(path)) or 0) / 1e6]
-    return found
-
-
-def _sorted(pattern: str) -> list[Path]:
-    return sorted(Path("/sys/devices/system").glob(pattern))
-
-
-def _lines(path: str) -> list[str]:
-    return _read(path).splitlines()
-
-
-def _field(path: str, name: str) -> str:
-    return next((line.split(":", 1)[1].strip() for line in _lines(path) if line.startswith(name)), "")
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lvlm_edge.runtime import kv_cache
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
@@ -41,8 +42,12 @@ class Backend(Protocol):
 
     name: str
 
-    def allocate(self, info: TensorInfo) -> Buffer:
-        """A zeroed buffer."""
+    def allocate(self, info: TensorInfo, *, host: bool = False) -> Buffer:
+        """A zeroed buffer.
+
+        Args:
+            host: whether the host reads or writes it; other buffers are for graphs alone.
+        """
 
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """A graph with every input and output of its file bound to the buffer of its name in the file."""
@@ -59,6 +64,21 @@ def load(name: str, **options: Any) -> Backend:
         raise UnsupportedError(f"backend: {name!r} is not known; {nearest(name, known)}")
     backend: Backend = importlib.import_module(f"{__name__}.{known[name]}").create(**options)
     return backend
+
+
+def host_tensors(graphs: Iterable[Graph]) -> frozenset[str]:
+    """Names of the tensors that the host writes or reads while a bundle runs.
+
+    A tensor that one graph returns and another takes stays where the graphs run, caches among them. The host writes
+    what no graph returns and reads what no graph takes. Graphs of role image run once per crop, so that the host
+    collects what passes between them.
+    """
+    graphs = tuple(graphs)
+    taken = {kv_cache.shared_name(info.name) for graph in graphs for info in graph.inputs}
+    returned = {kv_cache.shared_name(info.name) for graph in graphs for info in graph.outputs}
+    of_images = {info.name for graph in graphs if graph.role == "image" for info in graph.outputs}
+    collected = {name for name in of_images if kv_cache.shared_name(name) == name}
+    return frozenset((taken ^ returned) | collected)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

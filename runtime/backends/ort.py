@@ -57,7 +57,7 @@ class OrtBackend:
         self._runtime, self._threads, self._exact = runtime, threads, exact
         self._sessions: dict[Path, onnxruntime.InferenceSession] = {}
 
-    def allocate(self, info: TensorInfo) -> HostBuffer:
+    def allocate(self, info: TensorInfo, *, host: bool = False) -> HostBuffer:
         if info.dtype == "bfloat16":
             raise UnsupportedError(
                 f"ort: {info.name} is bfloat16, which ONNX Runtime does not compute on the CPU; export with --dtype "

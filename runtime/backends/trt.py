@@ -1,185 +1,32 @@
 """TensorRT and TensorRT-RTX: one API under two module names; numpy and cuda.bindings around it.
 
-A plan is executable code. One is opened only if `lvlm-edge build` listed it beside the bundle for this machine and its
-bytes are still the listed ones; TensorRT sees nothing of any other. Caches live on the device and are written in
-place; lengths are device tensors, so that decode never changes its addresses and is replayed as one CUDA graph.
+A plan is executable code, and TensorRT sees only those that `runtime.cuda.engines` has proved. Caches live on the
+device and are written in place; lengths are device tensors, so that decode never changes its addresses and is replayed
+as one CUDA graph.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
-import json
-import mmap
 import os
-import platform
-import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lvlm_edge.runtime.backends import Array, Buffer, Session, from_bfloat16, numpy_dtype, to_bfloat16
+from lvlm_edge.runtime.backends import Buffer, Session
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
-from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
+from lvlm_edge.runtime.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
+from lvlm_edge.runtime.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
+from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
 
-SCHEMA = 2  # of engines.json, which the builder writes
-ENGINES = "engines.json"
-PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
-MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
 INSTALL = {
     "trt": "pip install tensorrt cuda-bindings (on a Jetson: TensorRT comes with JetPack)",
     "trt-rtx": "pip install tensorrt-rtx cuda-bindings",
 }
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
-# What the pipeline writes and reads on the host; the rest passes from graph to graph on the device.
-HOST = frozenset(
-    {"pixel_values", "image_embeds", "inputs_embeds", "position_ids", "last_index", "write_index", "visual_index"}
-    | {"text_index", "cache_length", "logits", "kept_visual"}
-)
 CAPTURE_ERRORS = range(900, 909)  # cudaErrorStreamCaptureUnsupported and its kin: this work cannot be captured
-ALIGNMENT = 256  # bytes, of scratch memory
-
-
-class Cuda:
-    """The CUDA runtime of one device and one stream, every return code checked."""
-
-    def __init__(self, runtime: Any) -> None:
-        self.runtime = runtime
-        self.properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
-        # blocking streams would wait for whatever else runs in the process
-        self.stream = int(self.call("cudaStreamCreateWithFlags", int(runtime.cudaStreamNonBlocking)))
-        self.owned(self, "cudaStreamDestroy", self.stream)
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        """Compute capability of the device."""
-        return self.properties.major, self.properties.minor
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        """What a function of the CUDA runtime returns beside its status.
-
-        Raises:
-            DeviceError: the status is not success.
-        """
-        status, *values = getattr(self.runtime, name)(*arguments)
-        if int(status) != 0:
-            raise _CudaError(name, status)
-        return values[0] if values else None
-
-    def wait(self) -> None:
-        self.call("cudaStreamSynchronize", self.stream)
-
-    def copy(self, target: int, source: int, size: int, kind: str) -> None:
-        """Copy bytes and wait; `kind` is `HostToDevice` or `DeviceToHost`."""
-        how = getattr(self.runtime.cudaMemcpyKind, f"cudaMemcpy{kind}")
-        self.call("cudaMemcpyAsync", target, source, size, how, self.stream)
-        self.wait()
-
-    def owned(self, owner: Any, release: str, handle: Any) -> None:
-        """Release a handle when its owner is gone; at exit the process's memory goes as a whole."""
-        weakref.finalize(owner, _release, self.runtime, release, handle).atexit = False
-
-
-class _CudaError(DeviceError):
-    """A status of the CUDA runtime that is not success."""
-
-    def __init__(self, call: str, status: Any) -> None:
-        self.code = int(status)
-        name = getattr(status, "name", f"error {self.code}")
-        short = name == "cudaErrorMemoryAllocation"
-        advice = "close what else uses the GPU, or export with lower capacities" if short else "see `lvlm-edge doctor`"
-        super().__init__(f"{call}: CUDA says {name}; {advice}")
-
-
-def _release(runtime: Any, name: str, handle: Any) -> None:
-    """Give something back. Nobody is left to act on a failure: it repeats what an earlier call has already said."""
-    getattr(runtime, name)(handle)
-
-
-class DeviceBuffer:
-    """Device memory; on integrated GPUs, what the host touches is host memory that the device sees."""
-
-    def __init__(self, cuda: Cuda, info: TensorInfo) -> None:
-        self.info, self._cuda = info, cuda
-        self._dtype = numpy_dtype(info.dtype)
-        self._size = int(np.prod(info.shape, dtype=np.int64)) * self._dtype.itemsize
-        self._mapped: Array | None = None
-        if cuda.properties.integrated and info.name in HOST:
-            host = int(cuda.call("cudaHostAlloc", self._size, int(cuda.runtime.cudaHostAllocMapped)))
-            cuda.owned(self, "cudaFreeHost", host)
-            self.address = int(cuda.call("cudaHostGetDevicePointer", host, 0))
-            self._mapped = _at(host, self._size).view(self._dtype).reshape(info.shape)
-            self._mapped[...] = 0
-        else:
-            self.address = int(cuda.call("cudaMalloc", self._size))
-            cuda.owned(self, "cudaFree", self.address)
-            cuda.call("cudaMemsetAsync", self.address, 0, self._size, cuda.stream)
-
-    def write(self, values: Array) -> None:
-        if self.info.dtype == "bfloat16":
-            values = to_bfloat16(values)
-        if self._mapped is not None:
-            self._mapped[...] = values
-            return
-        host = np.empty(self.info.shape, self._dtype)
-        host[...] = values
-        self._cuda.copy(self.address, host.ctypes.data, self._size, "HostToDevice")
-
-    def read(self) -> Array:
-        host = self._mapped
-        if host is None:
-            host = np.empty(self.info.shape, self._dtype)
-            self._cuda.copy(host.ctypes.data, self.address, self._size, "DeviceToHost")
-        return from_bfloat16(host) if self.info.dtype == "bfloat16" else host
-
-    def copy_rows(self, rows: Buffer, slot: int) -> None:
-        assert isinstance(rows, DeviceBuffer) and rows.info.dtype == self.info.dtype
-        (_, heads, capacity, width), count = self.info.shape, rows.info.shape[2]
-        assert 0 <= slot <= capacity - count
-        row = width * self._dtype.itemsize
-        # head by head: `count` rows lie together in both, a head's stride apart
-        self._cuda.call(
-            "cudaMemcpy2DAsync",
-            self.address + slot * row,
-            capacity * row,
-            rows.address,
-            count * row,
-            count * row,
-            heads,
-            self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
-            self._cuda.stream,
-        )
-
-
-def _at(address: int, size: int) -> Array:
-    """Host memory as bytes."""
-    import ctypes
-
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-
-class Scratch:
-    """Working memory of all engines, which run one after the other: as large as the largest needs."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda, self._wanted = cuda, ALIGNMENT
-        self._memory: DeviceBuffer | None = None
-
-    def reserve(self, size: int) -> None:
-        self._wanted = max(self._wanted, size)
-
-    def memory(self) -> tuple[int, int]:
-        """Address and size; an engine opened after the first run may make it a larger one."""
-        if self._memory is None or self._memory.info.shape[0] * 8 < self._wanted:
-            self._cuda.wait()
-            self._memory = None
-            self._memory = DeviceBuffer(self._cuda, TensorInfo("scratch", "int64", (-(-self._wanted // 8),)))
-        return self._memory.address, self._memory.info.shape[0] * 8
 
 
 class TrtSession:
@@ -230,7 +77,7 @@ class TrtSession:
                 made = _CudaGraph(self._cuda, self._cuda.call("cudaGraphInstantiate", graph, 0)) if taken else None
             finally:
                 self._cuda.call("cudaGraphDestroy", graph)
-        except _CudaError as error:
+        except CudaError as error:
             if error.code not in CAPTURE_ERRORS:
                 raise
             # the status that it returns is the error that it clears
@@ -269,13 +116,16 @@ class TrtBackend:
         self._runtime: Any = None
         self._engines: dict[str, tuple[Any, Path, dict[str, str]]] = {}
 
-    def allocate(self, info: TensorInfo) -> DeviceBuffer:
+    def allocate(self, info: TensorInfo, *, host: bool = False) -> DeviceBuffer:
         """A zeroed buffer.
+
+        Args:
+            host: whether the host reads or writes it.
 
         Raises:
             DeviceError: the device has not that much memory.
         """
-        return DeviceBuffer(self._cuda, info)
+        return DeviceBuffer(self._cuda, info, host=host)
 
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """The engine of a graph, bound to its buffers; graphs of one file share their engine, and with it the weights.
@@ -309,9 +159,9 @@ class TrtBackend:
     def _engine(self, bundle: Bundle, file: str, wrong: Wrong) -> tuple[Any, Path, dict[str, str]]:
         """The engine of a file, the path of its plan, and which outputs it writes over which inputs."""
         version, capability = self._module.__version__, self._cuda.capability
-        entry = _entry(bundle, file, self.name, version, capability, wrong)
+        entry = entry_of(bundle, file, self.name, version, capability, wrong)
         plan = bundle.folder / "engines" / self.name / entry["file"]
-        with _checked_plan(plan, entry, wrong) as content:
+        with checked_plan(plan, entry, wrong) as content:
             if self._runtime is None:
                 self._runtime = self._module.Runtime(self._log.logger)
             engine = self._runtime.deserialize_cuda_engine(content)
@@ -328,86 +178,6 @@ class TrtBackend:
                 taken = taken and context.set_input_shape(name, bound[name].info.shape)
         if not taken:
             raise DeviceError(f"{plan}: TensorRT does not take profile {profile} ({self._log.last()})")
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """Makes the error for an engine that cannot be used, with the command that builds one that can."""
-
-    folder: Path
-    backend: str
-
-    def __call__(self, what: str, found: str) -> BundleError:
-        return BundleError(
-            f"{self.backend}: {what}: {found}; run lvlm-edge build {self.folder} --device NAME on this device "
-            "(names: lvlm-edge devices)"
-        )
-
-
-def _entry(
-    bundle: Bundle, file: str, backend: str, version: str, capability: tuple[int, int], wrong: Wrong
-) -> dict[str, Any]:
-    """What `engines.json` says of a file's engine, once everything it says of this machine and bundle is true."""
-    manifest = bundle.manifest
-    record = _record(bundle.folder / "engines" / backend / ENGINES, wrong)
-    here = f"{sys.platform}-{platform.machine()}"
-    weights, source = manifest.files[manifest.weights].sha256, manifest.files[file].sha256
-    for key, what, mine in (
-        ("flavour", "engines are of", MODULES[backend]),
-        ("version", f"engines were built by {MODULES[backend]}", version),
-        ("platform", "engines were built on", here),
-    ):
-        if record.get(key) != mine:
-            raise wrong(ENGINES, f"{what} {record.get(key)!r}, this machine has {mine!r}")
-    settings = record.get("settings")
-    targets = settings.get("compute_capabilities") if isinstance(settings, dict) else None
-    own = "{}.{}".format(*capability)
-    portable = backend == "trt-rtx" and capability >= (8, 0)
-    if not isinstance(targets, list) or not (own in targets or (portable and PORTABLE in targets)):
-        raise wrong(ENGINES, f"engines are for compute capability {targets}, this GPU has {own}")
-    if record.get("weights_sha256") != weights:
-        raise wrong(ENGINES, "engines were built from other weights than the bundle's")
-    entry = record["engines"].get(file)
-    if not isinstance(entry, dict):
-        raise wrong(ENGINES, f"lists no engine of {file}, and one that is not listed is not opened")
-    name, aliases = entry.get("file"), entry.get("aliases")
-    if not isinstance(name, str) or not name or Path(name).name != name or not isinstance(aliases, dict):
-        raise wrong(ENGINES, f"what it says of {file} cannot be read")
-    if entry.get("graph_sha256") != source:
-        raise wrong(name, f"was built from another {file} than the bundle's")
-    return entry
-
-
-def _record(path: Path, wrong: Wrong) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise wrong(str(path), "is not there, so no engine was built") from None
-    except (OSError, RecursionError, ValueError) as error:
-        raise wrong(str(path), f"cannot be read ({error})") from error
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if schema != SCHEMA or not isinstance(record.get("engines"), dict):
-        raise wrong(str(path), f"schema is {schema!r}, expected {SCHEMA}")
-    return dict(record)
-
-
-@contextlib.contextmanager
-def _checked_plan(path: Path, entry: dict[str, Any], wrong: Wrong) -> Iterator[memoryview]:
-    """A plan's bytes, mapped, which are those that were built: what is hashed is what TensorRT then reads."""
-    try:
-        if path.is_symlink():
-            raise wrong(path.name, "is a link, expected the file that was built")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry.get("size") or size == 0:
-                raise wrong(path.name, f"has {size} bytes, {ENGINES} says {entry.get('size')}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise wrong(path.name, f"cannot be read ({error.strerror})") from error
-    with mapped, memoryview(mapped) as content:
-        if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
-            raise wrong(path.name, f"was altered (its sha256 is not that in {ENGINES})")
-        yield content
 
 
 def _bind(

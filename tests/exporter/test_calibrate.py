@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from lvlm_edge.exporter import export, planning, quantize, references
 from lvlm_edge.exporter.checkpoints import checkpoint, spec
 from lvlm_edge.exporter.proof import parity
-from lvlm_edge.exporter.quantisation import calibrate
+from lvlm_edge.exporter.quantisation import calibrate, rounding, write
+from lvlm_edge.exporter.quantisation.gather import gather
+from lvlm_edge.exporter.quantisation.samples import Case, cases_of, read_samples
+from lvlm_edge.exporter.quantisation.smooth import smooth
 from lvlm_edge.exporter.references import original
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
@@ -196,17 +199,17 @@ def nearest(folder: Path, out: Path, block: int) -> Path:
 # Folding.
 
 
-def folded(folder: Path, method: str, cases: list[calibrate.Case], dtype: torch.dtype) -> tuple[set[str], float]:
+def folded(folder: Path, method: str, cases: list[Case], dtype: torch.dtype) -> tuple[set[str], float]:
     """Matrices with factors, and the largest difference of logits that folding alone makes to a method's reference."""
     model = references.load(folder)
     config = calibrate._method_config(spec.load(folder), method)
-    rows = calibrate.gather(model, method, config, cases, 0, lambda *_: None)
+    rows = gather(model, method, config, cases, 0, lambda *_: None)
     run = references.module(method).run
     before = [run(model, config, case.ids, case.pixels, 3).logits for case in cases]
     used = set()
     for i, layer in enumerate(original.view(model).decoder.layers):
         read = {name.split(".")[-1]: part for name, part in rows.items() if name.startswith(f"layers.{i}.")}
-        used |= set(calibrate.smooth(layer, read, 32, dtype, values_elsewhere=method == "himix"))
+        used |= set(smooth(layer, read, 32, dtype, values_elsewhere=method == "himix"))
     after = [run(model, config, case.ids, case.pixels, 3).logits for case in cases]
     return used, max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
 
@@ -218,7 +221,7 @@ def test_folding_alone_leaves_logits_of_stock_transformers_as_they_are(uneven_on
     sized = checkpoints.pixels(28 if hub_layout else 56)
     ids = checkpoints.prompt(12, 4) if hub_layout else prompts.prompt()
 
-    used, difference = folded(uneven_one, "none", [calibrate.Case(ids, torch.from_numpy(sized))], dtype)
+    used, difference = folded(uneven_one, "none", [Case(ids, torch.from_numpy(sized))], dtype)
 
     assert {"q_proj", "o_proj", "gate_proj", "down_proj"} == used
     assert difference < 1e-4  # float32 sums in another order; logits are of size 10
@@ -239,7 +242,7 @@ def test_folding_alone_leaves_logits_of_stock_transformers_as_they_are(uneven_on
 def test_folding_alone_leaves_what_each_method_says_as_it_is(tmp_path, method, options):
     folder = originals.build(tmp_path / "checkpoint", **options)
     uneven(folder, options.get("kv_heads", 4), 4)
-    cases = [calibrate.Case(originals.prompt(12, 4, seed=s), originals.pixels(seed=s)) for s in range(2)]
+    cases = [Case(originals.prompt(12, 4, seed=s), originals.pixels(seed=s)) for s in range(2)]
 
     used, difference = folded(folder, method, cases, torch.bfloat16)
 
@@ -278,7 +281,7 @@ def test_gptq_is_nearer_than_rounding_to_nearest_on_other_rows_of_the_same_kind(
     def drawn() -> dict[str, torch.Tensor]:
         return {name: torch.randn(2000, len(m)) @ m + 0.3 * torch.randn(2000, m.shape[1]) for name, m in mix.items()}
 
-    found = calibrate.by_gptq(linears, drawn(), 32, dtype)
+    found = rounding.by_gptq(linears, drawn(), 32, dtype)
 
     for first, rows in drawn().items():
         for name in ("q_proj", "k_proj", "v_proj") if first == "q_proj" else (first,):
@@ -459,16 +462,16 @@ def test_a_file_of_samples_brings_questions_and_answers(one, pictures, tmp_path)
     lines = [{"image": f"{i}.png", "prompt": "w5 w6"} | ({"answer": "w9 w10"} if i % 2 else {}) for i in range(6)]
     file = pictures / "samples.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = calibrate.read_samples(file, "not asked", 4, 0)
+    found = read_samples(file, "not asked", 4, 0)
     model = spec.load(one)
 
-    cases = calibrate._cases(one, tiny.read_json(one / "config.json"), model, found)
+    cases = cases_of(one, tiny.read_json(one / "config.json"), model, found)
 
     assert len(cases) == 4 and all(case.pixels.shape == (1, 3, 28, 28) for case in cases)
     for sample, case in zip(found, cases, strict=True):
         answered = case.ids[-3:] == [9, 10, 2]  # the template closes an answer
         assert answered == (sample.answer is not None) and case.ids.count(checkpoints.IMAGE) == 1
-    assert found != calibrate.read_samples(file, "not asked", 4, 1)
+    assert found != read_samples(file, "not asked", 4, 1)
 
 
 BAD_LINES = ("{", "[]", '{"image": "0.png"}', '{"image": 3, "prompt": "w5"}', '{"image": "0.png", "prompt": " "}')
@@ -586,7 +589,7 @@ def test_a_failure_while_writing_leaves_nothing(one, pictures, tmp_path, monkeyp
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibrate, "_copy", full)
+    monkeypatch.setattr(write, "_copy", full)
 
     with pytest.raises(LvlmEdgeError, match="no room on the disk"):
         quantize(one, tmp_path / "q", pictures=pictures, samples=1)

@@ -9,7 +9,7 @@ import pytest
 
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.exporter.families import llava_llama, tinyllava
-from lvlm_edge.runtime import prompt
+from lvlm_edge.runtime.prompt import chat_template
 
 CHAT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -53,7 +53,7 @@ QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "tex
 
 
 def rendered(name: str, *messages: object, ask: bool = True) -> str:
-    template = prompt._compile(TEMPLATES[name], Path("template"))
+    template = chat_template.compile_template(TEMPLATES[name], Path("template"))
     return template.render(messages=list(messages), add_generation_prompt=ask, bos_token="<bos>", eos_token="<eos>")
 
 

@@ -213,12 +213,38 @@ def test_a_cache_that_is_too_small_is_refused(bundle, tmp_path):
 def test_a_device_without_the_memory_is_told_which_flags_to_lower(bundle, monkeypatch):
     from lvlm_edge.runtime.backends.ort import OrtBackend
 
-    def full(self, info):
+    def full(self, info, *, host):
         raise MemoryError
 
     monkeypatch.setattr(OrtBackend, "allocate", full)
     with pytest.raises(FitError, match="--max-text-tokens"):
         Pipeline.load(bundle)
+
+
+@pytest.mark.parametrize("name", ["none", "fastv"])
+def test_the_host_touches_no_buffer_but_those_allocated_for_it(checkpoint_once, export_once, monkeypatch, name):
+    from lvlm_edge.runtime.backends.ort import HostBuffer, OrtBackend
+
+    hosts, touched, allocate = {}, set(), OrtBackend.allocate
+
+    def noted(self, info, *, host):
+        buffer = allocate(self, info, host=host)
+        hosts[id(buffer)] = info.name, host
+        return buffer
+
+    monkeypatch.setattr(OrtBackend, "allocate", noted)
+    pipe = Pipeline.load(tiny.bundle(checkpoint_once, export_once, name))
+    for verb in ("write", "read"):
+        original = getattr(HostBuffer, verb)
+        monkeypatch.setattr(
+            HostBuffer, verb, lambda self, *rest, original=original: touched.add(id(self)) or original(self, *rest)
+        )
+    pipe.generate_tokens(PROMPT, pixels(), max_new_tokens=2)
+
+    host = {tensor for tensor, is_host in hosts.values() if is_host}
+    found = {hosts[each][0] for each in touched}
+    assert host - found <= {"image_features"}  # an output that only `check` reads
+    assert found <= host
 
 
 @pytest.mark.parametrize("location", ["../weights.bin", "ABSOLUTE", "sub/../../weights.bin", "link.bin", "nowhere.bin"])

@@ -263,7 +263,7 @@ def test_ordinary_prompts_are_encoded_alike_when_disguised(case: Case) -> None:
         rendered = case.rendered(chat(text, text, text))
         plain = case.text._tokenizer.encode(rendered, add_special_tokens=False).ids
 
-        assert case.text._encode_disguised(rendered, {}) == plain
+        assert case.text._escaping.encode(rendered, {}) == plain
 
 
 def test_a_special_token_in_other_characters_is_text(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_what_is_special():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64"])
 def test_buffers_are_zeroed_and_give_back_what_was_written(monkeypatch, dtype, integrated):
     machine = Machine(integrated=integrated).install(monkeypatch, "tensorrt_rtx")
-    buffer = backends.load("trt-rtx").allocate(backends.TensorInfo("logits", dtype, (1, 2, 3)))
+    buffer = backends.load("trt-rtx").allocate(backends.TensorInfo("logits", dtype, (1, 2, 3)), host=True)
     assert not buffer.read().any()
 
     buffer.write(np.arange(6, dtype=np.float32).reshape(1, 2, 3))

@@ -1,0 +1,158 @@
+"""The CUDA runtime of one device and one stream, and memory on it; every return code is checked."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+
+from lvlm_edge.runtime.backends import Array, Buffer, from_bfloat16, numpy_dtype, to_bfloat16
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.errors import DeviceError
+
+ALIGNMENT = 256  # bytes, of scratch memory
+
+
+class Cuda:
+    """The CUDA runtime of one device and one stream, every return code checked."""
+
+    def __init__(self, runtime: Any) -> None:
+        self.runtime = runtime
+        self.properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
+        # blocking streams would wait for whatever else runs in the process
+        self.stream = int(self.call("cudaStreamCreateWithFlags", int(runtime.cudaStreamNonBlocking)))
+        self.owned(self, "cudaStreamDestroy", self.stream)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the device."""
+        return self.properties.major, self.properties.minor
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What a function of the CUDA runtime returns beside its status.
+
+        Raises:
+            DeviceError: the status is not success.
+        """
+        status, *values = getattr(self.runtime, name)(*arguments)
+        if int(status) != 0:
+            raise CudaError(name, status)
+        return values[0] if values else None
+
+    def wait(self) -> None:
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def copy(self, target: int, source: int, size: int, kind: str) -> None:
+        """Copy bytes and wait; `kind` is `HostToDevice` or `DeviceToHost`."""
+        how = getattr(self.runtime.cudaMemcpyKind, f"cudaMemcpy{kind}")
+        self.call("cudaMemcpyAsync", target, source, size, how, self.stream)
+        self.wait()
+
+    def owned(self, owner: Any, release: str, handle: Any) -> None:
+        """Release a handle when its owner is gone; at exit the process's memory goes as a whole."""
+        weakref.finalize(owner, _release, self.runtime, release, handle).atexit = False
+
+
+class CudaError(DeviceError):
+    """A status of the CUDA runtime that is not success."""
+
+    def __init__(self, call: str, status: Any) -> None:
+        self.code = int(status)
+        name = getattr(status, "name", f"error {self.code}")
+        short = name == "cudaErrorMemoryAllocation"
+        advice = "close what else uses the GPU, or export with lower capacities" if short else "see `lvlm-edge doctor`"
+        super().__init__(f"{call}: CUDA says {name}; {advice}")
+
+
+def _release(runtime: Any, name: str, handle: Any) -> None:
+    """Give something back. Nobody is left to act on a failure: it repeats what an earlier call has already said."""
+    getattr(runtime, name)(handle)
+
+
+class DeviceBuffer:
+    """Device memory; on integrated GPUs, what the host touches is host memory that the device sees.
+
+    Args:
+        host: whether the host reads or writes it.
+
+    Raises:
+        DeviceError: the device has not that much memory.
+    """
+
+    def __init__(self, cuda: Cuda, info: TensorInfo, *, host: bool = False) -> None:
+        self.info, self._cuda = info, cuda
+        self._dtype = numpy_dtype(info.dtype)
+        self._size = int(np.prod(info.shape, dtype=np.int64)) * self._dtype.itemsize
+        self._mapped: Array | None = None
+        if cuda.properties.integrated and host:
+            memory = int(cuda.call("cudaHostAlloc", self._size, int(cuda.runtime.cudaHostAllocMapped)))
+            cuda.owned(self, "cudaFreeHost", memory)
+            self.address = int(cuda.call("cudaHostGetDevicePointer", memory, 0))
+            self._mapped = _at(memory, self._size).view(self._dtype).reshape(info.shape)
+            self._mapped[...] = 0
+        else:
+            self.address = int(cuda.call("cudaMalloc", self._size))
+            cuda.owned(self, "cudaFree", self.address)
+            cuda.call("cudaMemsetAsync", self.address, 0, self._size, cuda.stream)
+
+    def write(self, values: Array) -> None:
+        if self.info.dtype == "bfloat16":
+            values = to_bfloat16(values)
+        if self._mapped is not None:
+            self._mapped[...] = values
+            return
+        host = np.empty(self.info.shape, self._dtype)
+        host[...] = values
+        self._cuda.copy(self.address, host.ctypes.data, self._size, "HostToDevice")
+
+    def read(self) -> Array:
+        host = self._mapped
+        if host is None:
+            host = np.empty(self.info.shape, self._dtype)
+            self._cuda.copy(host.ctypes.data, self.address, self._size, "DeviceToHost")
+        return from_bfloat16(host) if self.info.dtype == "bfloat16" else host
+
+    def copy_rows(self, rows: Buffer, slot: int) -> None:
+        assert isinstance(rows, DeviceBuffer) and rows.info.dtype == self.info.dtype
+        (_, heads, capacity, width), count = self.info.shape, rows.info.shape[2]
+        assert 0 <= slot <= capacity - count
+        row = width * self._dtype.itemsize
+        # head by head: `count` rows lie together in both, a head's stride apart
+        self._cuda.call(
+            "cudaMemcpy2DAsync",
+            self.address + slot * row,
+            capacity * row,
+            rows.address,
+            count * row,
+            count * row,
+            heads,
+            self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+            self._cuda.stream,
+        )
+
+
+def _at(address: int, size: int) -> Array:
+    """Host memory as bytes."""
+    import ctypes
+
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+class Scratch:
+    """Working memory of all engines, which run one after the other: as large as the largest needs."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self._wanted = cuda, ALIGNMENT
+        self._memory: DeviceBuffer | None = None
+
+    def reserve(self, size: int) -> None:
+        self._wanted = max(self._wanted, size)
+
+    def memory(self) -> tuple[int, int]:
+        """Address and size; an engine opened after the first run may make it a larger one."""
+        if self._memory is None or self._memory.info.shape[0] * 8 < self._wanted:
+            self._cuda.wait()
+            self._memory = None
+            self._memory = DeviceBuffer(self._cuda, TensorInfo("scratch", "int64", (-(-self._wanted // 8),)))
+        return self._memory.address, self._memory.info.shape[0] * 8
