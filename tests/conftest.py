@@ -1,16 +1,49 @@
-"""Fixtures shared by all tests: the oracles, and checkpoints and bundles that are made once per session."""
+"""Fixtures shared by all tests: the oracles, and checkpoints and bundles that are made once per session.
+
+Tests run in random order, file by file. One that exports has the marker `export`, by the fixtures it takes or its own.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ORACLES = Path(os.environ.get("LVLM_EDGE_ORACLES", Path(__file__).resolve().parents[2] / "shared" / "oracles"))
+ORACLES = Path(os.environ.get("LVLM_EDGE_ORACLES", Path(__file__).resolve().parent / "oracles"))
+TRACES = "LVLM_EDGE_TRACES"  # the environment variable that names a folder of traced graphs to keep between runs
+EXPORTS = {"export_once", "quick_tracing"}  # fixtures of tests that export
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="the order of the tests, as an earlier run printed it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:  # pytest-xdist hands it to every worker
+        config.option.seed = random.randrange(10**6)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"order of the tests: --seed {config.option.seed}"
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest itself then puts tests of one fixture together, and drops what -m leaves out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle the files, and the tests of each; mark those that export."""
+    order = random.Random(config.option.seed)
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+        if EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("export")
+    shuffled = order.sample(list(files.values()), len(files))
+    items[:] = [item for of_file in shuffled for item in order.sample(of_file, len(of_file))]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,12 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """The folder of reference outputs. They are no part of this repository: a clone by itself does without."""
-    if not ORACLES.is_dir():
-        reason = f"{ORACLES}: no reference outputs there; set LVLM_EDGE_ORACLES to their folder"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    """The folder of reference outputs."""
+    assert ORACLES.is_dir(), f"{ORACLES}: no reference outputs there; LVLM_EDGE_ORACLES names another folder"
     return ORACLES
 
 
@@ -70,25 +99,50 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def quick_tracing() -> Iterator[None]:
-    """The exporter's table of operators made once: it takes a third of an export's time, and is always the same."""
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def quick_tracing(common: Path) -> Iterator[None]:
+    """Graphs traced once for the whole run, and the exporter's table of operators made once for the process."""
+    import torch
     from torch.onnx._internal.exporter import _registration
 
+    from lvlm_edge.exporter.graphs import trace
+    from tests import trace_cache
+
+    torch.set_num_threads(1)  # the models are too small for more
     with pytest.MonkeyPatch.context() as patch:
         table = getattr(_registration, "ONNXRegistry", None)
         if hasattr(table, "from_torchlib"):  # a private name, so without it tests only take longer
             patch.setattr(table, "from_torchlib", staticmethod(functools.cache(table.from_torchlib)))
+        folder = Path(os.environ.get(TRACES, common / "traces"))
+        patch.setattr(trace, "trace", trace_cache.cached(trace.trace, folder))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tracing_is_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`quick_tracing` for what is marked; all else has to do without tracing."""
+    if request.node.get_closest_marker("export") or "lvlm_edge.exporter.graphs.trace" not in sys.modules:
+        yield
+        return
+    from lvlm_edge.exporter.graphs import trace
+    from tests import trace_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "trace", trace_cache.refused(trace.trace))
         yield
 
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory, quick_tracing: None) -> Callable[..., Path]:
     """`export` that makes each bundle once; small capacities where none are given."""
-    import torch
-
     from lvlm_edge.exporter import export
 
-    torch.set_num_threads(1)  # the models are too small for more
     made: dict[str, Path] = {}
 
     def exported(checkpoint: Path, **arguments: Any) -> Path:
