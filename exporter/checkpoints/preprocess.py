@@ -59,11 +59,11 @@ def read(config: Mapping[str, Any], *, default_size: int) -> Preprocessing:
         pad_to_square=_pad_colour(values, kind),
         shortest_edge=shortest_edge,
         resize_to=resize_to,
-        resample=_resample(values["resample"]) if values["do_resize"] else _SHARED["resample"],
+        resample=resampling(values["resample"]) if values["do_resize"] else _SHARED["resample"],
         crop=crop,
         rescale=_number("rescale_factor", values["rescale_factor"]) if values["do_rescale"] else None,
-        mean=_channels("image_mean", values["image_mean"]) if values["do_normalize"] else None,
-        std=_channels("image_std", values["image_std"]) if values["do_normalize"] else None,
+        mean=channels("image_mean", values["image_mean"]) if values["do_normalize"] else None,
+        std=channels("image_std", values["image_std"]) if values["do_normalize"] else None,
     )
     _check_fixed_size(how)
     return how
@@ -199,7 +199,7 @@ def _number(key: str, value: Any) -> float:
     return float(value)
 
 
-def _channels(key: str, value: Any) -> tuple[float, float, float]:
+def channels(key: str, value: Any) -> tuple[float, float, float]:
     """Three numbers, one per channel; a single number stands for all three."""
     if not isinstance(value, (list, tuple)):
         value = (value,) * 3
@@ -211,7 +211,7 @@ def _channels(key: str, value: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _resample(value: Any) -> int:
+def resampling(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 5:
         raise UnsupportedError(f"{_WHERE}: resample is {value!r}, expected 0..5, a filter of Pillow; correct the file")
     return value
@@ -222,7 +222,7 @@ def _pad_colour(values: Mapping[str, Any], kind: str) -> tuple[int, int, int] | 
     if not values["do_pad"]:
         return None
     if kind == "LlavaImageProcessor":
-        mean = _channels("image_mean", values["image_mean"] or 0.0)
+        mean = channels("image_mean", values["image_mean"] or 0.0)
         red, green, blue = (int(channel * 255) for channel in mean)  # cut off, as transformers does
         return red, green, blue
     if values.get("pad_size") is not None:

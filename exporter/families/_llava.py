@@ -152,7 +152,7 @@ def extend(parts: Any, plan: Plan) -> None:
     from lvlm_edge.exporter.graphs.encoders import ENCODERS, Projector
 
     seen: VisionSpec = plan.spec.vision
-    parts.vision = ENCODERS[seen.encoder.kind](seen.encoder, plan.lowering)
+    parts.vision = ENCODERS[seen.encoder.kind](seen.encoder, plan.vision_lowering)
     if seen.projector_act is not None:
         wide = len(seen.encoder.feature_layers) * seen.encoder.hidden
         hidden, bias = plan.spec.decoder.hidden, seen.projector_bias

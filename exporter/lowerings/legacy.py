@@ -105,10 +105,10 @@ def append(
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled products, float32, [1, H_kv, H / H_kv, rows, keys]; query head h reads key head h * H_kv // H."""
-    _, heads, rows, size = query.shape
+    """Scaled products, float32, [B, H_kv, H / H_kv, rows, keys]; query head h reads key head h * H_kv // H."""
+    batch, heads, rows, size = query.shape
     kv_heads = key.shape[1]
-    grouped = query.reshape(1, kv_heads, heads // kv_heads, rows, size) * size**-0.5
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, size) * size**-0.5
     products: Tensor = grouped @ key[:, :, None].transpose(-1, -2)
     return products.float()
 

@@ -6,6 +6,7 @@ Torch is imported when a function runs, so that choosing a lowering does not loa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter.lowerings import legacy
@@ -175,6 +176,7 @@ LOWERING = Lowering(
     store=store,
     put=put,
     append=append,
+    wide=replace(legacy.LOWERING, name="modern", opset=OPSET, rms_norm=rms_norm, layer_norm=layer_norm, rotate=rotate),
     shared_inputs=shared_inputs,
     extend=extend,
 )

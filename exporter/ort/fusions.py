@@ -17,6 +17,7 @@ from lvlm_edge.exporter.ort.nodes import CONTRIB, Nodes, made_by, replace, singl
 
 HEAD_SIZES = 16  # the operator takes multiples of it
 LENGTH = "cache_length"  # the input that is the slot where no rows were dropped
+POSITIONS = "position_ids"  # the input that is the rows' positions, where these have one axis
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _fuse_attention(nodes: Nodes, lengths: _Lengths, attention: _Attention) -> N
     heads = {"num_heads": _heads(before.inputs[0]), "kv_num_heads": _heads(before.inputs[1])}
     query, key, value = attention.rows
     tables = attention.rotations[0].inputs[1:4]
-    slots_are_positions = attention.slot.is_graph_input() and attention.slot.name == LENGTH
+    slots_are_positions = _is_length(attention.slot) and _is_input(tables[-1], POSITIONS)
     if not slots_are_positions:
         query = nodes.add(before, "RotaryEmbedding", [query, *tables], num_heads=heads["num_heads"])
         key = nodes.add(before, "RotaryEmbedding", [key, *tables], num_heads=heads["kv_num_heads"])
@@ -93,6 +94,20 @@ def _fuse_attention(nodes: Nodes, lengths: _Lengths, attention: _Attention) -> N
     replace(attention.joined, attended)
     for write, cache in zip(writes, caches, strict=True):
         replace(write.outputs[0], cache)
+
+
+def _is_input(value: ir.Value | None, name: str) -> bool:
+    return value is not None and value.is_graph_input() and value.name == name
+
+
+def _is_length(slot: ir.Value) -> bool:
+    """Whether a slot is the length of the prompt: the input, or its low part (`kv_cache.coded_length`)."""
+    if _is_input(slot, LENGTH):
+        return True
+    low = made_by(slot, "Sub")
+    high = None if low is None else made_by(low.inputs[1], "Mul")
+    part = None if high is None else made_by(high.inputs[0], "Div")
+    return low is not None and part is not None and all(_is_input(n.inputs[0], LENGTH) for n in (low, part))
 
 
 def _attention(node: ir.Node) -> _Attention | None:

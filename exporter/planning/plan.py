@@ -75,6 +75,12 @@ class Plan:
         """Precision of the vision encoder and projector."""
         return self.settings.vision_dtype or self.settings.dtype
 
+    @property
+    def vision_lowering(self) -> Lowering:
+        """The lowering of the vision encoder and projector."""
+        wide = self.lowering.wide
+        return wide if wide and self.vision_dtype == "float32" != self.dtype else self.lowering
+
     def dtype_of(self, weight: str) -> str:
         """Precision of a weight, by its name in `Parts`."""
         return self.vision_dtype if part_of(weight) == "vision" else self.dtype

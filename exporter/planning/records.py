@@ -230,6 +230,7 @@ class Lowering:
         leading_outputs, put: the same of rows that caches hold before the prompt's.
         decode_inputs, decode_outputs, append: the same for one token: (inputs, group, query, key, value, slot) ->
             attention, outputs by name.
+        wide: for a float32 part of a bundle in half precision, where its operators would have no kernels in float32.
         shared_inputs, extend: of graphs that serve prompt and decode; None where the lowering has none:
             (inputs, group, query, key, value, slot [1], a number for each row [1, rows]) -> attention, outputs by
             name.
@@ -250,6 +251,7 @@ class Lowering:
     store: Callable[[Tensors, CacheGroup, Tensor, Tensor], Tensors]
     put: Callable[[Tensors, CacheGroup, Tensor, Tensor], Tensors]
     append: Callable[[Tensors, CacheGroup, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensors]]
+    wide: Lowering | None = None
     shared_inputs: Layers | None = None
     extend: Callable[[Tensors, CacheGroup, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensors]] | None = (
         None
