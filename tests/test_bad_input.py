@@ -650,10 +650,10 @@ pack.export(*sys.argv[1:])  # everything is imported now
 PLACES = {
     "before": (pack, "_sources", False),
     "tracing": (trace, "trace", True),
-    "writing": (blob, "write", False),
+    "writing": (weights_file, "write", False),
     "manifest": (pack.manifests, "save_manifest", True),
-    "renaming": (beside, "take_place", False),
-    "renamed": (beside, "take_place", True),
+    "renaming": (atomic, "take_place", False),
+    "renamed": (atomic, "take_place", True),
     "removing": (shutil, "rmtree", True),
 }
 
