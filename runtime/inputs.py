@@ -154,6 +154,24 @@ def _shape(picture: Picture) -> tuple[int, ...]:
     return picture.views.count, 3, height, width
 
 
+def placed(text: Sequence[int], before: int, image: int, count: int) -> list[int]:
+    """A prompt with images in it, and a text token between each two as long as there are some.
+
+    Args:
+        text: token ids.
+        before: text tokens before the first image.
+        image: the image token.
+        count: of images.
+    """
+    found = [int(token) for token in text[:before]]
+    rest = [int(token) for token in text[before:]]
+    for i in range(count):
+        found.append(image)
+        if i + 1 < count and len(rest) > 1:
+            found.append(rest.pop(0))
+    return found + rest
+
+
 def check_sizes(manifest: Manifest, sizes: Sequence[tuple[int, int]]) -> None:
     """Raise InputError unless pictures of these sizes, (width, height), belong on the planned canvases, in order."""
     if len(sizes) > len(manifest.pictures) or (not manifest.fewer_pictures and len(sizes) < len(manifest.pictures)):

@@ -21,7 +21,7 @@ from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import Bundle, WeightFormats
-from lvlm_edge.runtime.inputs import media
+from lvlm_edge.runtime.inputs import media, placed
 from lvlm_edge.runtime.kv_cache import PRESENT
 from lvlm_edge.runtime.layout import Picture
 from lvlm_edge.runtime.views import view_size
@@ -169,12 +169,12 @@ def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
         ids = rng.integers(0, manifest.embedding.vocab, text)
         ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
         before = min(before, text - 1)
-        prompt = [*ids[:before], *[manifest.image_token_id] * images, *ids[before:]]
+        prompt = placed(ids.tolist(), before, manifest.image_token_id, images)
         shapes = [(p.views.count, 3, *view_size(p.views)[::-1]) for p in manifest.pictures]
         pixels = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
         same = len({shape[1:] for shape in shapes}) == 1
         joined = np.concatenate(pixels) if same else pixels
-        found.append(Case(name=name, prompt=tuple(int(i) for i in prompt), pixels=joined))
+        found.append(Case(name=name, prompt=tuple(prompt), pixels=joined))
     return found
 
 

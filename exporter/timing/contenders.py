@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lvlm_edge.runtime import Pipeline, views
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
+from lvlm_edge.runtime.inputs import placed
 
 Array = NDArray[Any]
 
@@ -94,13 +95,13 @@ def prompt(manifest: Manifest, seed: int, text_tokens: int) -> tuple[list[int], 
     ids = rng.integers(0, manifest.embedding.vocab, text_tokens)
     ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
     before = text_tokens // 3
-    whole = [*ids[:before], *[manifest.image_token_id] * counts.num_images, *ids[before:]]
+    whole = placed(ids.tolist(), before, manifest.image_token_id, counts.num_images)
     pictures = []
     for planned in manifest.pictures:
         canvas = planned.views.canvas
         width, height = PICTURE if canvas.rule == "any" else canvas.size
         pictures.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
-    return [int(i) for i in whole], pictures
+    return whole, pictures
 
 
 def pixels(manifest: Manifest, pictures: Sequence[Any]) -> list[Array]:
