@@ -83,15 +83,15 @@ def test_every_graph_of_the_sample_builds(export_once, options, dtype):
 
 def test_turing_takes_float16_and_refuses_bfloat16(gqa, export_once, options):
     turing = Settings(backend="trt-rtx", compute_capabilities=("7.5",))
-    engine.build(export_once(gqa, dtype="float16", **options), turing)
+    engine.build(export_once(gqa, dtype="float16", ort=False, **options), turing)
 
     with pytest.raises(LvlmEdgeError, match="did not build it"):
-        engine.build(export_once(gqa, dtype="bfloat16", **options), turing)
+        engine.build(export_once(gqa, dtype="bfloat16", ort=False, **options), turing)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_legacy_graphs_build_too(gqa, export_once, options, dtype):
-    bundle = export_once(gqa, lowering="legacy", dtype=dtype, **options)
+    bundle = export_once(gqa, lowering="legacy", dtype=dtype, ort=False, **options)
 
     out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_built_says_why(own):
 
 
 def test_float32_attention_is_refused_with_tensorrts_reason_and_a_way_out(gqa, export_once):
-    bundle = export_once(gqa, **FASTV)
+    bundle = export_once(gqa, ort=False, **FASTV)
 
     with pytest.raises(LvlmEdgeError, match=r"--lowering legacy"):
         engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)), graphs=["prefill_tail"])
