@@ -225,6 +225,16 @@ def _check_count(manifest: Manifest, images: int, where: str) -> None:
     )
 
 
+def kept_of(manifest: Manifest, visual: int) -> int:
+    """Visual tokens that a method keeps of so many, as it counts them of a full prompt."""
+    counts, config = manifest.counts, manifest.method_config
+    if visual == counts.visual_tokens or not manifest.selects:
+        return counts.kept_tokens if visual else 0
+    if config.get("keep_tokens") is not None:
+        return min(int(config["keep_tokens"]), visual)
+    return round(visual * float(config["keep_ratio"]))
+
+
 def limit(manifest: Manifest, max_new_tokens: int | None) -> int:
     """The most new tokens of an answer.
 

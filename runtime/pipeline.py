@@ -376,6 +376,8 @@ class Pipeline:
             for info in graph.outputs:
                 if info.name in turn.replace:
                     self._memory.buffer(info).write(turn.replace[info.name])
+                if info.name == "score" and visual < self.manifest.counts.visual_tokens:
+                    self._demote(self._memory.buffer(info), visual)
             result.seconds[graph.name] = time.perf_counter() - began
         for graph in graphs:
             for info in (t for t in graph.outputs if t.name == "kept_visual"):
@@ -384,12 +386,22 @@ class Pipeline:
         logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
         return logits
 
+    def _demote(self, score: Buffer, visual: int) -> None:
+        """Rank the visual tokens that are not to be kept behind padding, which stands for pictures that did not come.
+
+        A graph always selects as many rows as were planned, and padding has the score 0.
+        """
+        values = score.read().copy()
+        order = np.argsort(-values[0, :visual], kind="stable")
+        values[0, order[inputs.kept_of(self.manifest, visual) :]] = -1
+        score.write(values)
+
     def _not_dropped(self, visual: int) -> int:
         """Rows that the plan drops from the caches and a prompt of so many visual tokens does not."""
         counts = self.manifest.counts
-        if not self.manifest.fewer_pictures:
+        if not self.manifest.selects:
             return 0
-        return (counts.visual_tokens - counts.kept_tokens) - max(0, visual - counts.kept_tokens)
+        return (counts.visual_tokens - counts.kept_tokens) - (visual - inputs.kept_of(self.manifest, visual))
 
     def _features(self, result: Result, media: tuple[Media, ...]) -> dict[str, Array]:
         """Rows of all images, [rows, D], by output of the image graphs.
