@@ -23,9 +23,9 @@ from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec, check_ki
 from lvlm_edge.exporter.planning import Attention, Capacity, GraphSpec, Plan, PlanError, Product, Tensors, Work
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import InputError, UnsupportedError, nearest
-from lvlm_edge.runtime.image import Preprocessing
-from lvlm_edge.runtime.layout import Picture, Run
-from lvlm_edge.runtime.views import Canvas, Views, multiple
+from lvlm_edge.runtime.pictures.image import Preprocessing
+from lvlm_edge.runtime.pictures.layout import Picture, Run
+from lvlm_edge.runtime.pictures.views import Canvas, Views, multiple
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.runtime import inputs
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, from_bfloat16, load, numpy_dtype
 from lvlm_edge.runtime.bundle import Bundle, Graph, open_bundle
+from lvlm_edge.runtime.bundle.kv_cache import coded_length
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.inputs import Media
-from lvlm_edge.runtime.kv_cache import coded_length
-from lvlm_edge.runtime.layout import Picture, Rows, lay_out
-from lvlm_edge.runtime.memory import Memory
+from lvlm_edge.runtime.pictures.layout import Picture, Rows, lay_out
+from lvlm_edge.runtime.pipeline import inputs
+from lvlm_edge.runtime.pipeline.inputs import Media
+from lvlm_edge.runtime.pipeline.memory import Memory
+from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings
 from lvlm_edge.runtime.prompt import Text
-from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,9 @@ import numpy as np
 from lvlm_edge.runtime.backends import Array
 from lvlm_edge.runtime.bundle import Manifest
 from lvlm_edge.runtime.errors import InputError, UsageError
-from lvlm_edge.runtime.image import open_image
-from lvlm_edge.runtime.layout import Picture
-from lvlm_edge.runtime.views import Canvas, canvas_of, pixels, view_size
+from lvlm_edge.runtime.pictures.image import open_image
+from lvlm_edge.runtime.pictures.layout import Picture
+from lvlm_edge.runtime.pictures.views import Canvas, canvas_of, pixels, view_size
 
 
 @dataclass(frozen=True)
