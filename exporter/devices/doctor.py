@@ -110,7 +110,7 @@ def _loads(module: str) -> str:
     if not _there(module):
         return ""
     try:
-        return str(getattr(importlib.import_module(module), "__version__", "unknown version"))
+        return str(vars(importlib.import_module(module)).get("__version__", "unknown version"))
     except Exception as error:  # a broken installation can raise anything
         return f": {_first(error)}"
 

@@ -10,7 +10,7 @@ from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 
 def names() -> list[str]:
-    return [m.name for m in pkgutil.iter_modules(__path__)]
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
 
 
 def load(name: str) -> Method:

@@ -23,7 +23,8 @@ from lvlm_edge.runtime.bundle import certificate_name, sha256
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lvlm_edge.exporter.proof.parity import Case, Verdict
+    from lvlm_edge.exporter.proof.cases import Case
+    from lvlm_edge.exporter.proof.parity import Verdict
     from lvlm_edge.runtime import Pipeline
 
 PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")

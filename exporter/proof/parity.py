@@ -16,15 +16,17 @@ from lvlm_edge.exporter import families, methods, references
 from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.exporter.proof import certificate
+from lvlm_edge.exporter.proof.cases import Case as Case
+from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import Bundle, WeightFormats
 from lvlm_edge.runtime.bundle.kv_cache import PRESENT
 from lvlm_edge.runtime.pictures.layout import Picture
-from lvlm_edge.runtime.pictures.views import view_size
-from lvlm_edge.runtime.pipeline.inputs import media, placed
+from lvlm_edge.runtime.pipeline.inputs import media
 
 Array = NDArray[Any]
 
@@ -34,19 +36,6 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 SCORE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 
 PARTS = ("key", "value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A prompt to compare on: token ids with one image token per image, and each image's pixels.
-
-    Attributes:
-        pixels: float32 [views, 3, H, W] of all images, or one such array per image.
-    """
-
-    name: str
-    prompt: tuple[int, ...]
-    pixels: Array | Sequence[Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,34 +66,50 @@ class Verdict:
         return next((row for row in self.rows if not row.passed), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to compare; keyword options of `check`.
+
+    Attributes:
+        steps: greedy tokens per prompt, at most the bundle's capacity.
+        backend: what runs the bundle.
+        keep_ratio: one of those that the bundle holds; that of its export by default.
+        seed: of the made-up prompts and pictures.
+    """
+
+    steps: int = 16
+    backend: str = "ort"
+    keep_ratio: float | None = None
+    seed: int = 0
+
+
 def check(
     bundle: str | Path,
     against: str | Path,
     *,
     cases: Sequence[Case] | None = None,
-    steps: int = 16,
-    backend: str = "ort",
-    keep_ratio: float | None = None,
-    seed: int = 0,
     question: tuple[str, Sequence[Any]] | None = None,
     store: bool = True,
+    **options: Any,
 ) -> Verdict:
     """Compare a bundle with PyTorch running its checkpoint, and store the result in the bundle.
 
     Args:
         against: checkpoint folder or Hugging Face id.
         cases: prompts; by default `synthetic` ones.
-        steps: greedy tokens per prompt, at most the bundle's capacity.
-        keep_ratio: one of those that the bundle holds; that of its export by default.
         question: a prompt and its pictures to compare on too, through the bundle's own preprocessing.
         store: write `certificate.json` into the bundle.
+        options: fields of `Settings`.
 
     Raises:
+        UsageError: an option that is not known.
         InputError: the question does not fit the bundle.
         BundleError: the bundle is damaged or altered.
         CheckpointError: transformers cannot load the checkpoint, or it is not the bundle's.
         UnsupportedError: it is not for the bundle's method.
     """
+    settings = fold_all(Settings, options, "check")
+    backend, keep_ratio, seed = settings.backend, settings.keep_ratio, settings.seed
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
@@ -115,7 +120,7 @@ def check(
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
-    steps = min(steps, pipe.manifest.counts.new_tokens)
+    steps = min(settings.steps, pipe.manifest.counts.new_tokens)
     rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.small else WeightFormats()
     given = [_run(pipe, model, case, steps) for case in cases] if rounded.small else []
     if given:
@@ -154,28 +159,6 @@ def check_fits(bundle: Bundle, folder: Path) -> None:
 
 def _separators(pictures: Sequence[Picture]) -> bool:
     return any(picture.rows("separator") for picture in pictures)
-
-
-def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
-    """Seeded prompts of several lengths, with the images at several places, on noise pictures."""
-    rng, manifest = np.random.default_rng(seed), pipe.manifest
-    room, images = manifest.counts.text_tokens, len(manifest.pictures)
-    found = []
-    for name, text, before in (
-        ("short", min(6, room), 1),
-        ("middle", max(2, room // 2), min(room // 4, 35)),
-        ("full", room, min(5, room - 1)),
-    ):
-        ids = rng.integers(0, manifest.embedding.vocab, text)
-        ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
-        before = min(before, text - 1)
-        prompt = placed(ids.tolist(), before, manifest.image_token_id, images)
-        shapes = [(p.views.count, 3, *view_size(p.views)[::-1]) for p in manifest.pictures]
-        pixels = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-        same = len({shape[1:] for shape in shapes}) == 1
-        joined = np.concatenate(pixels) if same else pixels
-        found.append(Case(name=name, prompt=tuple(prompt), pixels=joined))
-    return found
 
 
 def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:

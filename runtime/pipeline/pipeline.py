@@ -16,6 +16,7 @@ from lvlm_edge.runtime.bundle.kv_cache import coded_length
 from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.pictures.layout import Picture, Rows, lay_out
 from lvlm_edge.runtime.pipeline import inputs
+from lvlm_edge.runtime.pipeline.features import Features
 from lvlm_edge.runtime.pipeline.inputs import Media
 from lvlm_edge.runtime.pipeline.memory import Memory
 from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings
@@ -78,7 +79,7 @@ class Pipeline:
         self._memory = Memory(bundle, self.manifest, backend)
         self._table = _embedding(bundle)
         self._text: Text | None = None
-        self._seen: tuple[tuple[Media, ...], dict[str, Array]] | None = None  # the last pictures, and their features
+        self._features = Features(self.manifest, self._memory)
         self._restored = 0  # rows that the plan drops and the prompt at hand did not
         self._next = 0  # position of the first token behind the prompt, less the prompt's rows
         self.last: Result | None = None
@@ -269,7 +270,7 @@ class Pipeline:
 
     def forget_images(self) -> None:
         """Clear the cache of image features: the next prompt runs the vision encoder."""
-        self._seen = None
+        self._features.forget()
 
     def buffer(self, graph: str, name: str) -> Buffer:
         """The buffer behind a graph's input or output, for checks and debugging."""
@@ -364,7 +365,7 @@ class Pipeline:
         pictures = tuple(media.picture for media in turn.media)
         ids = inputs.check_prompt(self.manifest, turn.prompt, len(pictures))
         rows = lay_out(ids.tolist(), pictures, self.manifest.axes)
-        given = self._prompt_tensors(rows, self._features(result, turn.media))
+        given = self._prompt_tensors(rows, self._features.of(turn.media, result.seconds))
         result.prompt_tokens, result.pictures = rows.count, pictures
         visual = sum(picture.visual_tokens for picture in pictures)
         self._next, self._restored = rows.next - rows.count, self._not_dropped(visual)
@@ -403,59 +404,6 @@ class Pipeline:
             return 0
         return (counts.visual_tokens - counts.kept_tokens) - (visual - inputs.kept_of(self.manifest, visual))
 
-    def _features(self, result: Result, media: tuple[Media, ...]) -> dict[str, Array]:
-        """Rows of all images, [rows, D], by output of the image graphs.
-
-        Empty where the decoder reads the encoder's features, from caches that are then filled. The features of the
-        last pictures are cached.
-        """
-        if self._seen is None or not _same(self._seen[0], media):
-            self._seen = None
-            kept = tuple(Media(one.picture, one.pixels.copy()) for one in media)
-            self._seen = kept, self._look(result, media)
-        return self._seen[1]
-
-    def _look(self, result: Result, media: Sequence[Media]) -> dict[str, Array]:
-        """Run the graphs of role image: those of each picture, then what follows once for all pictures."""
-        graphs = self.manifest.role("image")
-        own = {name for picture in self.manifest.pictures for name in picture.graphs}
-        wanted = set(self.manifest.image_rows) | {t.name for g in graphs if g.name not in own for t in g.inputs}
-        found: dict[str, list[Array]] = {}
-        for one in media:
-            outputs: dict[str, list[Array]] = {}
-            for graph in (g for g in graphs if g.name in one.picture.graphs):
-                outputs |= self._see(result, graph, one.pixels, outputs, wanted)
-            for name in wanted & set(outputs):
-                found.setdefault(name, []).extend(outputs[name])
-        joined = {name: np.concatenate(values) for name, values in found.items()}
-        for graph in (g for g in graphs if g.name not in own and media):
-            began = time.perf_counter()
-            whole = {name: values[None] for name, values in joined.items()}
-            self._memory.write([graph], whole | {"write_index": np.zeros(1, np.int64)})
-            self._memory.run(graph)
-            result.seconds[graph.name] = time.perf_counter() - began
-        return {name: joined[name] for name in self.manifest.image_rows if name in joined}
-
-    def _see(
-        self, result: Result, graph: Graph, views: Array, before: Mapping[str, list[Array]], wanted: set[str]
-    ) -> dict[str, list[Array]]:
-        """A picture's graph over its views, or once over what the graph before it returned; its outputs, [rows, D]."""
-        began = time.perf_counter()
-        if any(info.name == "pixel_values" for info in graph.inputs):
-            given = [{"pixel_values": view[None]} for view in views]
-        else:
-            given = [{name: np.concatenate(values)[None] for name, values in before.items()}]
-        own = {name for picture in self.manifest.pictures for name in picture.graphs}
-        read = wanted | {t.name for g in self.manifest.role("image") if g.name in own for t in g.inputs}
-        outputs: dict[str, list[Array]] = {}
-        for tensors in given:
-            self._memory.write([graph], tensors)
-            self._memory.run(graph)
-            for info in (t for t in graph.outputs if t.name in read):
-                outputs.setdefault(info.name, []).append(self._memory.buffer(info).read()[0].copy())
-        result.seconds[graph.name] = result.seconds.get(graph.name, 0.0) + time.perf_counter() - began
-        return outputs
-
     def _decode(self, token: int, length: int) -> Array:
         """Logits after one more token, `length` rows having gone by."""
         graphs = self.manifest.role("decode")
@@ -492,13 +440,6 @@ class Pipeline:
                 )
             self._text = Text.load(self.bundle.folder, config)
         return self._text
-
-
-def _same(seen: Sequence[Media], media: Sequence[Media]) -> bool:
-    """Whether pictures are those of another prompt, to the bit."""
-    return len(seen) == len(media) and all(
-        a.picture == b.picture and np.array_equal(a.pixels, b.pixels) for a, b in zip(seen, media, strict=True)
-    )
 
 
 def _embedding(bundle: Bundle) -> Array:
