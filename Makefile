@@ -18,6 +18,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # Runs a command and prints what it said only if it failed.
 quietly = @out=$$($(1) 2>&1) || { printf '%s\n' "$$out"; exit 1; }
 
+# Two workers, and the tests that need no GPU, no TensorRT and no released checkpoint.
+SHARED := -n 2 --dist worksteal
+HERE := not gpu and not trt and not weights
+
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 .PHONY: help test slow lint format demo clean
@@ -26,17 +30,17 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 help:
 	@echo "make test     every check: ruff, mypy, import-linter, pytest"
 	@echo "make demo     export the sample model with FastV, check it, and ask it about a picture"
-	@echo "make slow     the tests marked slow"
+	@echo "make slow     the tests marked slow: whole matrices of options"
 	@echo "make lint     every check but the tests"
 	@echo "make format   format the code and fix what ruff can fix"
 	@echo "make clean    remove what was made, but not .venv"
 	@echo "variables: PYTHON, TORCH_INDEX, PICTURE, PROMPT"
 
 test: lint
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@$(BIN)/pytest $(SHARED) -m '$(HERE) and not slow'
 
 slow: .venv/dev.stamp
-	@$(BIN)/pytest -m slow
+	@$(BIN)/pytest $(SHARED) -m '$(HERE) and slow'
 
 lint: .venv/dev.stamp .types/lvlm_edge
 	$(call quietly,$(BIN)/ruff check --no-cache)

@@ -72,7 +72,7 @@ def check_fit(source: str | Path, device: str | Profile, *, method: str = "none"
 
 
 def _make(source: str | Path, method: str, options: dict[str, Any]) -> Plan:
-    from lvlm_edge.exporter import plans
+    from lvlm_edge.exporter.bundles import plans
     from lvlm_edge.exporter.checkpoints import checkpoint
 
     options = dict(options)

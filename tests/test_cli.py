@@ -165,6 +165,7 @@ def test_plan_prints_kept_and_removed_shares(good):
     assert done.stderr == ""
 
 
+@pytest.mark.export
 def test_export_prints_the_next_step_and_no_progress_where_there_is_no_terminal(good, tmp_path):
     done = cli("export", good, "-o", tmp_path / "deep" / "bundle", "--method", "none", *CAPACITY)
 
@@ -222,6 +223,7 @@ def on_a_terminal(*arguments: object) -> str:
     return printed.decode()
 
 
+@pytest.mark.export
 def test_export_shows_its_progress_on_a_terminal(good, tmp_path):
     printed = on_a_terminal("export", good, "-o", tmp_path / "bundle", *CAPACITY)
 

@@ -9,7 +9,6 @@ body that a test file defines, is traced and not kept.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -17,14 +16,16 @@ import os
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import onnx
 import onnx_ir as ir
+
+from tests.locks import locked
 
 Trace = Callable[[Any, Any, Any, Any], ir.Model]
 BOUND = (
@@ -87,15 +88,6 @@ def refused(right: Trace) -> Trace:
     return trace
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time makes what lies at a path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def write(path: Path, model: ir.Model, parts: Any) -> None:
     """Keep a traced model, without its weights: they are fake, and stand as inputs in the file."""
     graph, known = model.graph, {name for name, _ in parts.named_parameters()}
@@ -113,8 +105,6 @@ def write(path: Path, model: ir.Model, parts: Any) -> None:
 def read(path: Path) -> ir.Model:
     """A model as it was traced; the content of its weights can be asked for no more than that of fake ones."""
     count, _, content = path.read_bytes().partition(b"\n")
-    import onnx
-
     model = ir.from_proto(onnx.ModelProto.FromString(content))
     graph = model.graph
     weights = list(graph.inputs)[len(graph.inputs) - int(count) :]

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.exporter import planning, plans
-from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.bundles import atomic, plans
 from lvlm_edge.exporter.checkpoints import checkpoint, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold

@@ -14,14 +14,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter import families, planning, plans
-from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter import families, planning
+from lvlm_edge.exporter.bundles import atomic, plans
 from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import BundleError, UsageError
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 RECORD = "export.json"
 

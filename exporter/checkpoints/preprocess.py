@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
-from lvlm_edge.runtime.image import Preprocessing
+from lvlm_edge.runtime.pictures.image import Preprocessing
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -88,7 +88,7 @@ def _check_overlay(manifest: Any, target: Path) -> None:
         raise UsageError(
             f"run: --overlay shows which tokens are kept, but method {manifest.method} chooses none; leave it out"
         )
-    from lvlm_edge.runtime import overlay
+    from lvlm_edge.runtime.pictures import overlay
 
     if target.suffix.lower() not in overlay.SUFFIXES or target.is_dir() or not target.parent.is_dir():
         raise UsageError(
@@ -99,7 +99,7 @@ def _check_overlay(manifest: Any, target: Path) -> None:
 
 def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
     """The picture (side by side where there are several) with the kept patches clear and the others dark."""
-    from lvlm_edge.runtime import overlay
+    from lvlm_edge.runtime.pictures import overlay
 
     try:
         overlay.save(overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual), target)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.runtime import bundle as manifests
-from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.cuda.engines import ENGINES as ENGINES
-from lvlm_edge.runtime.cuda.engines import MODULES, SCHEMA
-from lvlm_edge.runtime.cuda.engines import PORTABLE as PORTABLE
+from lvlm_edge.runtime.backends.cuda.engines import ENGINES as ENGINES
+from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA
+from lvlm_edge.runtime.backends.cuda.engines import PORTABLE as PORTABLE
+from lvlm_edge.runtime.bundle import kv_cache
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 
 WORKSPACE = 1 << 30  # bytes

@@ -24,12 +24,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lvlm_edge.exporter import lowerings, methods, planning, plans
+from lvlm_edge.exporter import lowerings, methods, planning
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.devices import profiles
 from lvlm_edge.exporter.devices.profiles import GIB, Profile
 from lvlm_edge.exporter.planning import BYTES, Plan
 from lvlm_edge.runtime.errors import FitError, UnsupportedError, UsageError, nearest
-from lvlm_edge.runtime.views import view_size
+from lvlm_edge.runtime.pictures.views import view_size
 
 # Bytes per weight in an engine; None: the dtype's. fp4 (NVFP4) is the format's own size, unverified in an engine.
 WEIGHTS = {"as-is": None, "int8": 1.07, "int4": 0.58, "fp8": 1.07, "fp4": 0.5625}

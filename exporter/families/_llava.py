@@ -22,8 +22,8 @@ from lvlm_edge.exporter.planning import (
     Work,
 )
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.layout import Picture, Run
-from lvlm_edge.runtime.views import Canvas, Views, best_canvas
+from lvlm_edge.runtime.pictures.layout import Picture, Run
+from lvlm_edge.runtime.pictures.views import Canvas, Views, best_canvas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from lvlm_edge.exporter.checkpoints import configs, integers, preprocess
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Derived, Source, Stored, renamed
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec, check_kind, check_shares, check_sizes
-from lvlm_edge.exporter.planning import Capacity, GraphSpec, Plan, PlanError, Tensors
+from lvlm_edge.exporter.planning import Attention, Capacity, GraphSpec, Plan, PlanError, Product, Tensors, Work
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import InputError, UnsupportedError, nearest
-from lvlm_edge.runtime.image import Preprocessing
-from lvlm_edge.runtime.layout import Picture, Run
-from lvlm_edge.runtime.views import Canvas, Views, multiple
+from lvlm_edge.runtime.pictures.image import Preprocessing
+from lvlm_edge.runtime.pictures.layout import Picture, Run
+from lvlm_edge.runtime.pictures.views import Canvas, Views, multiple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -242,6 +242,65 @@ def grid_of(picture: Picture) -> tuple[int, int]:
 def forms(plan: Plan) -> dict[str, Picture]:
     """A picture of each canvas, by the name of its graph."""
     return {picture.graphs[0]: picture for picture in reversed(plan.pictures)}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Segments of attention.
+
+    Attributes:
+        order: cells (visual tokens, row-major) in the order in which the encoder has them: window after window.
+        groups: (windows, cells of each) of windows that follow each other and have one size.
+    """
+
+    order: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+
+
+def work(
+    spec: ModelSpec[Any],
+    picture: Picture,
+    *,
+    gated: bool = False,
+    windows: Windows | None = None,
+    full: int | None = None,
+    mergers: int = 0,
+    table: int = 0,
+) -> tuple[Work, Work]:
+    """Products of the encoder and of the mergers; the patch embedding on one frame.
+
+    Args:
+        gated: the MLP has a gate, and norms have no bias.
+        windows: of the layers that are not full; None where all are.
+        full: layers of full attention; None for all.
+        mergers: of features that are injected into the decoder.
+        table: rows of a learnt table of positions; with one, the patch embedding has a bias.
+    """
+    v, d, tokens = spec.vision, spec.decoder.hidden, picture.visual_tokens
+    rows, wide = tokens * MERGE**2, v.hidden * MERGE**2
+    full = v.layers if full is None else full
+    segments = [(1, rows, full)] + [
+        (n, cells * MERGE**2, v.layers - full) for n, cells in (windows.groups if windows else ())
+    ]
+    patch = 3 * v.patch**2 * v.hidden
+    encoder: tuple[Product | Attention, ...] = (
+        Product(3 * v.patch**2, v.hidden, rows, matrix=False),
+        Product(v.hidden, v.hidden, rows, 4 * v.layers),
+        Product(v.hidden, v.ffn, rows, (2 if gated else 1) * v.layers),
+        Product(v.ffn, v.hidden, rows, v.layers),
+        *(Attention(size, size, v.heads, v.head_dim, count * layers) for count, size, layers in segments if layers),
+    )
+    merger = (Product(wide, wide, tokens, 1 + mergers), Product(wide, d, tokens, 1 + mergers))
+    norm = 1 if gated else 2
+    vectors = v.layers * ((4 + 2 * norm + 1) * v.hidden + (2 if gated else 1) * v.ffn)
+    vectors += (rows * v.hidden + v.hidden) if table else 0
+    ends = norm * v.hidden + wide + d + mergers * (2 * wide + wide + d)
+    held = max(3 * v.hidden, (3 if gated else 2) * v.ffn)
+    folded = patch + (table - rows) * v.hidden if table else patch
+    return (
+        Work(encoder, vectors, layers=v.layers, hidden=v.hidden, wide=held, rows=rows, folded=folded),
+        Work(merger, ends, layers=1, hidden=wide, rows=tokens),
+    )
 
 
 # Weights.

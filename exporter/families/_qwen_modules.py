@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,11 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.families._qwen import EPS, MERGE, VisionSpec, angles
+from lvlm_edge.exporter.families._qwen import EPS, MERGE, VisionSpec, Windows, angles
 from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.graphs.parts import Linear, Norm, activation
 from lvlm_edge.exporter.planning import Lowering
 
+Grid = tuple[int, int]
 # Attention of every head of rows [1, H, N, e] inside segments, given queries, keys and values.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -112,37 +115,101 @@ class Block(nn.Module):
         return hidden
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What an encoder of the line has.
+
+    Attributes:
+        norm: of the blocks and the merger.
+        mlp: of the blocks.
+        bias: the patch embedding has one.
+        windows: grid -> windows of the blocks that are not `full`; None where all see every patch.
+        full: blocks that see every patch.
+        taps: blocks whose outputs are injected into the decoder.
+        grids: of visual tokens, for which the encoder has positions that are learnt; none where it has none.
+    """
+
+    norm: AnyNorm
+    mlp: type[Mlp] | type[GatedMlp]
+    bias: bool = False
+    windows: Callable[[Grid], Windows] | None = None
+    full: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
+    grids: tuple[Grid, ...] = ()
+
+
 class Encoder(nn.Module):
-    """The encoder without positions that are learnt and without windows."""
+    """Patches through the blocks."""
 
-    def __init__(
-        self, v: VisionSpec, ops: Lowering, norm: AnyNorm, mlp: type[Mlp] | type[GatedMlp], *, bias: bool = False
-    ) -> None:
+    def __init__(self, v: VisionSpec, ops: Lowering, kind: Kind) -> None:
         super().__init__()
-        self.spec, self.ops = v, ops
-        self.patch = Patch(v, bias=bias)
-        self.blocks = nn.ModuleList(Block(v, ops, norm, mlp) for _ in range(v.layers))
+        self.spec, self.ops, self.kind = v, ops, kind
+        self.patch = Patch(v, bias=kind.bias)
+        self.blocks = nn.ModuleList(Block(v, ops, kind.norm, kind.mlp) for _ in range(v.layers))
+        if kind.grids:  # a table of each grid, interpolated at export
+            sizes = {name_of(grid): (grid[0] * grid[1] * MERGE**2, v.hidden) for grid in kind.grids}
+            self.positions = nn.ParameterDict({n: nn.Parameter(torch.empty(size)) for n, size in sizes.items()})
 
-    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
-        """Pixels of a canvas to what the merger reads, [1, N, E] in merge order, and what others read.
+    def forward(self, pixels: Tensor, grid: Grid) -> tuple[Tensor, list[Tensor]]:
+        """Pixels of a canvas to what the merger reads, [1, N, E] in merge order, and what the other mergers read.
 
         Args:
             grid: (rows, columns) of visual tokens.
         """
-        x = self.patch(pixels, grid)
-        turn = self.turn(angles(self.spec, grid), x)
-        for block in self.blocks:
-            x = block(x, turn, self.whole)
-        return x, []
+        x, angle = self.patch(pixels, grid), angles(self.spec, grid)
+        if self.kind.grids:
+            x = x + self.positions[name_of(grid)]
+        windows = self.kind.windows(grid) if self.kind.windows else None
+        if windows is not None:
+            order = np.array(windows.order)
+            x = _cells(x, order)
+            angle = angle.reshape(len(order), MERGE**2, -1)[order].reshape(angle.shape)
+        turn = self._turn(angle, x)
+        tapped = []
+        for i, block in enumerate(self.blocks):
+            inside = windows is not None and i not in self.kind.full
+            x = block(x, turn, partial(self._inside, windows) if windows is not None and inside else self._whole)
+            tapped += [x] if i in self.kind.taps else []
+        return x if windows is None else _cells(x, np.argsort(windows.order)), tapped
 
-    def turn(self, found: NDArray[np.float32], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _turn(self, angle: NDArray[np.float32], like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of angles [N, e / 2], [1, N, e / 2] each, in the dtype of a tensor."""
-        cos, sin = (torch.tensor(table(found)[None]).to(like.dtype) for table in (np.cos, np.sin))
-        return cos, sin
+        return torch.tensor(np.cos(angle)[None]).to(like.dtype), torch.tensor(np.sin(angle)[None]).to(like.dtype)
 
-    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Every patch attends to every patch."""
         return self.ops.attend(query, key, value, False)
+
+    def _inside(self, windows: Windows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Patches attend to those of their window; windows of one size are a batch."""
+        found, start = [], 0
+        for count, cells in windows.groups:
+            size = cells * MERGE**2
+            rows = slice(start, start + count * size)
+            batch = [_batched(heads[:, :, rows], count) for heads in (query, key, value)]
+            attended = self.ops.attend(batch[0], batch[1], batch[2], False)
+            number, width = attended.shape[1], attended.shape[3]
+            found.append(attended.transpose(0, 1).reshape(1, number, count * size, width))
+            start = rows.stop
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def name_of(grid: Grid) -> str:
+    """Name of a grid's learnt positions."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _cells(x: Tensor, order: NDArray[np.int64]) -> Tensor:
+    """Rows [1, N, E], four to a cell, with their cells in another order."""
+    _, rows, width = x.shape
+    cells = x.reshape(len(order), MERGE**2 * width).index_select(0, torch.tensor(order))
+    return cells.reshape(1, rows, width)
+
+
+def _batched(heads: Tensor, count: int) -> Tensor:
+    """[1, H, count * size, e] to [count, H, size, e]."""
+    _, number, rows, width = heads.shape
+    return heads.reshape(number, count, rows // count, width).transpose(0, 1)
 
 
 class Merger(nn.Module):

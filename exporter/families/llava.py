@@ -13,7 +13,7 @@ from lvlm_edge.exporter.families import _llava
 from lvlm_edge.exporter.families._llava import VisionSpec
 from lvlm_edge.exporter.planning import Capacity, Family
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 DECODERS = ("llama", "mistral", "qwen2")
 

@@ -7,9 +7,8 @@ from typing import Any
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.families import _qwen
-from lvlm_edge.exporter.families._qwen import MERGE, VisionSpec
-from lvlm_edge.exporter.planning import Attention, Family, Plan, Product, Work
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.exporter.families._qwen import VisionSpec
+from lvlm_edge.exporter.planning import Family, Plan
 
 # What a field that config.json leaves out means: the defaults of transformers' config classes (tested against them).
 DECODER: dict[str, Any] = {
@@ -54,32 +53,12 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
     return ModelSpec(family="qwen2_vl", vision=vision, decoder=decoder, image_token_id=token)
 
 
-def work(spec: ModelSpec[VisionSpec], picture: Picture) -> tuple[Work, Work]:
-    """Products of the encoder and of the merger; the patch embedding on one frame."""
-    v, d, tokens = spec.vision, spec.decoder.hidden, picture.visual_tokens
-    rows, wide = tokens * MERGE**2, v.hidden * MERGE**2
-    encoder = (
-        Product(3 * v.patch**2, v.hidden, rows, matrix=False),
-        Product(v.hidden, v.hidden, rows, 4 * v.layers),
-        Product(v.hidden, v.ffn, rows, v.layers),
-        Product(v.ffn, v.hidden, rows, v.layers),
-        Attention(rows, rows, v.heads, v.head_dim, v.layers),
-    )
-    merger = (Product(wide, wide, tokens), Product(wide, d, tokens))
-    held = max(3 * v.hidden, 2 * v.ffn)
-    vectors = v.layers * (9 * v.hidden + v.ffn)
-    return (
-        Work(encoder, vectors, layers=v.layers, hidden=v.hidden, wide=held, rows=rows),
-        Work(merger, 2 * v.hidden + wide + d, layers=1, hidden=wide, rows=tokens),
-    )
-
-
 def extend(parts: Any, plan: Plan) -> None:
     """Give the parts the encoder and the merger."""
     from lvlm_edge.exporter.families import _qwen_modules as modules
 
     v, ops = plan.spec.vision, plan.vision_lowering
-    parts.vision = modules.Encoder(v, ops, modules.LayerNorm, modules.Mlp)
+    parts.vision = modules.Encoder(v, ops, modules.Kind(norm=modules.LayerNorm, mlp=modules.Mlp))
     parts.projector = modules.Projector(v, plan.spec.decoder.hidden, ops, modules.LayerNorm)
 
 
@@ -93,7 +72,7 @@ FAMILY = Family(
     vision=VisionSpec,
     read=read,
     pictures=_qwen.pictures,
-    work=work,
+    work=_qwen.work,
     weights=_qwen.weights,
     rename=_qwen.rename,
     unused=_qwen.unused,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lvlm_edge.exporter.graphs.rotary import Rotation, rotation, turned
 from lvlm_edge.exporter.planning import Body, CacheGroup, GraphSpec, Plan, Tensors
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.kv_cache import LENGTHS, PRESENT
+from lvlm_edge.runtime.bundle.kv_cache import LENGTHS, PRESENT
 
 if TYPE_CHECKING:
     from torch import Tensor

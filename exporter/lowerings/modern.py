@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_edge.exporter.lowerings import legacy
 from lvlm_edge.exporter.planning import CacheGroup, Lowering, Plan, Tensors
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.kv_cache import PAST, PRESENT
+from lvlm_edge.runtime.bundle.kv_cache import PAST, PRESENT
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,8 @@ from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.graphs.rotary import rotation
 from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, Prompt, Stage, Tensors, layer_flops
 from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.bundle.kv_cache import PAST
 from lvlm_edge.runtime.errors import UnsupportedError
-from lvlm_edge.runtime.kv_cache import PAST
 
 if TYPE_CHECKING:
     from lvlm_edge.exporter.graphs.parts import Parts

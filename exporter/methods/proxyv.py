@@ -29,7 +29,7 @@ from lvlm_edge.exporter.planning import (
 )
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import UnsupportedError
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,15 @@
 """Planning: from settings and a spec to every count, shape and byte of an export."""
 
-from lvlm_edge.exporter.planning.capacity import FLOAT, MAX_GRAPH_GB, Capacity, PlanError, Settings, fold, setting
+from lvlm_edge.exporter.planning.capacity import (
+    FLOAT,
+    MAX_GRAPH_GB,
+    Capacity,
+    PlanError,
+    Settings,
+    fold,
+    fold_all,
+    setting,
+)
 from lvlm_edge.exporter.planning.counts import (
     decode_flops,
     head_flops,
@@ -64,6 +73,7 @@ __all__ = [
     "decoder_weights",
     "dense",
     "fold",
+    "fold_all",
     "head_flops",
     "layer_flops",
     "make",

@@ -142,6 +142,22 @@ class Settings:
         return WeightFormats(decoder=self.weights, vision=self.vision_weights, head=head, block=self.block_size)
 
 
+def fold_all(record: type[T], options: Mapping[str, Any], where: str) -> T:
+    """A record from keyword options, each of which is a field.
+
+    Args:
+        where: the function's name, which messages begin with.
+
+    Raises:
+        UsageError: an option that is no field.
+    """
+    known = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"{where}: option {name!r} is not known; {nearest(name, known)}")
+    return record(**options)
+
+
 def fold(record: type[T], options: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
     """A record from the keyword options that are its fields, and the options that are not; None means not given."""
     names = {f.name for f in dataclasses.fields(record)}  # type: ignore[arg-type]

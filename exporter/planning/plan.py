@@ -22,9 +22,9 @@ from lvlm_edge.exporter.planning.records import (
     one_cache,
 )
 from lvlm_edge.runtime.bundle import WIDTHS, TensorInfo, WeightFormats
+from lvlm_edge.runtime.bundle.kv_cache import PRESENT
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
-from lvlm_edge.runtime.kv_cache import PRESENT
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 BYTES = WIDTHS
 

@@ -16,7 +16,7 @@ from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning.capacity import Capacity
 from lvlm_edge.exporter.planning.work import Work
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,7 +35,8 @@ def stages(plan: Plan) -> list[dict[str, Any]]:
 def report(plan: Plan) -> dict[str, Any]:
     """Method, model, stages, bytes, FLOPs, and the column of the method's paper."""
     unreduced = dense(plan)
-    vision, projector = counts.vision_weights(plan)
+    _, encoder, projector = counts.vision_work(plan)[0]
+    vision = encoder.weights + encoder.folded
     return {
         "method": plan.method.name,
         "config": asdict(plan.config),
@@ -52,7 +53,11 @@ def report(plan: Plan) -> dict[str, Any]:
         "text_tokens": plan.text_tokens,
         "new_tokens": plan.new_tokens,
         "stages": stages(plan),
-        "parameters": {"vision": vision, "projector": projector, **counts.decoder_parameters(plan.spec.decoder)},
+        "parameters": {
+            "vision": vision,
+            "projector": projector.weights,
+            **counts.decoder_parameters(plan.spec.decoder),
+        },
         "weights_bytes": counts.weights_bytes(plan),
         "kv_cache_bytes": plan.kv_cache_bytes(),
         "kv_cache_bytes_dense": unreduced.kv_cache_bytes(),

@@ -42,6 +42,7 @@ class Work:
         hidden: width of the residual stream.
         wide: values per row beside it, where a layer is at its widest.
         rows: rows of the residual stream.
+        folded: numbers of weights of the checkpoint that are summed into others and are in no graph.
     """
 
     steps: tuple[Product | Attention, ...] = ()
@@ -50,6 +51,7 @@ class Work:
     hidden: int = 0
     wide: int = 0
     rows: int = 0
+    folded: int = 0
 
     @property
     def products(self) -> tuple[Product, ...]:

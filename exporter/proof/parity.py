@@ -21,10 +21,10 @@ from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import Bundle, WeightFormats
-from lvlm_edge.runtime.inputs import media, placed
-from lvlm_edge.runtime.kv_cache import PRESENT
-from lvlm_edge.runtime.layout import Picture
-from lvlm_edge.runtime.views import view_size
+from lvlm_edge.runtime.bundle.kv_cache import PRESENT
+from lvlm_edge.runtime.pictures.layout import Picture
+from lvlm_edge.runtime.pictures.views import view_size
+from lvlm_edge.runtime.pipeline.inputs import media, placed
 
 Array = NDArray[Any]
 

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import options as doors
-from lvlm_edge.exporter import plans, references
-from lvlm_edge.exporter.bundles import atomic, pack
+from lvlm_edge.exporter import references
+from lvlm_edge.exporter.bundles import atomic, pack, plans
 from lvlm_edge.exporter.checkpoints import checkpoint, quantise
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Stored
-from lvlm_edge.exporter.planning import Capacity, Family, Model
+from lvlm_edge.exporter.planning import Capacity, Family, Model, fold_all
 from lvlm_edge.exporter.planning import Settings as Precision
 from lvlm_edge.exporter.quantisation.gather import gather
 from lvlm_edge.exporter.quantisation.layer import groups_of, linears_of
@@ -95,7 +94,7 @@ def quantize(
         CheckpointError: files missing, damaged, or not fitting config.json; no tokenizer.
         LvlmEdgeError: no room on the disk, or too few pictures.
     """
-    settings = doors.fold(Settings, options, "quantize")
+    settings = fold_all(Settings, options, "quantize")
     output, pictures, tell = Path(output), Path(pictures), progress or (lambda *_: None)
     _check_settings(settings)
     _require_modelopt()

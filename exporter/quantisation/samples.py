@@ -17,9 +17,9 @@ from lvlm_edge.exporter.checkpoints import text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.planning import Model
 from lvlm_edge.runtime.errors import InputError, UsageError
-from lvlm_edge.runtime.image import open_image
+from lvlm_edge.runtime.pictures.image import open_image
+from lvlm_edge.runtime.pictures.views import pixels
 from lvlm_edge.runtime.prompt import Text
-from lvlm_edge.runtime.views import pixels
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lvlm_edge.exporter.options import fold
+from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.exporter.timing.contenders import MATRIX, RATES, VECTOR, Contender, Runner
 from lvlm_edge.exporter.timing.machine import clocks, machine
 from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, open_bundle
@@ -145,7 +145,7 @@ def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **
         UnsupportedError: a backend that is not there, or PyTorch cannot run the checkpoint as it is.
         CheckpointError: the checkpoint is not the first bundle's.
     """
-    settings = fold(Settings, options, "bench")
+    settings = fold_all(Settings, options, "bench")
     backends, keep_ratios, against = settings.backends, settings.keep_ratios, settings.against
     opened = {
         (folder, ratio): open_bundle(folder, verify=settings.verify, keep_ratio=ratio)

@@ -70,7 +70,7 @@ def save(report: Mapping[str, Any], target: Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    from lvlm_edge.runtime import overlay
+    from lvlm_edge.runtime.pictures import overlay
 
     try:
         overlay.save(draw(report), target)

@@ -20,10 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lvlm_edge.runtime import Pipeline, views
+from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
-from lvlm_edge.runtime.inputs import placed
+from lvlm_edge.runtime.pictures import views
+from lvlm_edge.runtime.pipeline.inputs import placed
 
 Array = NDArray[Any]
 

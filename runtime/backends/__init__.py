@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lvlm_edge.runtime import kv_cache
-from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
+from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, kv_cache
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 Array = NDArray[Any]
@@ -59,7 +58,7 @@ def load(name: str, **options: Any) -> Backend:
     Raises:
         UnsupportedError: unknown, or its packages are not installed.
     """
-    known = {m.name.replace("_", "-"): m.name for m in pkgutil.iter_modules(__path__)}
+    known = {m.name.replace("_", "-"): m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg}
     if name not in known:
         raise UnsupportedError(f"backend: {name!r} is not known; {nearest(name, known)}")
     backend: Backend = importlib.import_module(f"{__name__}.{known[name]}").create(**options)

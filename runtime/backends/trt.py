@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.runtime.backends import Buffer, Session
+from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
+from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
-from lvlm_edge.runtime.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
-from lvlm_edge.runtime.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
 from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
 
 INSTALL = {

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lvlm_edge.runtime.layout import Picture, is_complete, positions_of
+from lvlm_edge.runtime.pictures.layout import Picture, is_complete, positions_of
+from lvlm_edge.runtime.pictures.views import RULES, view_size
 from lvlm_edge.runtime.prompt import TextConfig
-from lvlm_edge.runtime.views import RULES, view_size
 
 SCHEMA = 4
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of

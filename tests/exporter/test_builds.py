@@ -39,7 +39,7 @@ ORACLES = {
 @pytest.mark.parametrize("name", ORACLES)
 def test_tensorrt_rtx_builds_the_public_checkpoints(oracles, export_once, name, dtype):
     folder, method, more = ORACLES[name]
-    bundle = export_once(oracles / folder, method=method, dtype=dtype, **more, **CAPACITIES)
+    bundle = export_once(oracles / folder, method=method, dtype=dtype, **more, **CAPACITIES, ort=False)
 
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
@@ -55,7 +55,7 @@ BUILT = [
 def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)
-    bundle = export_once(checkpoint, method=method, dtype=dtype, **more, **CAPACITIES)
+    bundle = export_once(checkpoint, method=method, dtype=dtype, **more, **CAPACITIES, ort=False)
 
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
@@ -64,7 +64,7 @@ def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
 def test_tensorrt_rtx_builds_the_samples(export_once, method):
     name, _, semantics = method.partition("-")
     more = {"semantics": semantics} if semantics else {}
-    bundle = export_once(SAMPLES / name, method=name, dtype="float16", **more, **CAPACITIES)
+    bundle = export_once(SAMPLES / name, method=name, dtype="float16", **more, **CAPACITIES, ort=False)
 
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
@@ -75,7 +75,7 @@ def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method,
     name, _, semantics = method.partition("-")
     more = {"semantics": semantics} if semantics else {}
     more |= {"weights": weights, "block_size": 32, "dtype": "float16"}
-    bundle = export_once(SAMPLES / name, method=name, **more, **CAPACITIES)
+    bundle = export_once(SAMPLES / name, method=name, **more, **CAPACITIES, ort=False)
 
     assert built(bundle, "8.9") == graphs(bundle)
 
@@ -84,7 +84,7 @@ def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method,
 def test_tensorrt_rtx_builds_the_legacy_graphs(original, export_once, name):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)
-    bundle = export_once(checkpoint, method=method, dtype="float16", lowering="legacy", **more, **CAPACITIES)
+    bundle = export_once(checkpoint, method=method, dtype="float16", lowering="legacy", **more, **CAPACITIES, ort=False)
 
     assert built(bundle, "8.6") == graphs(bundle)
 
@@ -122,7 +122,7 @@ def yopo_prompt(original, export_once):
     def build(rows, kv_heads):
         shape = {"kv_heads": kv_heads, "layers": len(rows), "cutoff": len(rows), "head_mask": list(rows)}
         checkpoint = original(method="yopo", side=8, **shape)
-        bundle = export_once(checkpoint, method="yopo", semantics="dropped", dtype="float16", **CAPACITIES)
+        bundle = export_once(checkpoint, method="yopo", semantics="dropped", dtype="float16", **CAPACITIES, ort=False)
         names = {name for name in graphs(bundle) if name.startswith("prefill")}
         assert names and built(bundle, "8.6", graphs=tuple(names)) == names
 
@@ -136,6 +136,7 @@ def test_tensorrt_rtx_builds_yopo_with_uneven_heads(yopo_prompt, name):
     yopo_prompt(rows, **{"kv_heads": 2} | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "kv_heads"), [case for case in drawn(6) if case != REFUSED])
 def test_tensorrt_rtx_builds_yopo_with_drawn_heads(yopo_prompt, rows, kv_heads):
     yopo_prompt(rows, kv_heads)

@@ -30,6 +30,8 @@ from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from tests import checkpoints, layouts, originals, tiny
 from tests.tiny import cli, refused, tree
 
+pytestmark = pytest.mark.export
+
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2}
 MATRIX = re.compile(r"(^|\.)layers\.\d+\.(self_attn\.(q|k|v|o|qkv)|mlp\.(gate|up|gate_up|down))_proj\.weight$")
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
 from lvlm_edge.exporter import export
-from lvlm_edge.exporter.graphs import blocks, trace
+from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.methods import himix, proxyv, yopo
 from lvlm_edge.exporter.proof import parity
 from tests.tiny import cli
@@ -561,40 +560,13 @@ def test_there_are_ten_mutations_of_each_method():
     assert min(len(mutations) for _, _, mutations in USUAL.values()) >= 10
 
 
-@pytest.fixture(scope="module")
-def traced() -> dict[str, Any]:
-    """Graphs of earlier exports, see `trace_once`."""
-    return {}
-
-
-def trace_once(patch: pytest.MonkeyPatch, traced: dict[str, Any]) -> None:
-    """Take the encoder's and the decode graph from an earlier export of the same shapes and caches: half the time.
-
-    Only for mutations outside `blocks`: of a method's file these graphs see nothing but its groups of caches.
-    """
-    right = trace.trace
-
-    def once(graph: Any, built: Any, plan: Any, mode: Any) -> Any:
-        if graph.name not in ("vision", "decode"):
-            return right(graph, built, plan, mode)
-        key = repr((graph.name, graph.inputs, graph.outputs, plan.all_groups(), plan.spec, plan.lowering))
-        if key not in traced:
-            traced[key] = right(graph, built, plan, mode)
-        return traced[key].clone()
-
-    if hasattr(ir.Model, "clone"):
-        patch.setattr(trace, "trace", once)
-
-
 @pytest.mark.parametrize(("method", "name"), [(m, name) for m, usual in USUAL.items() for name in usual[2]])
-def test_check_names_the_stage_of(method, name, original, tmp_path, monkeypatch, quick_tracing, traced):
+def test_check_names_the_stage_of(method, name, original, tmp_path, monkeypatch, quick_tracing):
     of, options, mutations = USUAL[method]
     mutation = mutations[name]
     checkpoint = original(method=method.split()[0], kv_heads=2, **(of | mutation.checkpoint))
     for rewrite in mutation.rewrites:
         rewritten(monkeypatch, *rewrite)
-    if all(rewrite[0] is not blocks for rewrite in mutation.rewrites):
-        trace_once(monkeypatch, traced)
     settings = {"method": method.split()[0], "max_new_tokens": 8} | options | mutation.bundle
     bundle = export(checkpoint, tmp_path / "bundle", **settings)
     monkeypatch.undo()

@@ -389,6 +389,7 @@ def test_every_part_may_be_quantised_or_not(source, made, export_once):
     assert parity.check(folder, few.folder, steps=4, store=False).passed
 
 
+@pytest.mark.export
 def test_llava_original_layout_and_its_fused_matrices(tmp_path):
     for decoder in ("llama", "phi3"):
         layouts.build(tmp_path / decoder, decoder=decoder)
@@ -401,6 +402,7 @@ def test_llava_original_layout_and_its_fused_matrices(tmp_path):
         assert open_bundle(bundle).manifest.formats.decoder == "int4"
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(
     ("method", "more"),
     [("proxyv", {}), ("yopo", {"semantics": "dropped"}), ("himix", {})],
@@ -544,6 +546,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_pieces_are_named(name, made, tmp_path):
     scheme, changed, *said = DAMAGES[name]

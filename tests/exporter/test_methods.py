@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ PROXYV = {
     "qwen2": ({"decoder": "qwen2", "kv_heads": 2}, 3),
     "phi3": ({"decoder": "phi3"}, 3),
 }
+PROXYV_OFTEN = {  # each option once, in one lowering or the other; all pairs are slow
+    *(("gqa", "modern"), ("more proxies than tokens of a crop", "modern"), ("start layer 0", "modern")),
+    *(("odd factor", "legacy"), ("learnt, five crops, gqa", "legacy"), ("qwen2", "legacy"), ("phi3", "modern")),
+}
 PLACES = ((12, 5), (30, 1), (3, 2), (40, 35))  # text tokens, and how many come before the image
 
 
@@ -92,7 +97,14 @@ LEGACY = (
 )
 
 
-@pytest.mark.parametrize(("name", "lowering"), [(n, "modern") for n in PROXYV] + [(n, "legacy") for n in LEGACY])
+def pairs(names: Iterable[str], legacy: Iterable[str], often: set[tuple[str, str]]) -> list[Any]:
+    """Cases with the modern lowering, and some with the legacy one; slow but for those that run often."""
+    found = [(name, "modern") for name in names] + [(name, "legacy") for name in legacy]
+    assert often <= set(found)
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in found]
+
+
+@pytest.mark.parametrize(("name", "lowering"), pairs(PROXYV, LEGACY, PROXYV_OFTEN))
 def test_proxyv_says_what_its_reference_says(original, export_once, name, lowering):
     options, crops = PROXYV[name]
     checkpoint = original(method="proxyv", **options)
@@ -123,8 +135,20 @@ YOPO = {
 }
 
 
-@pytest.mark.parametrize("semantics", ["released", "dropped"])
-@pytest.mark.parametrize(("name", "lowering"), [(n, "modern") for n in YOPO] + [(n, "legacy") for n in list(YOPO)[:4]])
+YOPO_OFTEN = {
+    "released": {("gqa, uneven within groups", "modern"), ("uneven heads", "legacy"), ("cutoff 1", "modern")},
+    "dropped": {("gqa, one head apart", "modern"), ("gqa, whole groups", "legacy"), ("qwen2", "modern")},
+}
+
+
+@pytest.mark.parametrize(
+    ("semantics", "name", "lowering"),
+    [
+        pytest.param(semantics, *case.values, marks=case.marks)
+        for semantics, often in YOPO_OFTEN.items()
+        for case in pairs(YOPO, list(YOPO)[:4], often)
+    ],
+)
 def test_yopo_says_what_its_reference_says(original, export_once, name, semantics, lowering):
     checkpoint = original(method="yopo", layers=6, **YOPO[name])
     bundle = export_once(checkpoint, method="yopo", semantics=semantics, lowering=lowering)
@@ -141,8 +165,10 @@ HIMIX = {
 }
 
 
-@pytest.mark.parametrize("lowering", ["modern", "legacy"])
-@pytest.mark.parametrize("name", HIMIX)
+HIMIX_OFTEN = {("gqa", "modern"), ("two images", "modern"), ("qwen2, which has biases", "legacy")}
+
+
+@pytest.mark.parametrize(("name", "lowering"), pairs(HIMIX, HIMIX, HIMIX_OFTEN))
 def test_himix_says_what_its_reference_says(original, export_once, name, lowering):
     options, images = HIMIX[name]
     checkpoint = original(method="himix", **options)

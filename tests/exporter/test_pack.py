@@ -49,6 +49,7 @@ def same_answers(one: Path, other: Path) -> None:
     assert np.array_equal(logits, other_logits)
 
 
+@pytest.mark.export
 def test_an_export_says_what_it_is_doing_and_how_far_it_is(good, tmp_path):
     said = []
 
@@ -132,6 +133,7 @@ def test_an_image_token_beyond_the_vocabulary_is_never_embedded(folder, bundle, 
     assert np.array_equal(found.logits, logits)
 
 
+@pytest.mark.export
 def test_a_checkpoint_without_picture_settings_takes_its_encoders(folder, tmp_path):
     (folder / "preprocessor_config.json").unlink()
 

@@ -247,6 +247,7 @@ def test_formats_that_cannot_be_are_refused(gqa, tmp_path, options, error, messa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.export
 def test_values_that_are_no_numbers_are_refused(gqa, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -37,7 +37,7 @@ def case(request, original, export_once):
     """Method, checkpoint, options and bundle; a grid of 8 x 8, so that attention counts."""
     method, options, more = CASES[request.param]
     checkpoint = original(method=method, side=8, **options)
-    return method, checkpoint, more, export_once(checkpoint, method=method, **more, **CAPACITIES)
+    return method, checkpoint, more, export_once(checkpoint, method=method, **more, **CAPACITIES, ort=False)
 
 
 def products(path: Path) -> list[tuple[int, ...]]:
@@ -100,7 +100,7 @@ def test_no_constant_is_as_large_as_a_mask(case):
 
 
 def test_proxyv_asks_nothing_of_visual_tokens_from_the_start_layer_on(original, export_once):
-    bundle = export_once(original(method="proxyv", side=8), method="proxyv", grid=(1, 2), **CAPACITIES)
+    bundle = export_once(original(method="proxyv", side=8), method="proxyv", grid=(1, 2), **CAPACITIES, ort=False)
 
     rows = {(rows, inner, columns) for _, rows, inner, columns in products(bundle / "prefill_tail.onnx")}
 
@@ -114,7 +114,7 @@ def test_proxyv_asks_nothing_of_visual_tokens_from_the_start_layer_on(original, 
 
 def test_yopo_dropped_has_no_visual_rows_in_the_tail_and_only_kept_heads_and_channels_before(original, export_once):
     checkpoint = original(method="yopo", side=8, layers=6, cutoff=5, head_mask=UNEVEN)
-    bundle = export_once(checkpoint, method="yopo", semantics="dropped", **CAPACITIES)
+    bundle = export_once(checkpoint, method="yopo", semantics="dropped", **CAPACITIES, ort=False)
 
     def of_visual(name):  # 64 text tokens too: visual rows are told by columns that text does not have
         return [(b, n, inner, columns) for b, n, inner, columns in products(bundle / name)]
@@ -127,6 +127,6 @@ def test_yopo_dropped_has_no_visual_rows_in_the_tail_and_only_kept_heads_and_cha
 
 
 def test_himix_never_projects_more_rows_than_text_in_its_layers(original, export_once):
-    bundle = export_once(original(method="himix", side=8), method="himix", **CAPACITIES)
+    bundle = export_once(original(method="himix", side=8), method="himix", **CAPACITIES, ort=False)
 
     assert {rows for _, rows, _, _ in products(bundle / "prefill.onnx")} <= {64, 1}

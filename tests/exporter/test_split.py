@@ -86,7 +86,7 @@ def test_graphs_that_share_weights_are_one_file_each(gqa, export_once):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("way", ["small graphs", "shared weights"])
 def test_tensorrt_rtx_builds_them(oracles, export_once, way, dtype):
-    bundle = export_once(oracles / "llava_mha", **FASTV, **WAYS[way], dtype=dtype)
+    bundle = export_once(oracles / "llava_mha", **FASTV, **WAYS[way], dtype=dtype, ort=False)
 
     out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6", "12.0")))
 
@@ -100,7 +100,7 @@ def test_shared_engines_hold_one_copy_of_the_decoder(checkpoint_once, export_onc
     checkpoint = checkpoint_once(text=text | {"num_key_value_heads": 8})
     settings, sizes = Settings(backend="trt-rtx", compute_capabilities=("8.6",)), {}
     for share in (False, True):
-        bundle = export_once(checkpoint, method="none", dtype="float16", share_weights=share)
+        bundle = export_once(checkpoint, method="none", dtype="float16", share_weights=share, ort=False)
         out = engine.build(bundle, settings)
         found = json.loads((out / "engines.json").read_text())["engines"]
         sizes[share] = sum(entry["size"] for file, entry in found.items() if file != "vision.onnx")

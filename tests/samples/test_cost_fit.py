@@ -10,6 +10,8 @@ from statistics import median
 
 import pytest
 
+pytestmark = pytest.mark.export
+
 ROOT = Path(__file__).resolve().parents[2]
 STORED = json.loads((ROOT / "exporter" / "devices" / "cost.json").read_text("utf-8"))
 

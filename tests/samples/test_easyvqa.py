@@ -13,6 +13,8 @@ from lvlm_edge.exporter import export
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 
+pytestmark = pytest.mark.export
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "easyvqa"
 CHECKPOINT, PICTURES = SAMPLE / "checkpoint", SAMPLE / "pictures"
 SETTINGS = {"max_text_tokens": 32, "max_new_tokens": 64}

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 
 from lvlm_edge.exporter import references
 
+pytestmark = pytest.mark.export
+
 SAMPLES = Path(__file__).parents[2] / "samples"
 SAMPLE = SAMPLES / "easyvqa"
 DENSE = SAMPLE / "checkpoint"

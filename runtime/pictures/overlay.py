@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_edge.runtime import image as images
-from lvlm_edge.runtime import views
+from lvlm_edge.runtime.pictures import image as images
+from lvlm_edge.runtime.pictures import views
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from lvlm_edge.runtime.layout import Picture, Run
+    from lvlm_edge.runtime.pictures.layout import Picture, Run
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST = 384  # pixels of the longer edge of a drawn picture

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.runtime import inputs
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, from_bfloat16, load, numpy_dtype
 from lvlm_edge.runtime.bundle import Bundle, Graph, open_bundle
+from lvlm_edge.runtime.bundle.kv_cache import coded_length
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.inputs import Media
-from lvlm_edge.runtime.kv_cache import coded_length
-from lvlm_edge.runtime.layout import Picture, Rows, lay_out
-from lvlm_edge.runtime.memory import Memory
+from lvlm_edge.runtime.pictures.layout import Picture, Rows, lay_out
+from lvlm_edge.runtime.pipeline import inputs
+from lvlm_edge.runtime.pipeline.inputs import Media
+from lvlm_edge.runtime.pipeline.memory import Memory
+from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings
 from lvlm_edge.runtime.prompt import Text
-from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings
 
 
 @dataclass(kw_only=True)
@@ -377,6 +377,8 @@ class Pipeline:
             for info in graph.outputs:
                 if info.name in turn.replace:
                     self._memory.buffer(info).write(turn.replace[info.name])
+                if info.name == "score" and visual < self.manifest.counts.visual_tokens:
+                    self._demote(self._memory.buffer(info), visual)
             result.seconds[graph.name] = time.perf_counter() - began
         for graph in graphs:
             for info in (t for t in graph.outputs if t.name == "kept_visual"):
@@ -385,12 +387,22 @@ class Pipeline:
         logits: Array = self.buffer(graphs[-1].name, "logits").read().reshape(-1)
         return logits
 
+    def _demote(self, score: Buffer, visual: int) -> None:
+        """Rank the visual tokens that are not to be kept behind padding, which stands for pictures that did not come.
+
+        A graph always selects as many rows as were planned, and padding has the score 0.
+        """
+        values = score.read().copy()
+        order = np.argsort(-values[0, :visual], kind="stable")
+        values[0, order[inputs.kept_of(self.manifest, visual) :]] = -1
+        score.write(values)
+
     def _not_dropped(self, visual: int) -> int:
         """Rows that the plan drops from the caches and a prompt of so many visual tokens does not."""
         counts = self.manifest.counts
-        if not self.manifest.fewer_pictures:
+        if not self.manifest.selects:
             return 0
-        return (counts.visual_tokens - counts.kept_tokens) - max(0, visual - counts.kept_tokens)
+        return (counts.visual_tokens - counts.kept_tokens) - (visual - inputs.kept_of(self.manifest, visual))
 
     def _features(self, result: Result, media: tuple[Media, ...]) -> dict[str, Array]:
         """Rows of all images, [rows, D], by output of the image graphs.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvlm_edge.runtime.errors import InputError
-from lvlm_edge.runtime.image import Preprocessing, patch_boxes, preprocess
+from lvlm_edge.runtime.pictures.image import Preprocessing, patch_boxes, preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lvlm_edge.runtime.views import Views
+from lvlm_edge.runtime.pictures.views import Views
 
 KINDS = ("visual", "separator", "text", "cached")
 

@@ -10,7 +10,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.runtime.bundle import WeightFormats
-from lvlm_edge.runtime.layout import Picture
+from lvlm_edge.runtime.pictures.layout import Picture
 
 
 def model(checkpoint: Checkpoint, capacity: Capacity) -> Model:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lvlm_edge.runtime import kv_cache
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, Session, host_tensors
-from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, TensorInfo
+from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, TensorInfo, kv_cache
 from lvlm_edge.runtime.errors import BundleError, FitError
 
 

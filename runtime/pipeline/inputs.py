@@ -11,9 +11,9 @@ import numpy as np
 from lvlm_edge.runtime.backends import Array
 from lvlm_edge.runtime.bundle import Manifest
 from lvlm_edge.runtime.errors import InputError, UsageError
-from lvlm_edge.runtime.image import open_image
-from lvlm_edge.runtime.layout import Picture
-from lvlm_edge.runtime.views import Canvas, canvas_of, pixels, view_size
+from lvlm_edge.runtime.pictures.image import open_image
+from lvlm_edge.runtime.pictures.layout import Picture
+from lvlm_edge.runtime.pictures.views import Canvas, canvas_of, pixels, view_size
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,16 @@ def _check_count(manifest: Manifest, images: int, where: str) -> None:
         f"{where}: {said}, the bundle is planned for {planned}; give {most}{planned}, or export with --num-images "
         f"{max(images, 1)}"
     )
+
+
+def kept_of(manifest: Manifest, visual: int) -> int:
+    """Visual tokens that a method keeps of so many, as it counts them of a full prompt."""
+    counts, config = manifest.counts, manifest.method_config
+    if visual == counts.visual_tokens or not manifest.selects:
+        return counts.kept_tokens if visual else 0
+    if config.get("keep_tokens") is not None:
+        return min(int(config["keep_tokens"]), visual)
+    return round(visual * float(config["keep_ratio"]))
 
 
 def limit(manifest: Manifest, max_new_tokens: int | None) -> int:
