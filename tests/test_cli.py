@@ -16,7 +16,7 @@ import click
 import pytest
 from PIL import Image
 
-from lvlm_edge.exporter import planning
+from lvlm_edge.exporter import methods, planning
 from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.devices import profiles
@@ -82,7 +82,7 @@ def test_help_speaks_of_every_option(command):
 
 # Options that take one of several words, and where the words come from.
 WORDS = {
-    "--method": planning.method_names(),
+    "--method": methods.names(),
     "--dtype": profiles.CHOICES["dtypes"],
     "--lowering": profiles.CHOICES["lowering"],
     "--backend": profiles.CHOICES["backend"],
@@ -113,8 +113,8 @@ def test_every_option_says_what_it_is_and_which_words_it_takes(command):
 
 def test_every_setting_of_every_method_is_an_option_that_says_what_it_does():
     options = options_of("export")
-    for name in planning.method_names():
-        for setting in dataclasses.fields(planning.method(name).Config):
+    for name in methods.names():
+        for setting in dataclasses.fields(methods.load(name).config):
             option = options["--" + setting.name.replace("_", "-")]
             assert (option.help or "").startswith(f"{name}: {setting.metadata['help']}")
 

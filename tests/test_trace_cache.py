@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_edge.exporter import export, planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter import export, planning, plans
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.graphs import blocks, parts, trace
 from lvlm_edge.exporter.lowerings import legacy, modern
 from lvlm_edge.exporter.methods import fastv
@@ -23,9 +23,9 @@ PLANS = {
     "none, legacy": {"lowering": "legacy"},
     "none, shared": {"share_weights": True},
     "none, int8": {"weights": "int8", "vision_weights": "int8"},
-    "fastv": {"method_name": "fastv", "options": {"prune_layer": 1}},
-    "fastv, a quarter": {"method_name": "fastv", "options": {"prune_layer": 1, "keep_ratio": 0.25}},
-    "fastv, two images": {"method_name": "fastv", "options": {"prune_layer": 1}, "num_images": 2},
+    "fastv": {"method": "fastv", "prune_layer": 1},
+    "fastv, a quarter": {"method": "fastv", "prune_layer": 1, "keep_ratio": 0.25},
+    "fastv, two images": {"method": "fastv", "prune_layer": 1, "num_images": 2},
 }
 
 
@@ -35,13 +35,14 @@ def folder(checkpoint_once) -> Path:
 
 
 def planned(folder: Path, name: str) -> planning.Plan:
-    return planning.make(spec.load(folder), **{"max_text_tokens": 24, "max_new_tokens": 8} | PLANS[name])
+    options = {"max_text_tokens": 24, "max_new_tokens": 8} | PLANS[name]
+    return plans.plan_of(Checkpoint.open(folder), method=options.pop("method", "none"), options=options)
 
 
 def graphs(plan: planning.Plan):
     """Each graph that is traced, with the arguments of `trace`."""
     built, mode = parts.fake(plan)
-    found = planning.method(plan.method).graphs(plan)
+    found = (*plan.family.graphs(plan), *plan.method.graphs(plan))
     return [(graph, built, plan, mode) for graph in found if graph.file is None]
 
 

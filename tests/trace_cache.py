@@ -36,7 +36,9 @@ BOUND = (
     "planning",
 )  # packages of the exporter whose functions shape a graph
 SHARED = ("families", "graphs", "lowerings")  # those that shape the graphs of `blocks`
-UNREAD = ("settings", "pinpoints", "prequantised", "image_token_id")  # of a spec: what no body in `blocks` reads
+UNREAD = ("settings", "vision", "prequantised", "image_token_id")  # of a spec: what no body in `blocks` reads
+RECORDS = ("family", "method", "lowering")  # of a plan: what is told by its name
+GIVEN_LATER = ("weights", "vision_weights", "head_weights", "block_size")  # of settings: given after tracing
 DECODER = ("layers.", "norm.", "lm_head.", "rope_")  # begin the names of weights that an encoder does not have
 VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,14 +128,17 @@ def key(graph: Any, parts: Any, plan: Any) -> str:
     weights = [(name, tuple(p.shape), str(p.dtype)) for name, p in parts.named_parameters()]
     body = graph.body.func if isinstance(graph.body, functools.partial) else graph.body
     if body is own_bodies()["vision"]:
-        seen = fields(plan.spec, (*UNREAD, "decoder"))
+        seen = [fields(plan.spec, (*UNREAD, "decoder")), fields(plan.spec.vision, ("pinpoints",))]
         weights = [weight for weight in weights if not weight[0].startswith(DECODER)]
     elif body in own_bodies().values():
         seen = [fields(plan.spec, UNREAD), described(plan.all_groups()), plan.positions, plan.share_weights]
+        seen += [plan.axes, plan.injected, plan.method.fewer_pictures]
     else:
-        seen = fields(plan, ("formats", "asked"))  # which weights are given after tracing
+        names = [getattr(plan, record).name for record in RECORDS]
+        seen = [names, fields(plan, (*RECORDS, "settings", "formats")), fields(plan.settings, GIVEN_LATER)]
     packages = SHARED if body in own_bodies().values() else BOUND
-    text = [fields(graph, ("file",)), seen, plan.dtype, plan.lowering, weights, bound(packages), sources()]
+    precision = [plan.dtype, plan.vision_dtype, plan.lowering.name, plan.vision_lowering is plan.lowering]
+    text = [fields(graph, ("file",)), seen, precision, weights, bound(packages), sources()]
     return hashlib.sha256(repr(text).encode()).hexdigest()
 
 
@@ -143,10 +148,11 @@ def fields(value: Any, without: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def own_bodies() -> dict[str, Any]:
-    """The bodies of `blocks`, which know of no method: they read dimensions, groups of caches and positions."""
+    """Bodies that know of no method: they read dimensions, groups of caches and positions."""
+    from lvlm_edge.exporter.families import _llava
     from lvlm_edge.exporter.graphs import blocks
 
-    return {"vision": blocks._vision, "prefill": blocks._prefill, "decode": blocks._decode}
+    return {"vision": _llava._vision, "prefill": blocks._prefill, "decode": blocks._decode}
 
 
 @functools.cache

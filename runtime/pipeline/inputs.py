@@ -172,12 +172,15 @@ def placed(text: Sequence[int], before: int, image: int, count: int) -> list[int
     return found + rest
 
 
-def check_sizes(manifest: Manifest, sizes: Sequence[tuple[int, int]]) -> None:
-    """Raise InputError unless pictures of these sizes, (width, height), belong on the planned canvases, in order."""
-    if len(sizes) > len(manifest.pictures) or (not manifest.fewer_pictures and len(sizes) < len(manifest.pictures)):
+def check_sizes(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: int) -> None:
+    """Raise InputError unless pictures of these sizes, (width, height), belong on the planned canvases, in order.
+
+    Args:
+        images: how many pictures are given.
+    """
+    if len(sizes) != images:
         raise InputError(
-            f"image_sizes: has {len(sizes)} entries, the bundle is planned for {len(manifest.pictures)} image(s); give "
-            "(width, height) of each"
+            f"image_sizes: has {len(sizes)} entries, {images} image(s) given; give (width, height) of each"
         )
     free = list(manifest.pictures)
     for width, height in sizes:

@@ -233,12 +233,13 @@ class Pipeline:
         Raises:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
         """
+        media = inputs.media(self.manifest, pixel_values)
         if image_sizes is not None:
-            inputs.check_sizes(self.manifest, image_sizes)
+            inputs.check_sizes(self.manifest, image_sizes, len(media))
         result, rows = Result(), list[Array]()
         turn = _Turn(
             prompt_token_ids,
-            inputs.media(self.manifest, pixel_values),
+            media,
             inputs.limit(self.manifest, max_new_tokens),
             sampling or Sampling(),
             ignore_eos=ignore_eos,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lvlm_edge.exporter import plan as planned
-from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter import planning, plans
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import cost, fit, profiles
 from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.runtime.bundle import open_bundle
@@ -27,21 +27,15 @@ MACHINE = cost.machine(AGX, CONSTANTS)
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory) -> dict[str, spec.ModelSpec]:
-    return {m: spec.load(written(tmp_path_factory.mktemp(m), m)) for m in MODELS}
+def models(tmp_path_factory) -> dict[str, Checkpoint]:
+    return {m: Checkpoint.open(written(tmp_path_factory.mktemp(m), m)) for m in MODELS}
 
 
 @pytest.fixture
-def made(specs):
+def made(models):
     def plan(model: str = "7B", keep: float | None = None, **more: Any) -> planning.Plan:
-        options = {} if keep is None else {"keep_ratio": keep}
-        options |= {k: more.pop(k) for k in ("prune_layer",) if k in more}
-        return planning.make(
-            specs[model],
-            method_name="none" if keep is None else "fastv",
-            options=options,
-            **{"dtype": "float16"} | more,
-        )
+        options = {"dtype": "float16"} | ({} if keep is None else {"keep_ratio": keep}) | more
+        return plans.plan_of(models[model], method="none" if keep is None else "fastv", options=options)
 
     return plan
 
@@ -53,7 +47,7 @@ def on(name: str, weights: str = "as-is") -> cost.Machine:
 
 def test_a_stage_takes_its_flops_or_its_bytes_and_its_layers():
     machine = cost.Machine(vision=100, decoder=10, bandwidth=5, prompt_layer=0.5, decode_layer=0.25)
-    work = cost.Work(name="", flops=40, bytes=10, layers=2)
+    work = cost.StageWork(name="", flops=40, bytes=10, layers=2)
 
     assert work.seconds(machine) == 4 + 1
     assert replace(work, bytes=30).seconds(machine) == 6 + 1
@@ -116,7 +110,7 @@ def test_flops_are_those_of_the_plan(method, options, more, original):
 def test_flops_are_those_of_the_graphs_nodes(mha, export_once):
     settings = {"max_text_tokens": 24, "max_new_tokens": 8}
     bundle = export_once(mha, method="fastv", prune_layer=1, keep_ratio=0.5, **settings)
-    plan = planning.make(spec.load(mha), method_name="fastv", options={"prune_layer": 1}, **settings)
+    plan = plans.plan_of(Checkpoint.open(mha), method="fastv", options={"prune_layer": 1, **settings})
 
     counted = {g.name: graph.flops(bundle / g.file) for g in open_bundle(bundle).manifest.graphs}
     vision, projector, head, select, tail = (w.flops for w in cost.prompt_work(plan))
@@ -229,7 +223,8 @@ def test_a_selector_that_costs_what_it_saves_is_named(made, monkeypatch):
 
 def test_a_tiny_decoder_behind_a_large_encoder_does_not_pay(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config("qwen2", 4, 256, 4, 4, 1024, 32000, True)))
-    plan = planning.make(spec.load(tmp_path), method_name="fastv", options={"keep_ratio": 0.25}, dtype="float16")
+    options = {"keep_ratio": 0.25, "dtype": "float16"}
+    plan = plans.plan_of(Checkpoint.open(tmp_path), method="fastv", options=options)
 
     assert cost.verdict(plan, on("agx-orin-64gb"))[1].startswith("the vision encoder costs")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter import plans
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import fit, profiles
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.runtime.errors import FitError, UsageError
@@ -64,20 +63,18 @@ def written(folder: Path, model: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory) -> dict[str, spec.ModelSpec]:
-    return {m: spec.load(written(tmp_path_factory.mktemp(m), m)) for m in MODELS}
+def models(tmp_path_factory) -> dict[str, Checkpoint]:
+    return {m: Checkpoint.open(written(tmp_path_factory.mktemp(m), m)) for m in MODELS}
 
 
 @pytest.fixture
-def planned(specs):
+def planned(models):
     """A plan of a model: dense, or FastV at this ratio."""
 
     def made(model: str = "7B", keep: float | None = None, **capacities: Any) -> Plan:
         options = {} if keep is None else {"keep_ratio": keep}
-        capacities = {"dtype": "float16", "lowering": "legacy"} | capacities
-        return planning.make(
-            specs[model], method_name="none" if keep is None else "fastv", options=options, **capacities
-        )
+        options |= {"dtype": "float16", "lowering": "legacy"} | capacities
+        return plans.plan_of(models[model], method="none" if keep is None else "fastv", options=options)
 
     return made
 
@@ -178,7 +175,7 @@ def test_sharing_weights_halves_the_decoder_and_splits_the_largest_engine(planne
     vision, head, tail, decode = fit.engine_bytes(plan)
 
     assert decode == head + tail
-    sharing = dataclasses.replace(plan, share_weights=True)
+    sharing = replace(plan, settings=replace(plan.settings, share_weights=True))
     assert fit.engine_bytes(sharing) == (vision, head, tail)
     assert fit.predict(sharing, ORIN_8GB).build_peak < fit.predict(plan, ORIN_8GB).build_peak
 

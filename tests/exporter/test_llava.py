@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export
-from lvlm_edge.exporter.checkpoints import spec
-from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter import export, families
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError
@@ -261,15 +261,15 @@ HUB = {  # config.json of llava-hf/llava-1.5-7b-hf: what it says, and what it le
 }
 
 
-def read(tmp_path: Path, config: dict) -> spec.ModelSpec:
+def read(tmp_path: Path, config: dict) -> ModelSpec:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return spec.load(tmp_path)
+    return families.read(Checkpoint.open(tmp_path))
 
 
 def test_a_sparse_hub_config_has_the_dimensions_of_llava_1_5_7b(tmp_path):
     found = read(tmp_path, HUB)
 
-    d, v = found.decoder, found.vision
+    d, v = found.decoder, found.vision.encoder
     assert (d.layers, d.hidden, d.heads, d.kv_heads, d.head_dim, d.ffn, d.vocab) == (
         32,
         4096,
@@ -281,14 +281,15 @@ def test_a_sparse_hub_config_has_the_dimensions_of_llava_1_5_7b(tmp_path):
     )
     assert (d.eps, d.max_positions, d.tied, d.window) == (1e-5, 4096, False, None)
     assert (v.kind, v.layers, v.hidden, v.heads, v.ffn, v.feature_layers) == ("clip", 24, 1024, 16, 4096, (23,))
-    assert (v.mlp_act, v.drop_first, found.visual_tokens) == ("quick_gelu", True, 576)
-    assert (found.projector_act, found.projector_bias, found.image_token_id) == ("gelu", True, 32000)
+    assert (v.mlp_act, v.drop_first, v.tokens) == ("quick_gelu", True, 576)
+    assert (found.vision.projector_act, found.vision.projector_bias) == ("gelu", True)
+    assert found.image_token_id == 32000
 
 
 def test_a_config_without_a_vision_part_means_clip_large_at_336(tmp_path):
-    found = read(tmp_path, {key: value for key, value in HUB.items() if key != "vision_config"})
+    v = read(tmp_path, {key: value for key, value in HUB.items() if key != "vision_config"}).vision.encoder
 
-    assert (found.vision.hidden, found.vision.layers, found.visual_tokens) == (1024, 24, 576)
+    assert (v.hidden, v.layers, v.tokens) == (1024, 24, 576)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_rotary_scaling_that_changes_with_the_prompt_is_refused(tmp_path):
 
 
 def test_a_feature_layer_that_the_tower_does_not_have_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="vision_feature_layer is 25, but the tower has 24 layers"):
+    with pytest.raises(CheckpointError, match="vision_feature_layer is 25, but the encoder has 24 layers"):
         read(tmp_path, HUB | {"vision_feature_layer": 25})
 
 
@@ -336,15 +337,15 @@ def test_a_bundle_without_tokenizer_takes_tokens_and_says_so_when_asked_in_words
         {"vision_config": {"model_type": "clip_vision_model"}, "vision_feature_layer": [-2, -1]},
     ],
 )
-def test_fields_left_out_take_transformers_defaults(config):
+def test_fields_left_out_take_transformers_defaults(config, tmp_path):
     from transformers import LlavaConfig
 
     config = {"model_type": "llava", **config}
 
-    found, expected = llava.read_spec(config), LlavaConfig.from_dict(config)
+    found, expected = llava.read(Checkpoint(tmp_path, config)), LlavaConfig.from_dict(config)
 
     text, vision = expected.text_config, expected.vision_config
-    d, v = found.decoder, found.vision
+    d, v = found.decoder, found.vision.encoder
     assert (d.layers, d.hidden, d.heads) == (text.num_hidden_layers, text.hidden_size, text.num_attention_heads)
     assert (d.kv_heads, d.ffn, d.vocab) == (text.num_key_value_heads, text.intermediate_size, text.vocab_size)
     assert d.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -359,4 +360,4 @@ def test_fields_left_out_take_transformers_defaults(config):
     assert (v.ffn, v.image_size, v.patch_size) == (vision.intermediate_size, vision.image_size, vision.patch_size)
     assert (v.eps, v.mlp_act, v.channels) == (vision.layer_norm_eps, vision.hidden_act, vision.num_channels)
     assert found.image_token_id == expected.image_token_id
-    assert found.projector_act == expected.projector_hidden_act
+    assert found.vision.projector_act == expected.projector_hidden_act

@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, plan, planning, references
-from lvlm_edge.exporter.checkpoints import spec
-from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter import export, families, plan, plans, references
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
@@ -200,10 +199,10 @@ def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, o
 
 
 def test_the_config_says_what_methods_the_checkpoint_is_for(oracles):
-    proxyv, yopo = spec.load(oracles / "proxyv_f2"), spec.load(oracles / "yopo_w7")
+    proxyv, yopo = (families.read(Checkpoint.open(oracles / name)) for name in ("proxyv_f2", "yopo_w7"))
 
     assert proxyv.settings == {"proxyv": {"start_layer": 2, "reduce_factor": 2, "learn_proxy": False}}
-    assert (proxyv.newline, len(proxyv.pinpoints), proxyv.image_token_id) == (True, 5, IMAGE)
+    assert (proxyv.vision.newline, len(proxyv.vision.pinpoints), proxyv.image_token_id) == (True, 5, IMAGE)
     assert yopo.settings == {
         "yopo": {
             "window": 7,
@@ -214,16 +213,17 @@ def test_the_config_says_what_methods_the_checkpoint_is_for(oracles):
             "head_mask": str((oracles / "yopo_w7" / "headmask.npy").resolve()),
         }
     }
-    assert (yopo.newline, yopo.pinpoints) == (False, ())
+    assert (yopo.vision.newline, yopo.vision.pinpoints) == (False, ())
     assert hash(proxyv) != hash(yopo)
 
 
 def test_the_original_layout_and_the_hub_layout_give_one_spec(oracles):
-    hub, original = spec.load(oracles / "llava_mha"), spec.load(oracles / "proxyv_f2")
+    hub, original = (families.read(Checkpoint.open(oracles / name)) for name in ("llava_mha", "proxyv_f2"))
 
-    assert original.vision == hub.vision
+    seen, expected = original.vision, hub.vision
+    assert seen.encoder == expected.encoder
     assert original.decoder == hub.decoder
-    assert (original.projector_act, original.projector_bias) == (hub.projector_act, hub.projector_bias)
+    assert (seen.projector_act, seen.projector_bias) == (expected.projector_act, expected.projector_bias)
 
 
 @pytest.mark.parametrize("place", ["headmask_7b_8.npy", "headmask/headmask_13b_8.npy", "headmask/headmask.npy"])
@@ -231,11 +231,11 @@ def test_the_head_mask_is_found_by_the_number_of_kept_heads(place, tmp_path):
     layouts.build(tmp_path / "m", attncut_w=5, layercut_num=1, mlpcut_ratio=2, headcut_num=8)
     (tmp_path / "m" / "headmask").mkdir()
     (tmp_path / "m" / "headmask_7b_16.npy").write_bytes(b"another")
-    missing = spec.load(tmp_path / "m").settings["yopo"]["head_mask"]
+    missing = families.read(Checkpoint.open(tmp_path / "m")).settings["yopo"]["head_mask"]
     assert missing == str(tmp_path / "m" / "headmask.npy")
     (tmp_path / "m" / place).write_bytes(b"")
 
-    found = spec.load(tmp_path / "m").settings["yopo"]
+    found = families.read(Checkpoint.open(tmp_path / "m")).settings["yopo"]
 
     assert (found["head_mask"], found["prefix_tokens"]) == (str(tmp_path / "m" / place), 35)
 
@@ -258,14 +258,15 @@ def test_released_encoders_are_known_without_a_network(tmp_path, monkeypatch):
 def test_the_first_releases_shared_a_name_with_the_hub_layout(small):
     tiny.change_json(small / "config.json", model_type="llava")
 
-    assert spec.load(small).family == "llava_llama"
+    assert families.read(Checkpoint.open(small)).family == "llava_llama"
 
 
 def test_phi_3_sees_no_window_in_proxyvs_fork_alone(tmp_path):
     layouts.build(tmp_path / "a", decoder="phi3", text={"sliding_window": 20})
     layouts.build(tmp_path / "b", decoder="phi3", text={"sliding_window": 20}, proxyv=False)
 
-    assert (spec.load(tmp_path / "a").decoder.window, spec.load(tmp_path / "b").decoder.window) == (20, None)
+    windows = [families.read(Checkpoint.open(tmp_path / name)).decoder.window for name in ("a", "b")]
+    assert windows == [20, None]
 
 
 # Plans of tiles.
@@ -361,7 +362,7 @@ def test_an_unknown_name_of_the_fork_is_not_taken_for_another(small):
     tiny.change_json(small / "config.json", model_type="llava_gemma")
 
     with pytest.raises(UnsupportedError, match="llava_gemma"):
-        spec.load(small)
+        families.read(Checkpoint.open(small))
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_names_of_a_methods_own_tensors():
         (start + "proj.0.weight", "vision_mlp_layers.3.proj.0.weight"),
         ("model.proxyv_initializer.Wk.weight", "proxyv_initializer.Wk.weight"),
         ("model.proxyv_initializer.proxyv_tokens", "proxyv_initializer.proxyv_tokens"),
-        ("model.image_newline", "newline"),
+        ("model.image_newline", "projector.newline"),
     ):
         assert llava_llama.rename(key) == name
         assert llava_llama.unused(name)
@@ -413,8 +414,8 @@ def test_every_field_may_hold_anything_without_a_traceback(layout, tmp_path):
     for config in changed:
         tiny.write_json(where, config)
         try:
-            found = spec.load(folder)
-            planning.make(found, max_text_tokens=24, max_new_tokens=8)
-            spec.family(found.family).chat_template(tiny.read_json(folder / "config.json"))
+            opened = Checkpoint.open(folder)
+            plans.plan_of(opened, options={"max_text_tokens": 24, "max_new_tokens": 8})
+            families.of(opened).chat_template(opened)
         except LvlmEdgeError:
             continue  # as a message

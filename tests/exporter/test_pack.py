@@ -139,7 +139,7 @@ def test_a_checkpoint_without_picture_settings_takes_its_encoders(folder, tmp_pa
 
     export(folder, tmp_path / "bundle", **SMALL)
 
-    how = open_bundle(tmp_path / "bundle").manifest.image.preprocessing
+    how = open_bundle(tmp_path / "bundle").manifest.pictures[0].views.how
     assert (how.shortest_edge, how.crop) == (28, (28, 28))
 
 

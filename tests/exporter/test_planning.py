@@ -11,8 +11,8 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import plan, planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter import plan, planning, plans
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.exporter.planning import PlanError
@@ -183,14 +183,8 @@ def counted(path: Path) -> int:
 
 def planned(made: Any) -> planning.Plan:
     options = {"prune_layer": 2, "keep_ratio": 0.5} if made.method == "fastv" else {}
-    return planning.make(
-        spec.load(made.checkpoint),
-        method_name=made.method,
-        options=options,
-        max_text_tokens=64,
-        max_new_tokens=16,
-        dtype=made.dtype,
-    )
+    options |= {"max_text_tokens": 64, "max_new_tokens": 16, "dtype": made.dtype}
+    return plans.plan_of(Checkpoint.open(made.checkpoint), method=made.method, options=options)
 
 
 def test_flops_counted_in_the_graphs_equal_the_plans_within_1_percent(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, plan, planning
-from lvlm_edge.exporter.checkpoints import checkpoint, spec
-from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter import export, families, methods, plan, planning, plans
+from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import tinyllava
-from lvlm_edge.exporter.graphs import blocks, parts
+from lvlm_edge.exporter.graphs import parts
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
 from tests import checkpoints, layouts, tiny
@@ -57,12 +58,13 @@ def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, quick_traci
 
 
 def test_the_spec_of_himix_has_no_projector_and_drops_siglips_first_token(oracles):
-    found = spec.load(oracles / "himix_mha")
+    found = families.read(Checkpoint.open(oracles / "himix_mha"))
 
-    assert (found.projector_act, found.image_token_id) == (None, -200)
-    assert found.settings == {"himix": {}}
-    assert (found.vision.kind, found.vision.drop_first, found.visual_tokens) == ("siglip", True, 63)
-    assert (found.vision.hidden, found.vision.feature_layers) == (48, (2,))
+    v = found.vision.encoder
+    assert (found.vision.projector_act, found.image_token_id) == (None, -200)
+    assert (found.settings, found.features) == ({"himix": {}}, 48)
+    assert (v.kind, v.drop_first, v.tokens) == ("siglip", True, 63)
+    assert (v.hidden, v.feature_layers) == (48, (2,))
 
 
 @pytest.mark.parametrize("method", ["none", "fastv"])
@@ -78,23 +80,16 @@ def test_other_methods_than_its_own_are_refused_for_himix(method, oracles, tmp_p
 @pytest.fixture
 def without_projector(oracles) -> planning.Plan:
     """HiMix's checkpoint as a method of its own would plan it, but for the stages."""
-    found = spec.load(oracles / "himix_mha")
-    stages = planning.method("none").stages(found, None, found.visual_tokens, 24)
-    return planning.Plan(
-        spec=found,
-        method="none",
-        config=planning.method("none").Config(),
-        stages=stages,
-        num_images=1,
-        text_tokens=24,
-        new_tokens=8,
-        dtype="float32",
-    )
+    options = {"max_text_tokens": 24, "max_new_tokens": 8}
+    found = plans.plan_of(Checkpoint.open(oracles / "himix_mha"), method="himix", options=options)
+    none = methods.load("none")
+    stages = none.stages(found.spec, None, found.prompt)
+    return replace(found, method=none, config=none.config(), stages=stages)
 
 
 def test_a_model_without_projector_sees_features_alone(without_projector):
     built, mode = parts.fake(without_projector)
-    wanted = blocks.vision_graph(without_projector)
+    (wanted,) = without_projector.family.graphs(without_projector)
     pixels = wanted.inputs[0].shape
 
     with mode:
@@ -105,8 +100,8 @@ def test_a_model_without_projector_sees_features_alone(without_projector):
 
 
 def test_a_model_without_projector_has_no_weights_and_no_work_for_one(without_projector):
-    assert planning.weights(without_projector.spec).projector == 0
-    assert planning.projector_flops(without_projector.spec) == 0
+    assert planning.vision_weights(without_projector)[1] == 0
+    assert planning.projector_flops(without_projector) == 0
 
 
 def test_every_tensor_of_himix_is_known(without_projector, oracles):
@@ -115,7 +110,8 @@ def test_every_tensor_of_himix_is_known(without_projector, oracles):
     wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in parts.weights(built).items()}
     wanted = {n: shape for n, shape in wanted.items() if n not in parts.ROPE} | {"embed.weight": (512, 128)}
 
-    found = checkpoint.match(tinyllava.tensors({}, folder, without_projector.spec), wanted, tinyllava, folder)
+    sources = tinyllava.weights(Checkpoint.open(folder), without_projector.spec, without_projector.pictures)
+    found = checkpoint.match(sources, wanted, tinyllava.unused, folder)
 
     assert set(found) == set(wanted)
     for part in ("k_proj_img", "v_proj_img"):
@@ -167,7 +163,7 @@ def test_tensors_that_the_config_does_not_speak_of_are_refused(tmp_path):
 def test_himix_is_told_by_the_decoders_part_alone(tmp_path):
     build(tmp_path, vision_hidden_size=32)  # every TinyLLaVA config has this one
 
-    assert spec.load(tmp_path).settings == {}
+    assert families.read(Checkpoint.open(tmp_path)).settings == {}
     tiny.change_json(tmp_path / "config.json", connector_type=None)
     with pytest.raises(UnsupportedError, match="connector_type is None"):
-        spec.load(tmp_path)
+        families.read(Checkpoint.open(tmp_path))

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from lvlm_edge.exporter import export
 from lvlm_edge.exporter.checkpoints import preprocess
-from lvlm_edge.runtime import Pipeline, image, overlay
+from lvlm_edge.runtime import Pipeline, image, overlay, views
 from lvlm_edge.runtime.errors import InputError
 from tests import layouts, tiny
 
@@ -36,7 +36,7 @@ def test_the_best_canvas_is_that_of_transformers():
         for height in sides:
             rows_first = [(h, w) for w, h in CANVASES]
             expected = select_best_resolution((height, width), rows_first)
-            assert image.best_canvas((width, height), CANVASES)[::-1] == expected
+            assert views.best_canvas((width, height), CANVASES)[::-1] == expected
 
 
 def reference(source: PIL.Image.Image, canvas: tuple[int, int]) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_tiles_are_those_of_the_release(size):
     source = picture(*size)
 
     for canvas in CANVASES:
-        found = image.tiled(source, HOW, canvas, (canvas[1] // SIDE, canvas[0] // SIDE))
+        found = views.tiled(source, HOW, canvas, (canvas[1] // SIDE, canvas[0] // SIDE))
         assert found.dtype == np.float32
         assert np.array_equal(found, reference(source, canvas))
 
@@ -74,8 +74,8 @@ def test_boxes_lie_on_what_their_patches_show(size):
     plain = image.Preprocessing(resize_to=(SIDE, SIDE))
     canvas, tiles = (112, 112), (2, 2)
 
-    found = image.tiled(PIL.Image.fromarray(colours), plain, canvas, tiles)[1:]
-    boxes = image.tile_boxes(size, canvas, tiles, (4, 4))
+    found = views.tiled(PIL.Image.fromarray(colours), plain, canvas, tiles)[1:]
+    boxes = views.tile_boxes(size, canvas, tiles, (4, 4))
 
     assert boxes.shape == (64, 4)
     inside = [(i, box) for i, box in enumerate(boxes) if box.min() >= 0 and box[2] <= size[0] and box[3] <= size[1]]
@@ -95,7 +95,7 @@ def test_an_overlay_shows_patches_of_the_base_view_and_of_tiles(tmp_path, quick_
     white = PIL.Image.new("RGB", (448, 224), "white")
 
     # The last patch of the base view, and the last one of the first tile.
-    sheet = np.asarray(overlay.draw(manifest, [white], np.array([15, 31])))
+    sheet = np.asarray(overlay.draw(manifest.pictures, [white], np.array([15, 31])))
 
     clear = (sheet > 250).all(-1)
     assert clear[180:220, 345:440].all()
@@ -160,7 +160,8 @@ def test_a_picture_and_a_question_give_the_base_view_and_its_tiles(tiles, talkin
 
     assert ids.count(layouts.IMAGE) == 1
     assert np.array_equal(pixels, reference(source, (112, 56)))
-    assert (pipe.manifest.counts.crops, pipe.manifest.counts.separators) == (3, 3)
+    (planned,) = pipe.manifest.pictures
+    assert (planned.views.count, planned.rows("separator")) == (3, 3)
     assert answer.prompt_tokens == len(ids) - 1 + 3 * 17
     text = (tiles / "chat_template.jinja").read_text()
     assert "ASSISTANT" in text  # the published one: the tokenizer's own knows no images
@@ -207,17 +208,28 @@ def test_a_bundle_of_one_crop_takes_every_picture(talking, tmp_path, quick_traci
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("tiles", [2, 2]), ("tiles", None), ("canvas", [56, 56]), ("canvas", None), ("tiles", [-1, -2])],
+    ("field", "value", "said"),
+    [
+        ("tiles", [2, 2], "expected 51 rows of 64 from 5 runs"),
+        ("tiles", None, "expected 51 rows of 64 from 1 runs"),
+        ("tiles", [-1, -2], "impossible canvas"),
+        ("canvas", [56, 56], "impossible canvas"),
+        ("canvas", None, "size is NoneType"),
+    ],
     ids=str,
 )
-def test_a_manifest_whose_tiles_do_not_fit_together_is_refused(field, value, tiles, tmp_path):
+def test_a_manifest_whose_tiles_do_not_fit_together_is_refused(field, value, said, tiles, tmp_path):
     from lvlm_edge.runtime import bundle
     from lvlm_edge.runtime.errors import BundleError
 
     content = tiny.read_json(tiles / "manifest.json")
-    content["image"][field] = value
+    views = content["pictures"][0]["views"]
+    assert (views["tiles"], views["canvas"]["size"]) == ([1, 2], [112, 56])
+    if field == "tiles":
+        views["tiles"] = value
+    else:
+        views["canvas"]["size"] = value
     tiny.write_json(tmp_path / "manifest.json", content)
 
-    with pytest.raises(BundleError, match="are not a base view and tiles"):
+    with pytest.raises(BundleError, match=said):
         bundle.load_manifest(tmp_path)

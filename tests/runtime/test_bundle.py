@@ -161,14 +161,14 @@ def test_a_manifest_that_is_none_is_refused(content, folder):
 
 @pytest.mark.parametrize(
     ("schema", "said"),
-    [(4, "newer"), (10**30, "newer"), (2, "expected 3"), (-1, "expected 3"), ("3", "expected 3"), (None, "expected 3")],
+    [(5, "newer"), (10**30, "newer"), (3, "expected 4"), (-1, "expected 4"), ("4", "expected 4"), (None, "expected 4")],
 )
 def test_another_schema_is_refused(schema, said, folder):
     content = tiny.read_json(folder / MANIFEST) | {"schema": schema}
     tiny.write_json(folder / MANIFEST, content)
 
     message = refused(folder, said)
-    assert ("upgrade lvlm-edge" if said == "newer" else "export the bundle again") in message
+    assert ("upgrade lvlm-edge" if said == "newer" else "make a new bundle: lvlm-edge export") in message
 
 
 def test_places_that_are_no_bundle_are_told_apart(good, tmp_path):
@@ -186,7 +186,10 @@ FIELDS = [
     ("graphs", 4, "inputs", 0, "shape"),
     ("cache", 1, "dropped"),
     ("embedding", "columns"),
-    ("image", "preprocessing", "crop"),
+    ("pictures", 0, "token_id"),
+    ("pictures", 0, "views", "canvas", "size"),
+    ("pictures", 0, "views", "how", "crop"),
+    ("pictures", 0, "runs", 0, "rows"),
     ("files", "weights.bin", "sha256"),
     ("text", "image_token"),
     ("provenance", "revision"),
@@ -234,7 +237,21 @@ HUGE = 10**18
         (("counts", "kept_tokens"), 5),
         (("counts", "prompt_tokens"), 27),
         (("counts", "text_tokens"), HUGE),
-        (("decode_offset",), HUGE),
+        (("axes",), 2),
+        (("axes",), 3),
+        (("pictures",), []),
+        (("pictures", 0, "graphs"), ["decode"]),
+        (("pictures", 0, "graphs"), []),
+        (("pictures", 0, "runs"), []),
+        (("pictures", 0, "runs", 0, "kind"), "audio"),
+        (("pictures", 0, "runs", 0, "kind"), "cached"),
+        (("pictures", 0, "runs", 0, "rows"), 3),
+        (("pictures", 0, "runs", 0, "rows"), HUGE),
+        (("pictures", 0, "runs", 0, "leading"), -1),
+        (("pictures", 0, "runs", 0, "missing"), 1),
+        (("pictures", 0, "views", "canvas", "size"), [0, 28]),
+        (("pictures", 0, "views", "canvas", "rule"), "some"),
+        (("pictures", 0, "views", "tiles"), [1, 1]),
         (("graphs", 0, "name"), "decode"),
         (("graphs", 0, "role"), "decode"),
         (("graphs", 0, "role"), "vision"),
@@ -247,8 +264,9 @@ HUGE = 10**18
         (("graphs", 1, "inputs", 0, "shape"), [1, 28, 33]),
         (("graphs", 3, "outputs", 0, "shape"), [1, 1, 161]),
         (("graphs", 4, "outputs", 0, "name"), "logit"),
-        (("image", "grid"), [0, 2]),
-        (("image", "preprocessing", "rescale"), "1e999"),
+        (("pictures", 0, "runs", 0, "grid"), [0, 2]),
+        (("pictures", 0, "runs", 0, "grid"), [2, 3]),
+        (("pictures", 0, "views", "how", "rescale"), "1e999"),
         (("files", "weights.bin", "size"), HUGE),
         (("files", "weights.bin", "size"), -1),
     ],

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
-from lvlm_edge.runtime import image
+from lvlm_edge.runtime import image, overlay
 from lvlm_edge.runtime.errors import InputError
 from lvlm_edge.runtime.image import Preprocessing
 
@@ -317,7 +317,7 @@ def test_a_box_covers_what_its_patch_shows(size: tuple[int, int], how: Preproces
 def test_overlay_leaves_kept_patches_clear_and_darkens_the_rest() -> None:
     made = PIL.Image.new("RGB", (100, 100), (200, 200, 200))
 
-    shown = np.array(image.overlay(made, image.patch_boxes((100, 100), SIGLIP, (2, 2)), [1]))
+    shown = np.array(overlay.overlay(made, image.patch_boxes((100, 100), SIGLIP, (2, 2)), [1]))
 
     assert shown[25, 75].tolist() == [200, 200, 200]
     assert all(shown[y, x].max() < 100 for y, x in ((25, 25), (75, 25), (75, 75)))
@@ -329,5 +329,5 @@ def test_overlay_takes_boxes_outside_the_picture_and_no_boxes() -> None:
     made = picture("LA", 50, 20)
     boxes = image.patch_boxes(made.size, LLAVA, (8, 8))
 
-    assert image.overlay(made, boxes, range(64)).size == made.size
-    assert image.overlay(made, boxes, []).size == made.size
+    assert overlay.overlay(made, boxes, range(64)).size == made.size
+    assert overlay.overlay(made, boxes, []).size == made.size
