@@ -36,8 +36,8 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["seed"] = node.config.option.seed
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"order of the tests: --seed {config.option.seed}"
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"order of the tests: --seed {config.option.seed}")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest itself then puts tests of one fixture together, and drops what -m leaves out
