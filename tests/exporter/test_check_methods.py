@@ -191,7 +191,8 @@ PROXYV = {
         (proxyv, "tail", TEXT, f"{TEXT} | (blocks.arange(where.crops + plan.text_tokens) < where.crops)[:, None]"),
     ),
     "another separator": wrong(
-        "prefill_head caches @0", (encoders, "Projector.forward", "self.newline[None, None]", "-self.newline[None, None]")
+        "prefill_head caches @0",
+        (encoders, "Projector.forward", "self.newline[None, None]", "-self.newline[None, None]"),
     ),
     "separators of later crops stand in order": wrong(
         "prefill_head caches @0", (proxyv, "Layout.separator_positions", "max(0, crop - 1)", "crop")

@@ -14,9 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lvlm_edge.runtime import Pipeline, backends
-from lvlm_edge.runtime.bundle import kv_cache
 from lvlm_edge.runtime.backends import trt
-from lvlm_edge.runtime.bundle import load_manifest, sha256
+from lvlm_edge.runtime.bundle import kv_cache, load_manifest, sha256
 from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import fake_tensorrt, tiny
 from tests.fake_tensorrt import CODES, Machine
