@@ -84,11 +84,15 @@ class Capacity:
 class Settings:
     """Precision, formats and lowering of an export."""
 
-    dtype: str = setting("float32", "Precision of activations, caches and unquantised weights.", tuple(WIDTHS))
+    dtype: str = setting(
+        "float32",
+        "Precision of activations, caches and unquantised weights: float32, float16 or bfloat16.",
+        tuple(WIDTHS),
+    )
     vision_dtype: str | None = setting(
         None,
-        "Precision of the vision encoder and projector, by default that of --dtype. Trained encoders of some families "
-        "overflow in float16.",
+        "Precision of the vision encoder and projector: float32, float16 or bfloat16; by default that of --dtype. Trained "
+        "encoders of some families overflow in float16.",
         tuple(WIDTHS),
     )
     lowering: str = setting(
