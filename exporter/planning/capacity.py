@@ -91,8 +91,8 @@ class Settings:
     )
     vision_dtype: str | None = setting(
         None,
-        "Precision of the vision encoder and projector: float32, float16 or bfloat16; by default that of --dtype. Trained "
-        "encoders of some families overflow in float16.",
+        "Precision of the vision encoder and projector: float32, float16 or bfloat16; by default that of --dtype. "
+        "Trained encoders of some families overflow in float16.",
         tuple(WIDTHS),
     )
     lowering: str = setting(
