@@ -81,11 +81,11 @@ def _layer_before(patch):
     """scores from the layer before."""
     right = fastv.head
 
-    def head(p, plan, inputs, *, segment):
+    def head(p, plan, inputs, *, subgraph):
         layers, x = range(plan.stages[0].layers.stop - 1), inputs["inputs_embeds"]
         _, (query, key), _ = blocks.prefill_layers(p, plan, layers, inputs, x, inputs["position_ids"])
         score = fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])
-        return right(p, plan, inputs, segment=segment) | {"score": score}
+        return right(p, plan, inputs, subgraph=subgraph) | {"score": score}
 
     patch.setattr(fastv, "head", head)
 
@@ -95,8 +95,8 @@ def _layer_after(patch):
     """scores from the layer after."""
     right = fastv.head
 
-    def head(p, plan, inputs, *, segment):
-        found = right(p, plan, inputs, segment=segment)
+    def head(p, plan, inputs, *, subgraph):
+        found = right(p, plan, inputs, subgraph=subgraph)
         layer = p.layers[plan.stages[0].layers.stop]
         query, key, _ = blocks.project(p, layer, found["hidden"], rotation(p, inputs["position_ids"]))
         return found | {"score": fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])}
@@ -372,12 +372,12 @@ def _decode_slot(patch):
     """decoding one row too far in the caches of the tail."""
     right = blocks._decode
 
-    def decode(p, plan, inputs, *, segment):
+    def decode(p, plan, inputs, *, subgraph):
         def shifted(layer):
             return tuple(dataclasses.replace(g, dropped=g.dropped - (g.dropped > 0)) for g in plan.groups(layer))
 
         seen = SimpleNamespace(groups=shifted, all_groups=plan.all_groups, method=plan.method)
-        return right(p, seen, inputs, segment=segment)
+        return right(p, seen, inputs, subgraph=subgraph)
 
     patch.setattr(blocks, "_decode", decode)
 

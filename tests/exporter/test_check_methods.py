@@ -138,7 +138,7 @@ def patch_function(patch: pytest.MonkeyPatch, module: ModuleType, place: Any, ri
 
 TEXT = "_before(at.rest, at.visual, at.rest)"
 GUIDES = "parts.ops.attend_where(query[:, :, :n], key, value, _before(at.proxies, at.proxies, at.rest))"
-LATE = ("segment.layers.start == plan.config.start_layer", "segment.layers.start == plan.config.start_layer + 1")
+LATE = ("subgraph.layers.start == plan.config.start_layer", "subgraph.layers.start == plan.config.start_layer + 1")
 LEARNT = {"learn_proxy": True}
 PROXYV = {
     "proxies see visual tokens": wrong(
