@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from lvlm_edge.exporter.planning import Method
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
@@ -13,7 +14,7 @@ def names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
 
 
-def load(name: str) -> Method:
+def load(name: str) -> Method[Any]:
     """A method by name.
 
     Raises:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.runtime.bundle import FORMATS, WIDTHS, WeightFormats
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FLOAT = "float"  # matrices in the bundle's dtype, also where the checkpoint's are integers
 WEIGHTS = (*FORMATS, FLOAT)
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 Size = tuple[int, int]
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class PlanError(UsageError):
@@ -155,7 +158,7 @@ def fold_all(record: type[T], options: Mapping[str, Any], where: str) -> T:
     Raises:
         UsageError: an option that is no field.
     """
-    known = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(record)]
     for name in options:
         if name not in known:
             raise UsageError(f"{where}: option {name!r} is not known; {nearest(name, known)}")
@@ -164,6 +167,6 @@ def fold_all(record: type[T], options: Mapping[str, Any], where: str) -> T:
 
 def fold(record: type[T], options: Mapping[str, Any]) -> tuple[T, dict[str, Any]]:
     """A record from the keyword options that are its fields, and the options that are not; None means not given."""
-    names = {f.name for f in dataclasses.fields(record)}  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(record)}
     own = {key: value for key, value in options.items() if key in names and value is not None}
     return record(**own), {key: value for key, value in options.items() if key not in names}

@@ -11,6 +11,7 @@ from lvlm_edge.exporter.checkpoints.integers import block
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec
 from lvlm_edge.exporter.planning.capacity import FLOAT, Capacity, PlanError, Settings
 from lvlm_edge.exporter.planning.records import (
+    C,
     CacheGroup,
     Family,
     Lowering,
@@ -48,7 +49,7 @@ class Plan:
 
     family: Family[Any]
     spec: ModelSpec[Any]
-    method: Method
+    method: Method[Any]
     config: Any
     lowering: Lowering
     prompt: Prompt
@@ -224,7 +225,7 @@ def part_of(weight: str) -> str:
     return "head" if weight.startswith("lm_head.") else "decoder"
 
 
-def configure(method: Method, spec: ModelSpec[Any], options: Mapping[str, Any], *, nominal: bool = False) -> Any:
+def configure(method: Method[C], spec: ModelSpec[Any], options: Mapping[str, Any], *, nominal: bool = False) -> C:
     """A method's resolved `Config` from options by field name; None means not given.
 
     Args:
@@ -251,7 +252,7 @@ def configure(method: Method, spec: ModelSpec[Any], options: Mapping[str, Any], 
 def make(
     model: Model,
     *,
-    method: Method,
+    method: Method[Any],
     lowering: Lowering,
     config: Any,
     capacity: Capacity,
@@ -300,7 +301,7 @@ def make(
     return plan
 
 
-def _check_sharing(method: Method, lowering: Lowering, settings: Settings) -> None:
+def _check_sharing(method: Method[Any], lowering: Lowering, settings: Settings) -> None:
     if settings.share_weights and not lowering.shares_weights:
         raise UnsupportedError(
             f"plan: graphs of the {lowering.name} lowering cannot share weights, those of modern can; leave out "

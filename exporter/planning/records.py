@@ -19,10 +19,12 @@ from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.pictures.layout import Picture
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
     from lvlm_edge.exporter.planning.plan import Plan
 
+C = TypeVar("C", bound="DataclassInstance")  # a method's own settings
 V = TypeVar("V")  # a family's own description of its vision encoder
 Tensors = dict[str, "Tensor"]
 
@@ -140,7 +142,7 @@ def no_paper(plan: Plan) -> Paper | None:
     return None
 
 
-def as_given(spec: ModelSpec[Any], config: Any) -> Any:
+def as_given(spec: ModelSpec[Any], config: C) -> C:
     """The settings as they are."""
     return config
 
@@ -164,8 +166,8 @@ def one_cache(plan: Plan, layer: int) -> tuple[CacheGroup, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A token-reduction method.
+class Method(Generic[C]):
+    """A token-reduction method, whose settings are a `C`.
 
     Attributes:
         name: its name on the command line, that of its file.
@@ -190,12 +192,12 @@ class Method:
     """
 
     name: str
-    config: type
-    stages: Callable[[ModelSpec[Any], Any, Prompt], tuple[Stage, ...]]
+    config: type[C]
+    stages: Callable[[ModelSpec[Any], C, Prompt], tuple[Stage, ...]]
     graphs: Callable[[Plan], tuple[GraphSpec, ...]]
     paper: Callable[[Plan], Paper | None] = no_paper
-    resolve: Callable[[ModelSpec[Any], Any], Any] = as_given
-    nominal: Callable[[ModelSpec[Any], Any], Any] = as_given
+    resolve: Callable[[ModelSpec[Any], C], C] = as_given
+    nominal: Callable[[ModelSpec[Any], C], C] = as_given
     cache_groups: Callable[[Plan, int], tuple[CacheGroup, ...]] = one_cache
     own_weights: Callable[[Plan], int] = no_weights
     extend: Callable[[Any, Plan], None] = nothing
