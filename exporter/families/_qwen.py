@@ -239,7 +239,7 @@ def grid_of(picture: Picture) -> tuple[int, int]:
     return grid
 
 
-def forms(plan: Plan) -> dict[str, Picture]:
+def by_graph(plan: Plan) -> dict[str, Picture]:
     """A picture of each canvas, by the name of its graph."""
     return {picture.graphs[0]: picture for picture in reversed(plan.pictures)}
 
@@ -405,7 +405,7 @@ def angles(v: VisionSpec, grid: tuple[int, int]) -> NDArray[np.float32]:
 def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     """`vision` of each canvas: pixel_values to rows in row-major order of the visual tokens, and what is injected."""
     made = []
-    for name, picture in forms(plan).items():
+    for name, picture in by_graph(plan).items():
         (rows, columns), factor, hidden = grid_of(picture), plan.spec.vision.factor, plan.spec.decoder.hidden
         pixels = TensorInfo("pixel_values", plan.vision_dtype, (1, 3, rows * factor, columns * factor))
         seen = TensorInfo("image_features", plan.vision_dtype, (1, rows * columns * MERGE**2, plan.spec.vision.hidden))

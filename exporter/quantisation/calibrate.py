@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter import references
+from lvlm_edge.exporter import families, references
 from lvlm_edge.exporter.bundles import atomic, pack, plans
 from lvlm_edge.exporter.checkpoints import checkpoint, quantise
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Stored
@@ -104,6 +104,11 @@ def quantize(
         raise UsageError(f"{output}: and the checkpoint lie in one another; choose another --output")
     of = Checkpoint.open(folder)
     _check_plain(of)
+    family = families.of(of)
+    if family.axes > 1:
+        raise UnsupportedError(
+            f"quantize: {family.name} is not supported, whose pictures have no one size; export with --weights int4"
+        )
     chosen = read_samples(pictures, settings.prompt, settings.samples, settings.seed)
     planned, stored = plans.model(of, Capacity(max_text_tokens=1, max_new_tokens=1)), of.stored
     method = next(iter(planned.spec.settings), "none")

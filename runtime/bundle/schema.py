@@ -7,13 +7,13 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as an annotated type: dataclasses, tuples, dicts, unions with None, and plain types."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+    if kind is Any or isinstance(kind, TypeVar):  # what a type variable stands for, its owner parses
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -35,8 +35,14 @@ ORACLES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ORACLES)
+PUBLIC = [  # bfloat16 of one, since the graphs differ in nothing else; the rest are slow
+    pytest.param(name, dtype, marks=() if dtype == "float16" or name == "himix" else pytest.mark.slow)
+    for name in ORACLES
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PUBLIC)
 def test_tensorrt_rtx_builds_the_public_checkpoints(oracles, export_once, name, dtype):
     folder, method, more = ORACLES[name]
     bundle = export_once(oracles / folder, method=method, dtype=dtype, **more, **CAPACITIES, ort=False)
@@ -60,6 +66,7 @@ def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
 
+@pytest.mark.slow  # with integer weights they are built every time
 @pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
 def test_tensorrt_rtx_builds_the_samples(export_once, method):
     name, _, semantics = method.partition("-")
@@ -69,7 +76,7 @@ def test_tensorrt_rtx_builds_the_samples(export_once, method):
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
 def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method, weights):
     name, _, semantics = method.partition("-")
@@ -129,7 +136,9 @@ def yopo_prompt(original, export_once):
     return build
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n.endswith("then none") or "mha" in n else pytest.mark.slow) for n in MASKS]
+)
 def test_tensorrt_rtx_builds_yopo_with_uneven_heads(yopo_prompt, name):
     rows, options = MASKS[name]
 

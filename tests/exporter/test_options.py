@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lvlm_edge.exporter import options
+from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.runtime.errors import UsageError
 
 
@@ -17,11 +17,11 @@ class Settings:
 
 
 def test_what_is_not_given_has_its_default():
-    assert options.fold(Settings, {"seed": 3}, "bench") == Settings(rounds=7, seed=3)
+    assert fold_all(Settings, {"seed": 3}, "bench") == Settings(rounds=7, seed=3)
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
     with pytest.raises(
         UsageError, match=r"^bench: option 'round' is not known; did you mean rounds\? known: rounds, seed$"
     ):
-        options.fold(Settings, {"round": 3}, "bench")
+        fold_all(Settings, {"round": 3}, "bench")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import platform
 import shutil
@@ -130,9 +131,14 @@ def quick_collection():
 # Tokens.
 
 
-@pytest.mark.parametrize("lowering", ["modern", "legacy"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("method", ["fastv", "none"])
+OFTEN = {("fastv", "float32", "modern"), ("fastv", "float16", "legacy"), ("none", "float32", "modern")}
+PAIRINGS = [  # each value of each option with every other often; all of them are slow
+    pytest.param(*one, marks=() if one in OFTEN else pytest.mark.slow)
+    for one in itertools.product(("fastv", "none"), ("float32", "float16"), ("modern", "legacy"))
+]
+
+
+@pytest.mark.parametrize(("method", "dtype", "lowering"), PAIRINGS)
 def test_tokens_and_logits_of_every_oracle_are_those_of_onnx_runtime(
     fastv_oracle, oracles, export_once, with_engines, monkeypatch, method, dtype, lowering
 ):
