@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lvlm_edge.exporter import export, planning, plans
+from lvlm_edge.exporter import export, planning
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.graphs import blocks, parts, trace
 from lvlm_edge.exporter.lowerings import legacy, modern

@@ -70,9 +70,6 @@ def export(
     of = Checkpoint.open(folder)
     model = plans.model(of, capacity)
     plans.make(model, capacity, settings, method=method, options=rest)  # its errors come before those of tensors
-    sources = _sources(of, model)
-    formats = _formats(sources, settings)
-    plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
     provenance = manifests.Provenance(
         source=str(source),
         revision=revision or _snapshot(folder),
@@ -80,6 +77,9 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
+        sources = _sources(of, model)
+        formats = _formats(sources, settings)
+        plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
         _Writer(of, plan, partial, progress or (lambda *_: None)).write(sources, provenance, ort=ort)
     return output
 

@@ -171,9 +171,9 @@ def engine_bytes(plan: Plan, *, weights: str = "as-is") -> tuple[int, ...]:
     count = planning.decoder_weights(plan.spec.decoder)
     layer = count.matrices * (WEIGHTS[weights] or width) + count.vectors * width
     every = range(plan.spec.decoder.layers)
-    runs = [run for stage in plan.stages for run in plan.segments(stage.layers)]
+    runs = [run for stage in plan.stages for run in plan.subgraphs(stage.layers)]
     prompt = len(runs)
-    runs += [] if plan.share_weights else plan.segments(every)
+    runs += [] if plan.share_weights else plan.subgraphs(every)
     end = (count.norm + count.head) * width
     decoder = [len(run) * layer + (end if run.stop == every.stop else 0) for run in runs]
     decoder[prompt - 1] += plan.method.own_weights(plan) * width  # of the method, which decode does without

@@ -115,7 +115,7 @@ def prefill_outputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
-class Segment:
+class Subgraph:
     """A run of layers that is one graph.
 
     Attributes:
@@ -129,13 +129,13 @@ class Segment:
     result: str | None
 
 
-def segments(plan: Plan, name: str, layers: range, entry: str, result: str | None = None) -> tuple[Segment, ...]:
+def subgraphs(plan: Plan, name: str, layers: range, entry: str, result: str | None = None) -> tuple[Subgraph, ...]:
     """Layers as graphs no larger than the plan allows; numbered where they are several."""
-    runs = plan.segments(layers)
+    runs = plan.subgraphs(layers)
     names = [name] if len(runs) == 1 else [f"{name}.{i}" for i in range(len(runs))]
     states = [entry, *(f"hidden.{run.start}" for run in runs[1:]), result]
     return tuple(
-        Segment(names[i], run, str(states[i]), states[i + 1])  # only the last state can be None
+        Subgraph(names[i], run, str(states[i]), states[i + 1])  # only the last state can be None
         for i, run in enumerate(runs)
     )
 
@@ -238,7 +238,7 @@ def _head(parts: Parts, x: Tensor) -> Tensor:
 
 def prefill_graph(
     plan: Plan,
-    segment: Segment,
+    subgraph: Subgraph,
     rows: int,
     *,
     kept: str = "",
@@ -246,7 +246,7 @@ def prefill_graph(
     outputs: tuple[TensorInfo, ...] = (),
     body: Body | None = None,
 ) -> GraphSpec:
-    """A segment over the rows of a prompt.
+    """A subgraph over the rows of a prompt.
 
     Args:
         kept: prefix of the names of positions and last row, `kept_` after a reduction.
@@ -255,40 +255,45 @@ def prefill_graph(
     """
     shapes, ops = Shapes(plan), plan.lowering
     positions, last = f"{kept}position_ids", f"{kept}last_index"
-    ends = segment.result is None
+    ends = subgraph.result is None
     wanted = (shapes.index(last, 1),) if ends or inputs else ()
     before = ops.shared_inputs if plan.share_weights else ops.prefill_inputs
     assert before is not None
-    added = injected(plan, segment.layers, rows, kept)
-    states = [segment.entry, positions, *(info.name for info in added), *([segment.result] if segment.result else [])]
+    added = injected(plan, subgraph.layers, rows, kept)
+    states = [
+        subgraph.entry,
+        positions,
+        *(info.name for info in added),
+        *([subgraph.result] if subgraph.result else []),
+    ]
     return GraphSpec(
-        name=segment.name,
+        name=subgraph.name,
         role="prefill",
         inputs=(
-            shapes.hidden(segment.entry, rows),
+            shapes.hidden(subgraph.entry, rows),
             shapes.positions(positions, rows),
             *wanted,
             *inputs,
             *added,
-            *before(plan, segment.layers),
+            *before(plan, subgraph.layers),
         ),
         outputs=(
-            shapes.logits() if segment.result is None else shapes.hidden(segment.result, rows),
+            shapes.logits() if subgraph.result is None else shapes.hidden(subgraph.result, rows),
             *outputs,
-            *ops.prefill_outputs(plan, segment.layers),
+            *ops.prefill_outputs(plan, subgraph.layers),
         ),
-        body=body or partial(_prefill, segment=segment, kept=kept),
+        body=body or partial(_prefill, subgraph=subgraph, kept=kept),
         dynamic_rows=rows if plan.share_weights else None,
         row_axes=dict.fromkeys(states, 1),
     )
 
 
-def _prefill(parts: Parts, plan: Plan, inputs: Tensors, *, segment: Segment, kept: str) -> Tensors:
+def _prefill(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: Subgraph, kept: str) -> Tensors:
     positions = inputs[f"{kept}position_ids"]
-    x, _, caches = prefill_layers(parts, plan, segment.layers, inputs, inputs[segment.entry], positions, kept)
-    if segment.result is None:
+    x, _, caches = prefill_layers(parts, plan, subgraph.layers, inputs, inputs[subgraph.entry], positions, kept)
+    if subgraph.result is None:
         return {"logits": logits(parts, x, inputs[f"{kept}last_index"]), **caches}
-    return {segment.result: x, **caches}
+    return {subgraph.result: x, **caches}
 
 
 def decode_graphs(plan: Plan, prefill: Sequence[GraphSpec]) -> tuple[GraphSpec, ...]:
@@ -302,21 +307,21 @@ def decode_graphs(plan: Plan, prefill: Sequence[GraphSpec]) -> tuple[GraphSpec, 
     shapes, ops = Shapes(plan), plan.lowering
     return tuple(
         GraphSpec(
-            name=segment.name,
+            name=subgraph.name,
             role="decode",
             inputs=(
-                shapes.hidden(segment.entry, 1),
+                shapes.hidden(subgraph.entry, 1),
                 shapes.positions("position_ids", 1),
                 shapes.index("cache_length", 1),
-                *ops.decode_inputs(plan, segment.layers),
+                *ops.decode_inputs(plan, subgraph.layers),
             ),
             outputs=(
-                shapes.logits() if segment.result is None else shapes.hidden(segment.result, 1),
-                *ops.decode_outputs(plan, segment.layers),
+                shapes.logits() if subgraph.result is None else shapes.hidden(subgraph.result, 1),
+                *ops.decode_outputs(plan, subgraph.layers),
             ),
-            body=partial(_decode, segment=segment),
+            body=partial(_decode, subgraph=subgraph),
         )
-        for segment in segments(plan, "decode", range(plan.spec.decoder.layers), "inputs_embeds")
+        for subgraph in subgraphs(plan, "decode", range(plan.spec.decoder.layers), "inputs_embeds")
     )
 
 
@@ -353,12 +358,12 @@ def one_row(graph: GraphSpec, info: TensorInfo) -> tuple[int, ...]:
     return info.shape if axis is None else (*info.shape[:axis], 1, *info.shape[axis + 1 :])
 
 
-def _decode(parts: Parts, plan: Plan, inputs: Tensors, *, segment: Segment) -> Tensors:
-    x, positions, length = inputs[segment.entry], inputs["position_ids"], inputs["cache_length"]
+def _decode(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: Subgraph) -> Tensors:
+    x, positions, length = inputs[subgraph.entry], inputs["position_ids"], inputs["cache_length"]
     caches: Tensors = {}
-    slots = _slots(plan, length, _dropped(plan, segment.layers))
+    slots = _slots(plan, length, _dropped(plan, subgraph.layers))
     turn = rotation(parts, positions[:1])  # a text row has one position on all axes
-    for i in segment.layers:
+    for i in subgraph.layers:
         query, key, value = project(parts, parts.layers[i], x, turn)
         attended = []
         for group in plan.groups(i):
@@ -367,9 +372,9 @@ def _decode(parts: Parts, plan: Plan, inputs: Tensors, *, segment: Segment) -> T
             attended.append(result)
             caches |= outputs
         x = finish(parts, parts.layers[i], x, merged(plan.groups(i), attended))
-    if segment.result is None:
+    if subgraph.result is None:
         return {"logits": _head(parts, x), **caches}
-    return {segment.result: x, **caches}
+    return {subgraph.result: x, **caches}
 
 
 def merged(groups: Sequence[CacheGroup], attended: Sequence[Tensor]) -> Tensor:

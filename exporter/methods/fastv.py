@@ -99,10 +99,10 @@ def paper(plan: Plan) -> dict[str, Any]:
     return {"name": "FastV", "unit": "GMAC per layer, mean", "value": mean / 1e9, "ratio": mean / dense}
 
 
-def head(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
+def head(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
     """The last layers below the prune layer over the whole prompt, and the importance scores."""
-    x, positions = inputs[segment.entry], inputs["position_ids"]
-    x, (query, key), caches = blocks.prefill_layers(parts, plan, segment.layers, inputs, x, positions)
+    x, positions = inputs[subgraph.entry], inputs["position_ids"]
+    x, (query, key), caches = blocks.prefill_layers(parts, plan, subgraph.layers, inputs, x, positions)
     scores = importance(query, key, inputs["last_index"], inputs["visual_index"])
     return {"hidden": x, "score": scores, **caches}
 
@@ -164,10 +164,10 @@ def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
         shapes.score("score", plan.visual_tokens),
         shapes.index("visual_index", plan.visual_tokens),
     )
-    heads = blocks.segments(plan, "prefill_head", first.layers, "inputs_embeds", "hidden")
-    scored = partial(head, segment=heads[-1])
+    heads = blocks.subgraphs(plan, "prefill_head", first.layers, "inputs_embeds", "hidden")
+    scored = partial(head, subgraph=heads[-1])
     before = (
-        *(blocks.prefill_graph(plan, segment, full) for segment in heads[:-1]),
+        *(blocks.prefill_graph(plan, subgraph, full) for subgraph in heads[:-1]),
         blocks.prefill_graph(plan, heads[-1], full, inputs=(visual_index,), outputs=(score,), body=scored),
     )
     selection = GraphSpec(
@@ -191,8 +191,8 @@ def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
         ),
         body=select,
     )
-    tails = blocks.segments(plan, "prefill_tail", second.layers, "kept_hidden")
-    after = [blocks.prefill_graph(plan, segment, reduced, kept="kept_") for segment in tails]
+    tails = blocks.subgraphs(plan, "prefill_tail", second.layers, "kept_hidden")
+    after = [blocks.prefill_graph(plan, subgraph, reduced, kept="kept_") for subgraph in tails]
     prefill = (*before, selection, *after)
     return *prefill, *blocks.decode_graphs(plan, prefill)
 

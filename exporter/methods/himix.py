@@ -88,14 +88,14 @@ def image_kv(parts: Parts, plan: Plan, inputs: Tensors) -> Tensors:
     return caches
 
 
-def prefill(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
+def prefill(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
     """Text through the layers; every row sees the images, and text up to itself."""
-    x, positions = inputs[segment.entry], inputs["position_ids"]
+    x, positions = inputs[subgraph.entry], inputs["position_ids"]
     turn = rotation(parts, positions)
     before = blocks.constant([0] * plan.visual_tokens)  # images are where the first position is
     visible = blocks.concat([before, positions[0]])[None] <= positions[0][:, None]
     caches: Tensors = {}
-    for i in segment.layers:
+    for i in subgraph.layers:
         layer, (group,) = parts.layers[i], plan.groups(i)
         query, key, value = blocks.project(parts, layer, x, turn)
         both = [
@@ -105,18 +105,18 @@ def prefill(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segmen
         rows = both[0], both[1]
         caches |= parts.ops.store(inputs, group, key, value)
         x = blocks.finish(parts, layer, x, parts.ops.attend_where(query, *rows, visible))
-    if segment.result is None:
+    if subgraph.result is None:
         return {"logits": blocks.logits(parts, x, inputs["last_index"]), **caches}
-    return {segment.result: x, **caches}
+    return {subgraph.result: x, **caches}
 
 
 def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     """image_kv, prefill, decode."""
     layers = range(plan.spec.decoder.layers)
-    segments = blocks.segments(plan, "prefill", layers, "inputs_embeds")
+    subgraphs = blocks.subgraphs(plan, "prefill", layers, "inputs_embeds")
     return (
         _image_graph(plan, layers),
-        *(_prefill_graph(plan, segment) for segment in segments),
+        *(_prefill_graph(plan, subgraph) for subgraph in subgraphs),
         *blocks.decode_graphs(plan, ()),
     )
 
@@ -134,21 +134,21 @@ def _image_graph(plan: Plan, layers: range) -> GraphSpec:
     )
 
 
-def _prefill_graph(plan: Plan, segment: blocks.Segment) -> GraphSpec:
+def _prefill_graph(plan: Plan, subgraph: blocks.Subgraph) -> GraphSpec:
     shapes = blocks.Shapes(plan)
-    last = (shapes.index("last_index", 1),) if segment.result is None else ()
-    result = shapes.logits() if segment.result is None else shapes.hidden(segment.result, plan.text_tokens)
+    last = (shapes.index("last_index", 1),) if subgraph.result is None else ()
+    result = shapes.logits() if subgraph.result is None else shapes.hidden(subgraph.result, plan.text_tokens)
     return GraphSpec(
-        name=segment.name,
+        name=subgraph.name,
         role="prefill",
         inputs=(
-            shapes.hidden(segment.entry, plan.text_tokens),
+            shapes.hidden(subgraph.entry, plan.text_tokens),
             shapes.positions("position_ids", plan.text_tokens),
             *last,
-            *_caches(plan, segment.layers),
+            *_caches(plan, subgraph.layers),
         ),
-        outputs=(result, *blocks.prefill_outputs(plan, segment.layers)),
-        body=partial(prefill, segment=segment),
+        outputs=(result, *blocks.prefill_outputs(plan, subgraph.layers)),
+        body=partial(prefill, subgraph=subgraph),
     )
 
 

@@ -15,8 +15,8 @@ class Config:
 
 def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     """prefill, decode."""
-    segments = blocks.segments(plan, "prefill", range(plan.spec.decoder.layers), "inputs_embeds")
-    prefill = [blocks.prefill_graph(plan, segment, plan.prompt_tokens) for segment in segments]
+    subgraphs = blocks.subgraphs(plan, "prefill", range(plan.spec.decoder.layers), "inputs_embeds")
+    prefill = [blocks.prefill_graph(plan, subgraph, plan.prompt_tokens) for subgraph in subgraphs]
     return *prefill, *blocks.decode_graphs(plan, prefill)
 
 

@@ -167,16 +167,16 @@ def by_position(plan: Plan, inputs: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 # Below the start layer.
 
 
-def head(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
+def head(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
     """Ordinary layers over the whole prompt, every row seeing the positions up to its own."""
-    x = inputs[segment.entry]
+    x = inputs[subgraph.entry]
     caches: Tensors = {}
     order, inverse, positions = by_position(plan, inputs)
     several = crops_of(plan) > 1
     turn = rotation(parts, positions[None])
     if several:
         x = x.index_select(1, order)
-    for i in segment.layers:
+    for i in subgraph.layers:
         layer, (group,) = parts.layers[i], plan.groups(i)
         query, key, value = blocks.project(parts, layer, x, turn)
         attended = parts.ops.attend(query, key, value, True)
@@ -184,8 +184,8 @@ def head(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) 
             attended = _tied(parts, plan, inputs, attended, (query, key, value))
         caches |= parts.ops.store(inputs, group, key, value)
         x = blocks.finish(parts, layer, x, attended)
-    assert segment.result is not None
-    return {segment.result: x.index_select(1, inverse) if several else x, **caches}
+    assert subgraph.result is not None
+    return {subgraph.result: x.index_select(1, inverse) if several else x, **caches}
 
 
 def _tied(parts: Parts, plan: Plan, inputs: Tensors, attended: Tensor, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -200,16 +200,16 @@ def _tied(parts: Parts, plan: Plan, inputs: Tensors, attended: Tensor, heads: tu
 # From the start layer on.
 
 
-def tail(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
+def tail(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
     """Layers in which proxies, separators and text ask; visual tokens give keys and values, and are updated."""
     where, at = layout(plan), places(plan, inputs)
-    if segment.layers.start == plan.config.start_layer:
-        state = _start(parts, plan, inputs, inputs[segment.entry])
+    if subgraph.layers.start == plan.config.start_layer:
+        state = _start(parts, plan, inputs, inputs[subgraph.entry])
     else:
-        state = {name: inputs[f"{name}.{segment.layers.start}"] for name in _state_names(plan)}
+        state = {name: inputs[f"{name}.{subgraph.layers.start}"] for name in _state_names(plan)}
     full, proxy, rest = state["full"], state["proxy"], state["rest"]
     caches: Tensors = {}
-    for i in segment.layers:
+    for i in subgraph.layers:
         layer, last, (group,) = parts.layers[i], i == plan.spec.decoder.layers - 1, plan.groups(i)
         asking = rest if last else blocks.concat([proxy, rest], 1)
         positions = at.rest if last else blocks.concat([at.proxies, at.rest])
@@ -228,11 +228,11 @@ def tail(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) 
             proxy = asking[:, :n]
             guide = partial(_learnt_guide, state["share"]) if plan.config.learn_proxy else partial(_grid_guide, plan)
             full = update(parts, i - plan.config.start_layer, full, proxy, guide)
-    if segment.result is None:
+    if subgraph.result is None:
         row = inputs["last_index"] + (where.crops - where.rows)
         return {"logits": blocks.logits(parts, rest, row), **caches}
     state |= {"full": full, "proxy": proxy, "rest": rest}
-    return {f"{name}.{segment.layers.stop}": state[name] for name in _state_names(plan)} | caches
+    return {f"{name}.{subgraph.layers.stop}": state[name] for name in _state_names(plan)} | caches
 
 
 def _project(
@@ -347,54 +347,54 @@ def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     shapes = blocks.Shapes(plan)
     first, layers = plan.config.start_layer, plan.spec.decoder.layers
     visual = shapes.index("visual_index", plan.visual_tokens + plan.prompt.separators)
-    heads = blocks.segments(plan, "prefill_head", range(first), "inputs_embeds", "hidden") if first else ()
-    tails = blocks.segments(plan, "prefill_tail", range(first, layers), "hidden" if first else "inputs_embeds")
+    heads = blocks.subgraphs(plan, "prefill_head", range(first), "inputs_embeds", "hidden") if first else ()
+    tails = blocks.subgraphs(plan, "prefill_tail", range(first, layers), "hidden" if first else "inputs_embeds")
     return (
-        *(_head_graph(plan, segment, visual) for segment in heads),
-        *(_tail_graph(plan, segment, visual) for segment in tails),
+        *(_head_graph(plan, subgraph, visual) for subgraph in heads),
+        *(_tail_graph(plan, subgraph, visual) for subgraph in tails),
         *blocks.decode_graphs(plan, ()),
     )
 
 
-def _head_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> GraphSpec:
+def _head_graph(plan: Plan, subgraph: blocks.Subgraph, visual: TensorInfo) -> GraphSpec:
     shapes = blocks.Shapes(plan)
-    assert segment.result is not None
+    assert subgraph.result is not None
     return GraphSpec(
-        name=segment.name,
+        name=subgraph.name,
         role="prefill",
         inputs=(
-            shapes.hidden(segment.entry, plan.prompt_tokens),
+            shapes.hidden(subgraph.entry, plan.prompt_tokens),
             visual,
-            *blocks.prefill_inputs(plan, segment.layers),
+            *blocks.prefill_inputs(plan, subgraph.layers),
         ),
         outputs=(
-            shapes.hidden(segment.result, plan.prompt_tokens),
-            *blocks.prefill_outputs(plan, segment.layers),
+            shapes.hidden(subgraph.result, plan.prompt_tokens),
+            *blocks.prefill_outputs(plan, subgraph.layers),
         ),
-        body=partial(head, segment=segment),
+        body=partial(head, subgraph=subgraph),
     )
 
 
-def _tail_graph(plan: Plan, segment: blocks.Segment, visual: TensorInfo) -> GraphSpec:
+def _tail_graph(plan: Plan, subgraph: blocks.Subgraph, visual: TensorInfo) -> GraphSpec:
     shapes = blocks.Shapes(plan)
-    starts = segment.layers.start == plan.config.start_layer
-    entry = (shapes.hidden(segment.entry, plan.prompt_tokens),) if starts else _state(plan, segment.layers.start)
-    last = (shapes.index("last_index", 1),) if segment.result is None else ()
+    starts = subgraph.layers.start == plan.config.start_layer
+    entry = (shapes.hidden(subgraph.entry, plan.prompt_tokens),) if starts else _state(plan, subgraph.layers.start)
+    last = (shapes.index("last_index", 1),) if subgraph.result is None else ()
     return GraphSpec(
-        name=segment.name,
+        name=subgraph.name,
         role="prefill",
         inputs=(
             *entry,
             visual,
             shapes.index("text_index", plan.text_tokens),
             *last,
-            *blocks.prefill_inputs(plan, segment.layers),
+            *blocks.prefill_inputs(plan, subgraph.layers),
         ),
         outputs=(
-            *((shapes.logits(),) if segment.result is None else _state(plan, segment.layers.stop)),
-            *blocks.prefill_outputs(plan, segment.layers),
+            *((shapes.logits(),) if subgraph.result is None else _state(plan, subgraph.layers.stop)),
+            *blocks.prefill_outputs(plan, subgraph.layers),
         ),
-        body=partial(tail, segment=segment),
+        body=partial(tail, subgraph=subgraph),
     )
 
 

@@ -73,11 +73,11 @@ def distances(index: Tensor, grid: tuple[int, int]) -> Tensor:
     return down.maximum(across)
 
 
-def run(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -> Tensors:
-    """Layers of the segment, with visual tokens as far as they go."""
-    first, positions = segment.layers.start, inputs["text_index"][None]
+def run(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
+    """Layers of the subgraph, with visual tokens as far as they go."""
+    first, positions = subgraph.layers.start, inputs["text_index"][None]
     if first == 0:
-        x = inputs[segment.entry]
+        x = inputs[subgraph.entry]
         text = x.index_select(1, inputs["text_index"])
         visual = x.index_select(1, inputs["visual_index"]) if limit(plan) else text
     else:
@@ -85,16 +85,16 @@ def run(parts: Parts, plan: Plan, inputs: Tensors, *, segment: blocks.Segment) -
         visual = inputs.get(f"visual.{first}", text)  # nobody reads it where there is none
     sees = seen(plan, inputs) if first < limit(plan) else None
     caches: Tensors = {}
-    for i in segment.layers:
+    for i in subgraph.layers:
         if sees is None or i >= limit(plan):
             text, _, written = blocks.prefill_layers(parts, plan, [i], inputs, text, positions)
         else:
             layer = _released if released(plan) else _dropped
             visual, text, written = layer(parts, plan, i, inputs, visual, text, sees)
         caches |= written
-    if segment.result is None:
+    if subgraph.result is None:
         return {"logits": blocks.logits(parts, text, inputs["last_index"] - plan.visual_tokens), **caches}
-    return {f"visual.{segment.layers.stop}": visual, f"text.{segment.layers.stop}": text} | caches
+    return {f"visual.{subgraph.layers.stop}": visual, f"text.{subgraph.layers.stop}": text} | caches
 
 
 def _dropped(
@@ -251,30 +251,30 @@ def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     shapes, layers, border = blocks.Shapes(plan), plan.spec.decoder.layers, limit(plan)
     names = ("prefill",) if border in (0, layers) else ("prefill_head", "prefill_tail")
     runs = [run for run in (range(border), range(border, layers)) if run]
-    segments = [
-        segment
+    subgraphs = [
+        subgraph
         for name, run in zip(names, runs, strict=True)
-        for segment in blocks.segments(plan, name, run, "inputs_embeds", "text" if run.stop < layers else None)
+        for subgraph in blocks.subgraphs(plan, name, run, "inputs_embeds", "text" if run.stop < layers else None)
     ]
 
-    def graph(segment: blocks.Segment) -> GraphSpec:
-        first, stop = segment.layers.start, segment.layers.stop
+    def graph(subgraph: blocks.Subgraph) -> GraphSpec:
+        first, stop = subgraph.layers.start, subgraph.layers.stop
         entry = _state(plan, first) if first else (shapes.hidden("inputs_embeds", plan.prompt_tokens),)
         visual = (shapes.index("visual_index", plan.visual_tokens),) if first < border else ()
         last = (shapes.index("last_index", 1),) if stop == layers else ()
-        caches = blocks.prefill_inputs(plan, segment.layers)
+        caches = blocks.prefill_inputs(plan, subgraph.layers)
         return GraphSpec(
-            name=segment.name,
+            name=subgraph.name,
             role="prefill",
             inputs=(*entry, *visual, shapes.index("text_index", plan.text_tokens), *last, *caches),
             outputs=(
                 *((shapes.logits(),) if stop == layers else _state(plan, stop)),
-                *blocks.prefill_outputs(plan, segment.layers),
+                *blocks.prefill_outputs(plan, subgraph.layers),
             ),
-            body=partial(run, segment=segment),
+            body=partial(run, subgraph=subgraph),
         )
 
-    return *(graph(segment) for segment in segments), *blocks.decode_graphs(plan, ())
+    return *(graph(subgraph) for subgraph in subgraphs), *blocks.decode_graphs(plan, ())
 
 
 METHOD = Method(

@@ -134,7 +134,7 @@ class Plan:
     def stage_of(self, layer: int) -> Stage:
         return next(stage for stage in self.stages if layer in stage.layers)
 
-    def segments(self, layers: range) -> tuple[range, ...]:
+    def subgraphs(self, layers: range) -> tuple[range, ...]:
         """The layers in runs of about equal length, as few as keep each run's weights below `max_graph_gb`."""
         w, width = decoder_weights(self.spec.decoder), BYTES[self.dtype]
         size = (len(layers) * (w.matrices + w.vectors) + w.norm + w.head) * width

@@ -121,13 +121,13 @@ def check(
         assert pixels is not None
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
     steps = min(settings.steps, pipe.manifest.counts.new_tokens)
-    rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.small else WeightFormats()
-    given = [_run(pipe, model, case, steps) for case in cases] if rounded.small else []
+    rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.quantized else WeightFormats()
+    given = [_run(pipe, model, case, steps) for case in cases] if rounded.quantized else []
     if given:
         references.quantised.apply(model, rounded, pipe.manifest.dtype)
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
-    if backend in pipe.manifest.variants or pipe.manifest.formats.small:
+    if backend in pipe.manifest.variants or pipe.manifest.formats.quantized:
         rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
@@ -213,7 +213,7 @@ def _as_run(portable: Pipeline, quick: Pipeline, cases: Sequence[Case], steps: i
         assert wanted.logits is not None
         error, same = _apart(found.token_ids, found.logits, wanted.token_ids, wanted.logits)
         mine, theirs = ([] if answer.kept_visual is None else answer.kept_visual.tolist() for answer in (found, wanted))
-        judged = not portable.manifest.formats.small and mine == theirs
+        judged = not portable.manifest.formats.quantized and mine == theirs
         bound = TOLERANCE[portable.manifest.dtype] if judged else None
         note = f"{same} of {steps} tokens as the portable graphs"
         passed = bound is None or error <= bound

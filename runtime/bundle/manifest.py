@@ -110,8 +110,8 @@ class WeightFormats:
     block: int = 128
 
     @property
-    def small(self) -> bool:
-        """Whether any are integers."""
+    def quantized(self) -> bool:
+        """Whether any part is kept as integers."""
         return (self.decoder, self.vision, self.head) != ("as-is",) * 3
 
 

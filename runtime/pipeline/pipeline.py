@@ -136,8 +136,7 @@ class Pipeline:
             fit: resize pictures that belong on another canvas to the bundle's.
 
         Raises:
-            InputError: wrong number of images, unreadable picture, a picture of another canvas, or a prompt empty or
-                too long for the bundle.
+            InputError: wrong number of images, a picture unreadable or of another canvas, a prompt empty or too long.
             BundleError: the bundle has no tokenizer.
         """
         result = self.last = Result()

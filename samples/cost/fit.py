@@ -35,16 +35,16 @@ def decoder(sizes: dict) -> spec.DecoderSpec:
     return spec.DecoderSpec(**sizes, **rest, window=None, max_positions=1 << 18, rope={})
 
 
-def works(row: dict, models: dict) -> dict[str, cost.Work]:
+def works(row: dict, models: dict) -> dict[str, cost.StageWork]:
     """What each published time of a row was spent on."""
     model = models[row["model"]]
     d, v = decoder(model["decoder"]), model["vision"]
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     weights = d.layers * d.hidden * (2 * dq + 2 * dkv + 3 * d.ffn) * BYTES[row["weights"]] + 2 * d.hidden * d.vocab
 
-    def prompt(rows: int) -> cost.Work:
+    def prompt(rows: int) -> cost.StageWork:
         flops = d.layers * planning.layer_flops(d, rows, rows) + planning.head_flops(d)
-        return cost.Work(name="prefill", flops=flops, bytes=weights, layers=d.layers)
+        return cost.StageWork(name="prefill", flops=flops, bytes=weights, layers=d.layers)
 
     short, tokens = model["short"]
     h, patches = v["hidden"], 4 * tokens
@@ -59,8 +59,8 @@ def works(row: dict, models: dict) -> dict[str, cost.Work]:
     done = (
         prompt(2048),
         prompt(short),
-        cost.Work(name="decode", flops=token, bytes=weights + caches, layers=d.layers, decode=True),
-        cost.Work(name="vision", flops=encoder, bytes=read, layers=v["layers"], vision=True),
+        cost.StageWork(name="decode", flops=token, bytes=weights + caches, layers=d.layers, decode=True),
+        cost.StageWork(name="vision", flops=encoder, bytes=read, layers=v["layers"], vision=True),
     )
     return dict(zip(QUANTITIES, done, strict=True))
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter import export, families, planning
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import engine
 
 SAMPLES = Path(__file__).resolve().parents[1]
@@ -49,7 +49,8 @@ with tempfile.TemporaryDirectory() as scratch:
     bench.main.callback("random", Path(scratch, "random"), 0, True)
     print(f"| MB | way | {' | '.join(GRAPHS)} | sum | decoder's weights | copies |\n|---" + "|---" * 9 + "|")
     for folder in (Path(scratch, "sample"), Path(scratch, "random")):
-        marked, d, w = mark(folder), spec.load(folder).decoder, planning.weights(spec.load(folder))
+        marked, d = mark(folder), families.read(Checkpoint.open(folder)).decoder
+        w = planning.decoder_weights(d)
         for way in ("separate", "--share-weights"):
             out = export(folder, folder / way, share_weights=way != "separate", **FASTV)
             built = engine.build(out, engine.Settings(backend="trt-rtx", compute_capabilities=("8.6",)))

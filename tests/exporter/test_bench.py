@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.bundles import ratios
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.bundles import plans, ratios
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import cost
 from lvlm_edge.exporter.timing import bench, chart, contenders
 from lvlm_edge.exporter.timing.contenders import Contender
@@ -112,7 +112,7 @@ def test_prompts_are_fresh_each_turn_and_alike_in_one(bundles):
     assert len(ids) == 10 and ids.count(none.image_token_id) == 1 and ids[3] == none.image_token_id
     assert ids != other
     assert np.any(np.asarray(pictures[0]) != np.asarray(others[0]))
-    assert contenders.pixels(none, pictures).shape == (1, 3, 28, 28)
+    assert [seen.shape for seen in contenders.pixels(none, pictures)] == [(1, 3, 28, 28)]
 
 
 def test_pictures_of_tiles_have_their_canvas(original, export_once):
@@ -122,7 +122,7 @@ def test_pictures_of_tiles_have_their_canvas(original, export_once):
     _, pictures = contenders.prompt(manifest, 0, 8)
 
     assert pictures[0].size == (2 * 112, 112)
-    assert contenders.pixels(manifest, pictures).shape == (3, 3, 112, 112)
+    assert [seen.shape for seen in contenders.pixels(manifest, pictures)] == [(3, 3, 112, 112)]
 
 
 def test_memory_is_that_of_the_process(tmp_path):
@@ -142,9 +142,8 @@ def test_memory_is_that_of_the_process(tmp_path):
 
 
 def test_work_of_a_bundle_is_that_of_its_plan(bundles, checkpoint):
-    plan = planning.make(
-        spec.load(checkpoint), method_name="fastv", options={"prune_layer": 1}, max_text_tokens=24, max_new_tokens=8
-    )
+    options = {"prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8}
+    plan = plans.plan_of(Checkpoint.open(checkpoint), method="fastv", options=options)
     notes: list[str] = []
     who = Contender(name="", kind="bundle", text_tokens=20, new_tokens=8)
     found = bench.works(open_bundle(bundles[1]), who, notes)
@@ -163,7 +162,7 @@ def test_work_of_a_bundle_is_that_of_its_plan(bundles, checkpoint):
     d = plan.spec.decoder
     caches = 2 * d.kv_heads * d.head_dim * 4 * ((4 + 20 + 4) + (2 + 20 + 4))
     assert bench.cache_bytes(open_bundle(bundles[1]).manifest, who) == caches
-    count = planning.weights(plan.spec)
+    count = planning.decoder_weights(d)
     weights = 4 * (d.layers * (count.matrices + count.vectors) + count.norm + count.head)
     tables = 4 * 2 * plan.positions * d.head_dim  # cosines and sines, half of the head each or whole
     assert weights + caches <= found["decode"]["bytes"] <= weights + caches + tables + 1000

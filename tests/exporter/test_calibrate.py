@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter import export, planning, quantize, references
-from lvlm_edge.exporter.checkpoints import checkpoint, spec
+from lvlm_edge.exporter.bundles import plans
+from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.planning import Capacity, Model
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.exporter.quantisation import calibrate, rounding, write
 from lvlm_edge.exporter.quantisation.gather import gather
@@ -204,7 +207,7 @@ def nearest(folder: Path, out: Path, block: int) -> Path:
 def folded(folder: Path, method: str, cases: list[Case], dtype: torch.dtype) -> tuple[set[str], float]:
     """Matrices with factors, and the largest difference of logits that folding alone makes to a method's reference."""
     model = references.load(folder)
-    config = calibrate._method_config(spec.load(folder), method)
+    config = calibrate._method_config(model_of(folder), method)
     rows = gather(model, method, config, cases, 0, lambda *_: None)
     run = references.module(method).run
     before = [run(model, config, case.ids, case.pixels, 3).logits for case in cases]
@@ -400,8 +403,12 @@ def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, picture
 
 
 def plan_of(folder: Path) -> Any:
-    options = {"prune_layer": 1}
-    return planning.make(spec.load(folder), method_name="fastv", options=options, max_text_tokens=16, max_new_tokens=8)
+    options = {"prune_layer": 1, "max_text_tokens": 16, "max_new_tokens": 8}
+    return plans.plan_of(Checkpoint.open(folder), method="fastv", options=options)
+
+
+def model_of(folder: Path) -> Model:
+    return plans.model(Checkpoint.open(folder), Capacity())
 
 
 def test_every_other_file_is_copied_and_the_source_stays_as_it_was(tmp_path, pictures):
@@ -465,9 +472,8 @@ def test_a_file_of_samples_brings_questions_and_answers(one, pictures, tmp_path)
     file = pictures / "samples.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = read_samples(file, "not asked", 4, 0)
-    model = spec.load(one)
 
-    cases = cases_of(one, tiny.read_json(one / "config.json"), model, found)
+    cases = cases_of(Checkpoint.open(one), model_of(one), found)
 
     assert len(cases) == 4 and all(case.pixels.shape == (1, 3, 28, 28) for case in cases)
     for sample, case in zip(found, cases, strict=True):
@@ -629,8 +635,7 @@ def test_a_methods_checkpoint_is_calibrated_as_the_method_runs_it(tmp_path, pict
     own = {key for key in before if not in_decoder(key) and not re.search(r"\d\.\w+_layernorm\.weight$", key)}
     assert any(re.search("proxyv|vision_mlp|_img", key) for key in own) == (method != "yopo")
     assert all(torch.equal(found[key], before[key]) for key in own)
-    config = spec.load(folder)
-    settings = calibrate._method_config(config, method)
+    settings = calibrate._method_config(model_of(folder), method)
     plain = references.load(unpacked(tmp_path / "q", tmp_path / "plain"))
     rounded = references.load(nearest(folder, tmp_path / "nearest", 32))
     run, errors = references.module(method).run, []

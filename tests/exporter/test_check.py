@@ -18,9 +18,11 @@ from lvlm_edge.exporter import export
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.exporter.graphs import blocks, parts
+from lvlm_edge.exporter.graphs.rotary import rotation
 from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import sha256
+from lvlm_edge.runtime.pipeline import pipeline
 
 MUTANT = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.6, "max_text_tokens": 48, "max_new_tokens": 8}
 MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {}
@@ -79,11 +81,11 @@ def _layer_before(patch):
     """scores from the layer before."""
     right = fastv.head
 
-    def head(p, plan, inputs, *, segment):
+    def head(p, plan, inputs, *, subgraph):
         layers, x = range(plan.stages[0].layers.stop - 1), inputs["inputs_embeds"]
         _, (query, key), _ = blocks.prefill_layers(p, plan, layers, inputs, x, inputs["position_ids"])
         score = fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])
-        return right(p, plan, inputs, segment=segment) | {"score": score}
+        return right(p, plan, inputs, subgraph=subgraph) | {"score": score}
 
     patch.setattr(fastv, "head", head)
 
@@ -93,10 +95,10 @@ def _layer_after(patch):
     """scores from the layer after."""
     right = fastv.head
 
-    def head(p, plan, inputs, *, segment):
-        found = right(p, plan, inputs, segment=segment)
+    def head(p, plan, inputs, *, subgraph):
+        found = right(p, plan, inputs, subgraph=subgraph)
         layer = p.layers[plan.stages[0].layers.stop]
-        query, key, _ = blocks.project(p, layer, found["hidden"], inputs["position_ids"])
+        query, key, _ = blocks.project(p, layer, found["hidden"], rotation(p, inputs["position_ids"]))
         return found | {"score": fastv.importance(query, key, inputs["last_index"], inputs["visual_index"])}
 
     patch.setattr(fastv, "head", head)
@@ -303,24 +305,32 @@ def _wrong_last(patch):
 # Mistakes elsewhere.
 
 
+def wrong_vision(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> None:
+    """`wrong(vision)` in place of what the family reads of the encoder and the projector."""
+    right = llava.FAMILY
+
+    def read(checkpoint):
+        spec = right.read(checkpoint)
+        return dataclasses.replace(spec, vision=wrong(spec.vision))
+
+    patch.setattr(llava, "FAMILY", dataclasses.replace(right, read=read))
+
+
 @mutation("vision")
 def _vision_layer(patch):
     """features of one vision layer too many."""
-    right = llava.read_spec
 
-    def read_spec(config, folder):
-        spec = right(config, folder)
-        layers = tuple(layer + 1 for layer in spec.vision.feature_layers)
-        return dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, feature_layers=layers))
+    def wrong(seen):
+        layers = tuple(layer + 1 for layer in seen.encoder.feature_layers)
+        return dataclasses.replace(seen, encoder=dataclasses.replace(seen.encoder, feature_layers=layers))
 
-    patch.setattr(llava, "read_spec", read_spec)
+    wrong_vision(patch, wrong)
 
 
 @mutation("projector")
 def _projector_act(patch):
     """another activation in the projector."""
-    right = llava.read_spec
-    patch.setattr(llava, "read_spec", lambda *a: dataclasses.replace(right(*a), projector_act="quick_gelu"))
+    wrong_vision(patch, lambda seen: dataclasses.replace(seen, projector_act="quick_gelu"))
 
 
 @mutation("head")
@@ -338,8 +348,8 @@ def _theta(patch):
 def _swap(patch, wanted):
     right = blocks.project
 
-    def project(p, layer, x, positions):
-        query, key, value = right(p, layer, x, positions)
+    def project(p, layer, x, turn):
+        query, key, value = right(p, layer, x, turn)
         return (query, value, key) if layer is p.layers[wanted] else (query, key, value)
 
     patch.setattr(blocks, "project", project)
@@ -362,11 +372,12 @@ def _decode_slot(patch):
     """decoding one row too far in the caches of the tail."""
     right = blocks._decode
 
-    def decode(p, plan, inputs, *, segment):
+    def decode(p, plan, inputs, *, subgraph):
         def shifted(layer):
             return tuple(dataclasses.replace(g, dropped=g.dropped - (g.dropped > 0)) for g in plan.groups(layer))
 
-        return right(p, SimpleNamespace(groups=shifted), inputs, segment=segment)
+        seen = SimpleNamespace(groups=shifted, all_groups=plan.all_groups, method=plan.method)
+        return right(p, seen, inputs, subgraph=subgraph)
 
     patch.setattr(blocks, "_decode", decode)
 
@@ -402,30 +413,31 @@ def altered(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], None]
     return folder
 
 
-def _next_position(manifest):
-    manifest["decode_offset"] = -1
-
-
 def _next_embedding(manifest):
     manifest["embedding"]["offset"] -= 4 * manifest["embedding"]["hidden"]
 
 
-def _cache_rows(manifest):
-    kept, seen = manifest["counts"]["kept_tokens"], manifest["counts"]["visual_tokens"]
-    manifest["decode_offset"] = kept - seen  # the position from the pruned cache's length
-
-
-@pytest.mark.parametrize(
-    ("change", "stage"),
-    [(_next_position, "decode logits"), (_cache_rows, "decode logits"), (_next_embedding, "head")],
-    ids=["decode position off by one", "decode position from the cache length", "embedding off by one row"],
-)
-def test_check_names_the_stage_of_a_wrong_manifest(change, stage, grouped, export_once, tmp_path):
-    bundle = altered(export_once(grouped, **MUTANT), tmp_path / "bundle", change)
+def test_check_names_the_stage_of_a_wrong_manifest(grouped, export_once, tmp_path):
+    bundle = altered(export_once(grouped, **MUTANT), tmp_path / "bundle", _next_embedding)
 
     verdict = parity.check(bundle, grouped, steps=4, store=False)
 
-    assert verdict.first_failure is not None and verdict.first_failure.stage == stage
+    assert verdict.first_failure is not None and verdict.first_failure.stage == "head"
+
+
+@pytest.mark.parametrize("offset", [-1, -6], ids=["off by one", "from the pruned cache's length"])  # 10 of 16 are kept
+def test_check_names_the_stage_of_a_wrong_position_of_the_next_token(offset, grouped, export_once, monkeypatch):
+    right = pipeline.lay_out
+
+    def lay_out(*given):
+        rows = right(*given)
+        return dataclasses.replace(rows, next=rows.next + offset)
+
+    monkeypatch.setattr(pipeline, "lay_out", lay_out)
+
+    verdict = parity.check(export_once(grouped, **MUTANT), grouped, steps=4, store=False)
+
+    assert verdict.first_failure is not None and verdict.first_failure.stage == "decode logits"
 
 
 # What is kept of a check.
@@ -452,7 +464,7 @@ def test_the_certificate_holds_figures_versions_and_hashes(grouped, export_once,
 def test_the_command_exits_with_0_on_a_clean_bundle_and_with_1_on_a_wrong_one(grouped, export_once, tmp_path):
     clean, wrong = tmp_path / "clean", tmp_path / "wrong"
     shutil.copytree(export_once(grouped, **MUTANT), clean)
-    altered(clean, wrong, _next_position)
+    altered(clean, wrong, _next_embedding)
     run = CliRunner().invoke
 
     passed = run(main, ["check", str(clean), "--against", str(grouped), "--steps", "4"])
@@ -462,5 +474,5 @@ def test_the_command_exits_with_0_on_a_clean_bundle_and_with_1_on_a_wrong_one(gr
     assert "PASSED" in passed.stdout
     report = json.loads(failed.stdout)
     assert report["passed"] is False
-    assert next(row for row in report["rows"] if not row["passed"])["stage"] == "decode logits"
+    assert next(row for row in report["rows"] if not row["passed"])["stage"] == "head"
     assert json.loads((wrong / "certificate.json").read_text())["passed"] is False

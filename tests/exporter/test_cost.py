@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lvlm_edge.exporter import plan as planned
-from lvlm_edge.exporter import planning, plans
+from lvlm_edge.exporter import planning
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import cost, fit, profiles
 from lvlm_edge.exporter.graphs import graph

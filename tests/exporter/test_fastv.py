@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.runtime import Pipeline
-from lvlm_edge.runtime.kv_cache import Layout
+from lvlm_edge.runtime.bundle.kv_cache import Layout
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 

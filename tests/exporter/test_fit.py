@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lvlm_edge.exporter import plans
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import fit, profiles
 from lvlm_edge.exporter.planning import Plan

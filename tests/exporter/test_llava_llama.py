@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, families, plan, plans, references
+from lvlm_edge.exporter import export, families, plan, references
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.proof import parity

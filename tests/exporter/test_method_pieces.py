@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lvlm_edge.exporter import planning
-from lvlm_edge.exporter.checkpoints import spec
+from lvlm_edge.exporter.bundles import plans
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.graphs.parts import Parts
 from lvlm_edge.exporter.lowerings import legacy
@@ -19,7 +19,7 @@ from lvlm_edge.exporter.methods import himix, proxyv, yopo
 
 def planned(folder, method, **options):
     settings = {"max_text_tokens": 12, "max_new_tokens": 4, "lowering": "legacy"}
-    return planning.make(spec.load(folder), method_name=method, **settings, **options)
+    return plans.plan_of(Checkpoint.open(folder), method=method, options=settings | options)
 
 
 def filled(plan):
@@ -38,7 +38,7 @@ def filled(plan):
 def test_pooled_proxies_are_the_bilinear_interpolation_of_each_crop(side, factor):
     full = torch.randn(1, 3 * side * side, 5)
 
-    found = proxyv.pooled(full, 3, side, factor)
+    found = proxyv.pooled(full, 3, (side, side), factor)
 
     for crop, rows in enumerate(full[0].reshape(3, side, side, 5)):
         small = F.interpolate(
@@ -52,7 +52,7 @@ def test_pooled_proxies_are_the_bilinear_interpolation_of_each_crop(side, factor
 def test_an_even_factor_takes_the_four_tokens_in_the_middle_of_a_block():
     full = torch.arange(64.0).reshape(1, 64, 1)
 
-    found = proxyv.pooled(full, 1, 8, 4)
+    found = proxyv.pooled(full, 1, (8, 8), 4)
 
     assert found[0, 0, 0] == (9 + 10 + 17 + 18) / 4
 
@@ -131,7 +131,7 @@ def test_learnt_proxies_mix_raw_tokens_and_spread_by_the_same_scores(original):
 
 @pytest.mark.parametrize(("side", "window"), [(24, 5), (4, 3), (5, 1), (6, 4), (4, 9)])
 def test_neighbours_are_at_most_half_a_window_apart_in_rows_and_columns(side, window):
-    found = yopo.distances(torch.arange(side**2), side) <= (window - 1) // 2
+    found = yopo.distances(torch.arange(side**2), (side, side)) <= (window - 1) // 2
 
     for a in range(side**2):
         for b in range(side**2):
@@ -140,7 +140,7 @@ def test_neighbours_are_at_most_half_a_window_apart_in_rows_and_columns(side, wi
 
 
 def test_a_window_of_5_on_24_by_24_has_the_known_counts():
-    found = yopo.distances(torch.arange(576), 24) <= 2
+    found = yopo.distances(torch.arange(576), (24, 24)) <= 2
 
     counts = found.sum(1)
     assert set(counts.tolist()) == {9, 12, 15, 16, 20, 25}
@@ -152,7 +152,7 @@ def test_a_window_of_5_on_24_by_24_has_the_known_counts():
 @pytest.mark.parametrize("row", ["1010", "1100", "0111", "0001", "1111", "0000"])
 def test_every_head_reads_its_own_keys_whatever_heads_are_pruned(original, row, kv_heads):
     folder = original(method="yopo", layers=2, kv_heads=kv_heads, cutoff=1, head_mask=[row, "1111"])
-    plan = planned(folder, "yopo", options={"semantics": "dropped"})
+    plan = planned(folder, "yopo", semantics="dropped")
     keys = torch.arange(float(kv_heads)).reshape(1, kv_heads, 1, 1).expand(1, kv_heads, 3, 8)
 
     groups = plan.groups(0)
@@ -170,7 +170,7 @@ def test_every_head_reads_its_own_keys_whatever_heads_are_pruned(original, row, 
 
 def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(original):
     folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], ffn_ratio=2)
-    plan = planned(folder, "yopo", options={"semantics": "dropped"})
+    plan = planned(folder, "yopo", semantics="dropped")
     parts, d = filled(plan), plan.spec.decoder
     layer, x = parts.layers[0], torch.randn(1, 5, d.hidden)
     attended = torch.randn(1, 2, 5, d.head_dim)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
-from lvlm_edge.runtime.kv_cache import Layout
+from lvlm_edge.runtime.bundle.kv_cache import Layout
 from tests import originals
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
@@ -224,9 +224,9 @@ def test_himix_looks_at_an_image_once_for_several_prompts(original, export_once)
     pixels = originals.pixels().numpy()
     pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
     ran = []
-    pipe._sessions = {  # type: ignore[assignment]
+    pipe._memory._sessions = {  # type: ignore[assignment]
         name: dataclasses.make_dataclass("Counted", ["run"])(lambda n=name, s=session: (ran.append(n), s.run()))
-        for name, session in pipe._sessions.items()
+        for name, session in pipe._memory._sessions.items()
     }
 
     again = pipe.generate_tokens(originals.prompt(20, 3, seed=1), pixels, max_new_tokens=4)

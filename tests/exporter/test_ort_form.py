@@ -27,7 +27,7 @@ def gqa(checkpoint_once):
 
 def nodes(bundle, role, name=None):
     """Nodes of the graphs of a role that ONNX Runtime runs, by operator."""
-    graphs = [g for g in open_bundle(bundle).manifest.forms["ort"] if g.role == role and name in (None, g.name)]
+    graphs = [g for g in open_bundle(bundle).manifest.variants["ort"] if g.role == role and name in (None, g.name)]
     found = [n for g in graphs for n in onnx.load(bundle / g.file, load_external_data=False).graph.node]
     return {kind: [n for n in found if n.op_type == kind] for kind in {n.op_type for n in found}}
 

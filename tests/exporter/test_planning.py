@@ -11,7 +11,8 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import plan, planning, plans
+from lvlm_edge.exporter import plan, planning
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.graphs import graph

@@ -8,8 +8,8 @@ import pytest
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
 from lvlm_edge.exporter.checkpoints import preprocess
-from lvlm_edge.runtime import image
 from lvlm_edge.runtime.errors import UnsupportedError
+from lvlm_edge.runtime.pictures import image
 
 REFERENCES = {
     "CLIPImageProcessor": CLIPImageProcessorPil,

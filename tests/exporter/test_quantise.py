@@ -211,7 +211,7 @@ def test_rows_are_rounded_by_their_own_size(tmp_path):
 def test_products_with_small_integers_are_computed_on_integers(gqa, export_once):
     bundle = export_once(gqa, **FASTV, **FORMATS["all int8"])
     products = 0
-    for graph in open_bundle(bundle).manifest.forms["ort"]:
+    for graph in open_bundle(bundle).manifest.variants["ort"]:
         if graph.role != "decode" and graph.name != "select":
             model = onnx.load(bundle / graph.file, load_external_data=False)
             products += sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph.node)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
 from lvlm_edge.exporter.families import llava_llama, tinyllava
 from lvlm_edge.runtime.prompt import chat_template
@@ -100,7 +101,7 @@ def test_a_string_and_a_list_of_parts_say_the_same(name):
     ids=json.dumps,
 )
 def test_the_decoder_chooses_the_format_of_llava(config, name):
-    assert llava_llama.chat_template({"model_type": "llava_llama", **config}) == TEMPLATES[name]
+    assert llava_llama.chat_template(Checkpoint(Path(), {"model_type": "llava_llama", **config})) == TEMPLATES[name]
 
 
 @pytest.mark.parametrize(
@@ -113,4 +114,4 @@ def test_the_decoder_chooses_the_format_of_llava(config, name):
     ids=json.dumps,
 )
 def test_the_decoder_chooses_the_format_of_tinyllava(text, name):
-    assert tinyllava.chat_template({"text_config": text}) == TEMPLATES[name]
+    assert tinyllava.chat_template(Checkpoint(Path(), {"text_config": text})) == TEMPLATES[name]

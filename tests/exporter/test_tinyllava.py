@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlm_edge.exporter import export, families, methods, plan, planning, plans
+from lvlm_edge.exporter import export, families, methods, plan, planning
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import tinyllava

@@ -14,8 +14,9 @@ from transformers.image_processing_utils import select_best_resolution
 
 from lvlm_edge.exporter import export
 from lvlm_edge.exporter.checkpoints import preprocess
-from lvlm_edge.runtime import Pipeline, image, overlay, views
+from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError
+from lvlm_edge.runtime.pictures import image, overlay, views
 from tests import layouts, tiny
 
 SIDE = 56

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
-from lvlm_edge.runtime import image, overlay
 from lvlm_edge.runtime.errors import InputError
-from lvlm_edge.runtime.image import Preprocessing
+from lvlm_edge.runtime.pictures import image, overlay
+from lvlm_edge.runtime.pictures.image import Preprocessing
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = Preprocessing(shortest_edge=112, crop=(112, 112), rescale=1 / 255, mean=CLIP_MEAN, std=CLIP_STD)

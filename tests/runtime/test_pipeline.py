@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from lvlm_edge.runtime import Pipeline, Sampling
-from lvlm_edge.runtime.bundle import BundleError
-from lvlm_edge.runtime.errors import FitError, InputError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UnsupportedError, UsageError
 from tests import checkpoints, tiny
 from tests.checkpoints import IMAGE
 from tests.tiny import PROMPT, pixels
@@ -119,18 +118,24 @@ def test_a_prompt_that_does_not_fit_is_refused(prompt, said, pipe):
 @pytest.mark.parametrize(
     "given",
     [
-        None,
         np.zeros((3, 28, 28), np.float32),
         np.zeros((2, 3, 28, 28), np.float32),
         np.zeros((1, 3, 28, 29), np.float32),
         np.full((1, 3, 28, 28), np.nan, np.float32),
         np.full((1, 3, 28, 28), np.inf, np.float32),
     ],
-    ids=["nothing", "no batch", "two", "another size", "nan", "inf"],
+    ids=["no batch", "two", "another size", "nan", "inf"],
 )
 def test_pixels_that_do_not_fit_are_refused(given, pipe):
     with pytest.raises(InputError, match="pixel_values"):
         pipe.generate_tokens(PROMPT, given)
+
+
+def test_a_picture_that_the_prompt_speaks_of_has_to_be_given(pipe):
+    with pytest.raises(InputError, match=r"prompt: has 1 image token\(s\), 0 image\(s\) given"):
+        pipe.generate_tokens(PROMPT, None)
+    with pytest.raises(InputError, match=r"prompt: has 0 image token\(s\), 1 image\(s\) given"):
+        pipe.generate_tokens([5, 6, 7], pixels())
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])

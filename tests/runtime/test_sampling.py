@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from lvlm_edge.runtime.errors import UsageError
-from lvlm_edge.runtime.sampling import Sampler, Sampling, StopStrings, filtered
+from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings, filtered
 
 SETTINGS = [
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)

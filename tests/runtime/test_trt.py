@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lvlm_edge.runtime import Pipeline, backends, kv_cache
+from lvlm_edge.runtime import Pipeline, backends
 from lvlm_edge.runtime.backends import trt
-from lvlm_edge.runtime.bundle import load_manifest, sha256
+from lvlm_edge.runtime.bundle import kv_cache, load_manifest, sha256
 from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import fake_tensorrt, tiny
 from tests.fake_tensorrt import CODES, Machine
@@ -262,7 +262,7 @@ def test_all_that_the_host_touches_is_mapped_on_an_integrated_gpu(small, monkeyp
     generate(pipe)
 
     assert machine.calls["cudaMemcpyAsync"] == 0
-    caches = [buffer for info, buffer in pipe._buffers.items() if info.name.startswith("past_key_values")]
+    caches = [buffer for info, buffer in pipe._memory._buffers.items() if info.name.startswith("past_key_values")]
     assert caches and all(machine.kinds[cache.address] == "device" for cache in caches)
 
 
