@@ -20,7 +20,7 @@ from lvlm_edge.exporter import methods, planning
 from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.devices import profiles
-from lvlm_edge.exporter.methods import yopo
+from lvlm_edge.exporter.methods import _yopo_counts
 from lvlm_edge.runtime.bundle import FORMATS, open_bundle
 from tests import tiny
 from tests.tiny import CAPACITY, cli, tree
@@ -74,7 +74,7 @@ def test_help_speaks_of_every_option(command):
 
     assert done.exit_code == 0
     assert "--json" in done.stdout
-    for option in {"run": ["--overlay", "--stop", "--seed"], "export": ["--prune-layer", "--keep-ratio"]}.get(
+    for option in {"run": ["--fit", "--overlay", "--stop", "--seed"], "export": ["--prune-layer", "--keep-ratio"]}.get(
         command, []
     ):
         assert option in done.stdout
@@ -83,11 +83,13 @@ def test_help_speaks_of_every_option(command):
 # Options that take one of several words, and where the words come from.
 WORDS = {
     "--method": methods.names(),
+    "--device": (*profiles.names(), "auto"),
     "--dtype": profiles.CHOICES["dtypes"],
+    "--vision-dtype": profiles.CHOICES["dtypes"],
     "--lowering": profiles.CHOICES["lowering"],
     "--backend": profiles.CHOICES["backend"],
     "--algorithm": ("awq", "gptq"),
-    "--semantics": yopo.SEMANTICS,
+    "--semantics": _yopo_counts.SEMANTICS,
     "--weights": (planning.FLOAT, *FORMATS),
     "--vision-weights": (planning.FLOAT, *FORMATS),
     "--head-weights": (planning.FLOAT, *FORMATS),
@@ -124,6 +126,7 @@ def test_the_commands_are_listed_with_what_they_do():
 
     assert done.exit_code == 0
     assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+    assert "..." not in done.stdout.split("Commands:")[1]
 
 
 def test_no_arguments_print_the_help():

@@ -28,12 +28,13 @@ from lvlm_edge.exporter.commands.output import progress_bar, show, table
     "keep_ratios",
     type=float,
     multiple=True,
-    help="Keep ratio (kept / all visual tokens) to time, one that every bundle holds; may be given repeatedly.  "
+    help="Keep ratio (kept / all visual tokens) to time, one that every bundle holds: `lvlm-edge inspect` lists "
+    "them. May be given repeatedly.  "
     "[default: the one each was exported with]",
 )
 @click.option("--against", help="Checkpoint of the first bundle, to time PyTorch with too: folder or Hugging Face id.")
-@click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Measured rounds.")
-@click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Warm-up rounds, not measured.")
+@click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Number of measured rounds.")
+@click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Number of warm-up rounds, not measured.")
 @click.option("--threads", type=AT_LEAST_1, help="CPU threads.  [default: all that this process may use]")
 @click.option("--text-tokens", type=int, help="Text tokens of a prompt, at least 1.  [default: the smallest capacity]")
 @click.option(
@@ -60,7 +61,11 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Time to first token by stage, decode speed and peak memory of bundles, with lower bounds of their times."""
+    """Time bundles on this machine, stage by stage.
+
+    Prints time to first token by stage, time per token and peak memory, with the lower bounds that the machine's
+    measured FLOP rate and bandwidth set.
+    """
     from lvlm_edge.exporter.timing import bench as benched
     from lvlm_edge.exporter.timing import chart
 

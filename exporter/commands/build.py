@@ -7,16 +7,21 @@ from pathlib import Path
 
 import click
 
-from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO, device_option
 from lvlm_edge.exporter.commands.output import progress_bar
 
 
-@click.command()
+class DeviceCommand(click.Command):
+    """A command that requires `--device`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        return [*params[:-1], device_option(required=True), params[-1]]
+
+
+@click.command(cls=DeviceCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @KEEP_RATIO
-@click.option(
-    "--device", required=True, help="Profile of the device to build for. `lvlm-edge devices` lists the names."
-)
 @click.option(
     "--compute-capability",
     "targets",
@@ -25,7 +30,10 @@ from lvlm_edge.exporter.commands.output import progress_bar
     "[default: the device's]",
 )
 @click.option(
-    "--graph", "graphs", multiple=True, help="Build only this graph; may be given repeatedly.  [default: all graphs]"
+    "--graph",
+    "graphs",
+    multiple=True,
+    help="Graph to build, by its name in `lvlm-edge inspect`; may be given repeatedly.  [default: all graphs]",
 )
 @click.option(
     "--optimisation-level",
@@ -44,7 +52,10 @@ def build(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """TensorRT engines of a bundle, built for a device; what is up to date stays."""
+    """Build TensorRT engines of a bundle for a device.
+
+    Engines that are up to date are kept: a build that was interrupted goes on where it stopped.
+    """
     from lvlm_edge.exporter.devices import engine, profiles
 
     profile = profiles.find(device)

@@ -24,9 +24,9 @@ from lvlm_edge.runtime.errors import UsageError
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Image file of one more comparison, asked about with --prompt; give as many as the bundle takes.",
+    help="Image file of an additional comparison, with --prompt; may be given repeatedly.",
 )
-@click.option("--prompt", help="Question of one more comparison, about the files given with --image.")
+@click.option("--prompt", help="Question of an additional comparison, about the files given with --image.")
 @click.option(
     "--steps", type=AT_LEAST_1, default=16, show_default=True, help="Number of greedily decoded tokens to compare."
 )
@@ -44,7 +44,11 @@ def check(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Compare a bundle with PyTorch, graph by graph and token by token; exit 1 if it differs."""
+    """Compare a bundle with PyTorch; exit 1 if they differ.
+
+    Compares graph by graph and token by token, on random prompts, and writes the result to the bundle as
+    certificate.json.
+    """
     from lvlm_edge.exporter.proof import parity
 
     verdict = parity.check(

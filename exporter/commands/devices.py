@@ -15,7 +15,7 @@ from lvlm_edge.exporter.commands.options import JSON
 @click.argument("profile", required=False)
 @JSON
 def devices(profile: str | None, as_json: bool) -> None:
-    """The known devices and their limits; of one device every figure, with its source."""
+    """List the known devices, or every figure of one with its source."""
     from lvlm_edge.exporter.devices import profiles
 
     found = [profiles.find(profile)] if profile else [profiles.load(name) for name in profiles.names()]

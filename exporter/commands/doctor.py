@@ -13,7 +13,10 @@ from lvlm_edge.exporter.commands.options import JSON
 @click.command()
 @JSON
 def doctor(as_json: bool) -> None:
-    """What this machine has: packages, GPU, JetPack; what works with it, and what to install for the rest."""
+    """Show what this machine has, what works, and what to install.
+
+    Reports packages, GPU and JetPack.
+    """
     from lvlm_edge.exporter.devices import doctor as examined
 
     found = examined.report()

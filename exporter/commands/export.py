@@ -14,12 +14,17 @@ from lvlm_edge.runtime.errors import UsageError
 
 @click.command(cls=MethodCommand)
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle to write; required without --add-keep-ratio.",
+)
 @click.option(
     "--add-keep-ratio",
     type=float,
-    help="Write no new bundle: CHECKPOINT is a bundle, and graphs for this keep ratio are added to it. They use the "
-    "weights that it holds.",
+    help="Keep ratio, above 0 and at most 1, to add to an existing FastV bundle: CHECKPOINT is then the bundle, and no "
+    "--output is given. The added graphs share the bundle's weights.",
 )
 @REVISION
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -44,7 +49,11 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Checkpoint to bundle: static-shape graphs, weights, tokenizer, manifest."""
+    """Export a checkpoint to a bundle of ONNX graphs and weights.
+
+    CHECKPOINT is a folder or a Hugging Face id. Every shape is fixed: the options say how many images, text tokens and
+    new tokens the bundle holds.
+    """
     if add_keep_ratio is not None:
         _add_keep_ratio(Path(checkpoint), add_keep_ratio, quiet, as_json)
         return

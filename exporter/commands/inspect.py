@@ -19,7 +19,24 @@ from lvlm_edge.exporter.commands.output import show, table
 @click.option("--verify", is_flag=True, help="Verify every file by its hash.")
 @JSON
 def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool) -> None:
-    """What is in a bundle: counts, graphs with every tensor, caches, files and who shares them, certificate."""
+    r"""Show what a bundle holds, and verify its files.
+
+    \b
+    manifest.json      counts, tensors, caches, preprocessing, sha256 of every file
+    vision.onnx        pixels of an image to image features, and to rows of the prompt
+    image_kv.onnx      HiMix: image features to keys and values of every layer
+    prefill*.onnx      the prompt; several graphs where layers see different rows
+    select.onnx        FastV: which visual tokens are kept
+    decode.onnx        one token; absent with --share-weights
+    NAME.0.onnx, ...   pieces of a graph larger than --max-graph-gb
+    *.onnxruntime      graphs that ONNX Runtime runs instead of the portable ones
+    *.keep-R.*         graphs and manifest of a keep ratio added later
+    export.json        what adding a keep ratio needs
+    weights.bin        every weight once, shared by all graphs
+    tokenizer.json     with chat_template.jinja, if the checkpoint has them
+    certificate.json   result of the last check
+    engines/           TensorRT engines that build made
+    """
     from lvlm_edge.exporter.proof import certificate as certificates
     from lvlm_edge.runtime.bundle import keep_ratios, open_bundle, shared_files
 

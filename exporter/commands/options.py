@@ -31,13 +31,19 @@ def shares(value: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{value!r} is not numbers like 0.75,0.5") from error
 
 
-DEVICE = click.Option(
-    ["--device"],
-    default="cpu",
-    show_default=True,
-    help="Profile of the target device: NAME, NAME@JETPACK, or auto for this machine's. `lvlm-edge devices` lists the "
-    "names.",
-)
+def device_option(**attributes: Any) -> click.Option:
+    """`--device`, with the names of the known devices in its help.
+
+    Args:
+        attributes: of the click option.
+    """
+    from lvlm_edge.exporter.devices import profiles
+
+    names = ", ".join(profiles.names())
+    text = f"Target device: {names}, or auto for this machine. NAME@RELEASE names a Jetson's JetPack, like 6.2."
+    return click.Option(["--device"], help=text, **attributes)
+
+
 OF_DEVICE = ("dtype", "lowering")  # whose defaults are the device's
 OWN = ("weights",)  # options that commands have themselves
 
@@ -45,8 +51,8 @@ OWN = ("weights",)  # options that commands have themselves
 KEEP_RATIO = click.option(
     "--keep-ratio",
     type=float,
-    help="Keep ratio (kept / all visual tokens) to use, one of those that the bundle holds.  [default: the one it was "
-    "exported with]",
+    help="Keep ratio (kept / all visual tokens) to use, one that the bundle holds: `lvlm-edge inspect` lists them.  "
+    "[default: the one it was exported with]",
 )
 
 BACKEND = click.option(
@@ -73,7 +79,8 @@ class MethodCommand(click.Command):
         from lvlm_edge.exporter.planning import Capacity, Settings
 
         params = super().get_params(ctx)
-        own = [*_fields(Capacity), DEVICE, *_fields(Settings)]
+        device = device_option(default="cpu", show_default=True)
+        own = [*_fields(Capacity), device, *_fields(Settings)]
         return [*params[:-1], _method_option(), *own, *_method_settings(), params[-1]]
 
 

@@ -19,8 +19,8 @@ from lvlm_edge.exporter.commands.output import show, table
     "--weights",
     default="as-is",
     show_default=True,
-    help="Weight format of the decoder's matrices to predict: as-is, float, int8 or int4, as in export, or "
-    "fp8 or fp4, which only predictions know.",
+    help="Weight format of the decoder's matrices: as-is (keeps the integers of a quantized checkpoint), float "
+    "(dequantizes them), int8, int4, fp8 or fp4. export writes no fp8 and fp4.",
 )
 @click.option(
     "--rates",
@@ -46,7 +46,10 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Print stages, token counts, FLOPs, bytes, and what the device would take; reads config.json only."""
+    """Predict token counts, FLOPs, memory and time from config.json.
+
+    Reads no weights. With --device, also predicts whether the device can build and run the bundle, and how fast.
+    """
     from lvlm_edge.exporter import plan as planned
 
     device = device_of(options)

@@ -49,10 +49,10 @@ from lvlm_edge.exporter.commands.output import progress_bar
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @JSON
 def quantize(checkpoint: str, output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Quantize the decoder's matrices to INT4, calibrated on images; writes a checkpoint of the same family.
+    """Quantize a decoder to INT4, calibrated on images.
 
-    Needs the extra `quantize`. The whole model is held in memory in float32, with samples of the inputs of its
-    matrices: about 40 GB for a decoder of 7 B parameters.
+    Writes a checkpoint of the same family. Needs the extra `quantize`. The whole model is held in memory in float32,
+    with samples of the inputs of its matrices: about 40 GB for a decoder of 7 B parameters.
     """
     from lvlm_edge.exporter import quantize as quantised
 

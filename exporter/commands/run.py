@@ -1,4 +1,4 @@
-"""`lvlm-edge run`: an answer to a question about images."""
+"""`lvlm-edge run`: an answer to a prompt, with images or without."""
 
 from __future__ import annotations
 
@@ -16,28 +16,45 @@ from lvlm_edge.runtime.errors import UsageError
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @KEEP_RATIO
-@click.option("--image", "images", multiple=True, help="Image file; give as many as the bundle takes.")
-@click.option("--prompt", required=True, help="Question about the images.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    help="Image file, given once per image that the bundle is for. Bundles of the methods none and fastv also take "
+    "fewer images, or none.",
+)
+@click.option("--fit", is_flag=True, help="Resize pictures that belong on another canvas to the bundle's.")
+@click.option("--prompt", required=True, help="Text of the prompt, such as a question about the images.")
 @click.option("--system", help="System message, if the chat template takes one.")
-@click.option("--max-new-tokens", type=int, help="Most tokens of the answer.  [default: the bundle's capacity]")
-@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 decodes greedily.")
-@click.option("--top-k", default=0, show_default=True, help="Sample among this many likeliest tokens; 0 is off.")
+@click.option(
+    "--max-new-tokens", type=int, help="Most tokens of the answer, at least 1.  [default: the bundle's capacity]"
+)
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="Sampling temperature, 0 or more; 0 decodes greedily."
+)
+@click.option(
+    "--top-k", default=0, show_default=True, help="Sample among this many likeliest tokens, 0 or more; 0 is off."
+)
 @click.option(
     "--top-p",
     default=1.0,
     show_default=True,
-    help="Sample among the likeliest tokens with this cumulative probability; 1 is off.",
+    help="Sample among the likeliest tokens with this cumulative probability, above 0 and at most 1; 1 is off.",
 )
 @click.option(
-    "--repetition-penalty", default=1.0, show_default=True, help="Penalty on tokens that occurred before; 1 is off."
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    help="Penalty on tokens that occurred before, above 0; 1 is off.",
 )
-@click.option("--seed", type=int, help="Seed of sampling.  [default: random]")
+@click.option("--seed", type=int, help="Seed of sampling, 0 or more.  [default: random]")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given repeatedly.")
 @click.option(
     "--overlay",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the image to this file, with the patches of dropped visual tokens darkened.",
+    help="Write the images to this file (.png, .jpg, .jpeg or .webp), with the patches of dropped visual tokens "
+    "darkened. Needs a method that selects tokens, like fastv.",
 )
 @BACKEND
 @click.option("--threads", type=AT_LEAST_1, help="CPU threads of the backend ort.  [default: ONNX Runtime's]")
@@ -45,7 +62,7 @@ from lvlm_edge.runtime.errors import UsageError
 @click.option("--stats", is_flag=True, help="Print times and the number of kept visual tokens to stderr.")
 @JSON
 def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
-    """Answer a question about images, streaming to stdout."""
+    """Answer a prompt, with images or without, streaming to stdout."""
     from lvlm_edge.runtime import Pipeline, Sampling
 
     sampling = Sampling(
@@ -67,6 +84,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         sampling=sampling,
         stop=o["stop"],
         system=o["system"],
+        fit=o["fit"],
     ):
         if not as_json:  # many tokenizers begin an answer with the space that separates it from the prompt
             click.echo(piece if begun else piece.lstrip(), nl=False)

@@ -38,19 +38,19 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str
 class Capacity:
     """What a prompt and its answer may hold; fixed at export."""
 
-    num_images: int = setting(1, "Images in a prompt.")
+    num_images: int = setting(1, "Images in a prompt, at least 1.")
     max_text_tokens: int = setting(
-        256, "Text tokens of a prompt, before and after the images, begin-of-sequence included."
+        256, "Text tokens of a prompt, at least 1: before and after the images, begin-of-sequence included."
     )
-    max_new_tokens: int = setting(128, "Tokens of an answer.")
+    max_new_tokens: int = setting(128, "Tokens of an answer, at least 1.")
     image_size: tuple[Size, ...] = setting(
         (),
-        "Width and height of the pictures to come, in pixels, for checkpoints whose visual tokens depend on it. Repeat "
-        "it for pictures of several sizes in one prompt.",
+        "Width and height in pixels of the images that the bundle is for. Required by the Qwen-VL families; chooses "
+        "the tiles of any-resolution checkpoints. May be given once per image, for images of several sizes.",
         metavar="WxH",
     )
     grid: tuple[int, int] | None = setting(
-        None, "Rows and columns of any-resolution tiles, instead of --image-size.", metavar="RxC"
+        None, "Rows and columns of tiles, for any-resolution checkpoints; replaces --image-size.", metavar="RxC"
     )
 
     def __post_init__(self) -> None:
@@ -104,10 +104,13 @@ class Settings:
         ("modern", "legacy"),
     )
     share_weights: bool = setting(
-        False, "Prompt and decode run in the same graphs: an engine holds one copy of the weights, for small boards."
+        False,
+        "Run prompt and decode in the same graphs, so that TensorRT engines hold the decoder's weights once and not "
+        "twice. Methods none and fastv, modern lowering.",
     )
     max_graph_gb: float = setting(
-        MAX_GRAPH_GB, "Weights that one decoder graph may hold, in GB; a larger decoder is split into several graphs."
+        MAX_GRAPH_GB,
+        "Weights that one decoder graph may hold, in GB, above 0; a larger decoder is split into several graphs.",
     )
     weights: str = setting(
         "as-is",

@@ -1,4 +1,8 @@
-"""Runs a bundle: inputs, memory between the graphs, the loop, and the choice of tokens."""
+"""Runs a bundle: inputs, memory between the graphs, the loop, and the choice of tokens.
+
+Image features are cached: a second question about the same images skips the vision encoder, and HiMix's keys and values
+of images. `Pipeline.forget_images` clears the cache.
+"""
 
 from lvlm_edge.runtime.pipeline.pipeline import Pipeline, Result
 

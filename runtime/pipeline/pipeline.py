@@ -129,7 +129,7 @@ class Pipeline:
 
         Args:
             prompt: the user's text; an image placeholder typed in it stays text.
-            images: paths, bytes or PIL images, as many as the bundle is planned for.
+            images: paths, bytes or PIL images, as many as the bundle is planned for; fewer, where the method allows it.
             max_new_tokens: at most the bundle's capacity, which is the default.
             stop: strings that end the answer and are not part of it.
             system: a system message, for templates that take one.
