@@ -105,8 +105,9 @@ def _is_length(slot: ir.Value) -> bool:
     if _is_input(slot, LENGTH):
         return True
     low = made_by(slot, "Sub")
-    high = None if low is None else made_by(low.inputs[1], "Mul")
-    part = None if high is None else made_by(high.inputs[0], "Div")
+    part = low
+    for kind in ("Mul", "Cast", "Mul", "Cast"):  # the high part: LENGTHS * integer(float(length) / LENGTHS)
+        part = None if part is None else made_by(part.inputs[1 if part is low else 0], kind)
     return low is not None and part is not None and all(_is_input(n.inputs[0], LENGTH) for n in (low, part))
 
 

@@ -59,7 +59,7 @@ TENSORS = {
     "an update has another width": ("proxyv", "vision_mlp_layers.0.proj.0.weight", (16, 64), "[16, 64], config.json"),
     "updates of more layers": ("proxyv", "+vision_mlp_layers.2.proj.0.weight", (32, 64), "holds vision_mlp_layers.2"),
     "an update has a part more": ("proxyv", "+vision_mlp_layers.0.proj.1.weight", (32,), "does not speak of"),
-    "the separator is missing": ("proxyv", "image_newline", None, "lacks tensors: newline"),
+    "the separator is missing": ("proxyv", "image_newline", None, "lacks tensors: projector.newline"),
     "the separator has another width": ("proxyv", "image_newline", (32,), "image_newline is [32]"),
     "learnt proxies are missing": ("learnt", "proxyv_initializer.", None, "lacks tensors: proxyv_initializer"),
     "too few learnt proxies": ("learnt", "proxyv_initializer.proxyv_tokens", (3, 32), "is [3, 32], config.json"),
@@ -103,11 +103,11 @@ def test_proxies_that_were_not_learnt_cannot_be_asked_for(made, tmp_path):
 @pytest.mark.parametrize(
     ("code", "checkpoint", "options", "said"),
     [
-        (3, "plain", ["--method", "proxyv"], "no weights of it"),
-        (3, "plain", ["--method", "himix"], "no weights of it"),
-        (3, "yopo", ["--method", "proxyv", "--start-layer", "1"], "no weights of it"),
-        (3, "proxyv", ["--method", "himix"], "no weights of it"),
-        (3, "himix", ["--method", "proxyv"], "no weights of it"),
+        (3, "plain", ["--method", "proxyv"], "no ProxyV weights"),
+        (3, "plain", ["--method", "himix"], "no HiMix weights"),
+        (3, "yopo", ["--method", "proxyv", "--start-layer", "1"], "no ProxyV weights"),
+        (3, "proxyv", ["--method", "himix"], "no HiMix weights"),
+        (3, "himix", ["--method", "proxyv"], "no ProxyV weights"),
         (3, "proxyv", ["--method", "yopo", *["--window", "3", "--cutoff", "2", "--ffn-ratio", "2"]], "has separators"),
         (3, "himix", ["--method", "yopo", *["--window", "3", "--cutoff", "2", "--ffn-ratio", "2"]], "has no projector"),
         (3, "proxyv", ["--method", "fastv", "--prune-layer", "1"], "separators"),
@@ -309,8 +309,8 @@ def test_pictures_and_prompts_that_are_not_the_bundles_are_refused(made, export_
 @pytest.mark.parametrize(
     ("code", "bundle", "checkpoint", "said"),
     [
-        (3, "himix", "plain", "himix: this checkpoint has no weights of it"),
-        (3, "proxyv", "yopo", "proxyv: this checkpoint has no weights of it"),
+        (3, "himix", "plain", "himix: this checkpoint has no HiMix weights"),
+        (3, "proxyv", "yopo", "proxyv: this checkpoint has no ProxyV weights"),
         (1, "plain", "himix", "visual tokens: 15, the bundle has 16"),
         (1, "plain", "proxyv", "separators: True, the bundle has False"),
     ],

@@ -221,6 +221,22 @@ def test_a_prompt_leaves_nothing_behind_for_the_next_one(gqa, export_once):
     assert np.array_equal(again.logits, first.logits)
 
 
+def test_text_alone_is_answered_as_without_reduction(gqa, export_once):
+    bundles = [export_once(gqa, method="fastv", prune_layer=1, keep_ratio=0.25), export_once(gqa, method="none")]
+
+    for before, text in ((1, 5), (0, 64)):  # after a prompt with a picture, and as long as can be
+        prompt = checkpoints.prompt(text, before)
+        prompt.remove(IMAGE)
+        pipes = [Pipeline.load(bundle) for bundle in bundles]
+        for pipe in pipes:
+            pipe.generate_tokens(checkpoints.prompt(30, 4), checkpoints.pixels(), max_new_tokens=2)
+        fastv, none = (pipe.generate_tokens(prompt, None, ignore_eos=True) for pipe in pipes)
+
+        assert fastv.token_ids == none.token_ids and len(none.token_ids) == 16
+        assert np.abs(fastv.logits - none.logits).max() < 1e-4
+        assert fastv.kept_visual.tolist() == []
+
+
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("last", [23, 30, 39])
 def test_importance_is_the_last_real_rows_attention_averaged_over_heads(kv_heads, last):

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
+from lvlm_edge.runtime.errors import InputError
 from tests import originals
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
@@ -194,6 +195,14 @@ def test_learnt_proxies_pass_from_graph_to_graph(original, export_once):
     bundle = export_once(checkpoint, method="proxyv", max_graph_gb=1e-6)
 
     agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels())])
+
+
+@pytest.mark.parametrize("method", ["proxyv", "yopo", "himix"])
+def test_a_prompt_without_its_picture_is_refused(method, original, export_once):
+    pipe = Pipeline.load(export_once(original(method=method), method=method))
+
+    with pytest.raises(InputError, match=r"pixel_values: is nothing, the bundle is planned for 1 image\(s\)"):
+        pipe.generate_tokens([5, 6, 7], None)
 
 
 @pytest.mark.parametrize("grid", [None, (1, 2)])

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from lvlm_edge.runtime import Pipeline
@@ -44,6 +45,23 @@ def test_64_greedy_tokens_equal_stock_generate_under_grouped_queries(gqa, export
         found = pipe.generate_tokens(ids, picture, ignore_eos=True)
         assert found.token_ids == tokens
         assert np.abs(found.logits - logits).max() < 1e-3
+
+
+def test_text_alone_is_answered_as_stock_transformers_answers_it(gqa, export_once):
+    pipe = Pipeline.load(export_once(gqa, method="none", max_new_tokens=64))
+    prompt = [5, 9, 80, 33, 7]
+    wanted = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(8):
+            logits = checkpoints.stock(gqa)(input_ids=wanted).logits[:, -1:]
+            wanted = torch.cat([wanted, logits.argmax(-1)], 1)
+
+    with_picture = pipe.generate_tokens(checkpoints.prompt(6, 0), checkpoints.pixels(), max_new_tokens=8)
+    found = pipe.generate_tokens(prompt, None, max_new_tokens=8, ignore_eos=True)
+
+    assert found.token_ids == wanted[0, len(prompt) :].tolist()
+    assert np.abs(found.logits[-1] - logits[0, 0].numpy()).max() < 1e-3
+    assert (found.prompt_tokens, with_picture.prompt_tokens) == (5, 6 + 16)
 
 
 def test_float16_logits_are_within_2e_2_of_the_largest_one_in_stock_transformers(oracles, oracle_cases, export_once):
