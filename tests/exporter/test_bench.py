@@ -352,7 +352,7 @@ def test_without_onnx_ir_there_are_no_floors(bundles, monkeypatch):
 
 @pytest.mark.parametrize("module", ["bench", "contenders", "chart"])
 def test_it_imports_on_a_device(module):
-    probe(f"import lvlm_edge.exporter.{module}")
+    probe(f"import lvlm_edge.exporter.timing.{module}")
 
 
 def test_pytorch_runs_the_layouts_of_the_releases(original, export_once):
