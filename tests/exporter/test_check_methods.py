@@ -5,6 +5,7 @@ import __future__
 
 import inspect
 import json
+import sys
 import textwrap
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -14,7 +15,7 @@ import pytest
 
 from lvlm_edge.exporter import export
 from lvlm_edge.exporter.graphs import blocks, encoders
-from lvlm_edge.exporter.methods import himix, proxyv, yopo
+from lvlm_edge.exporter.methods import _yopo_counts, himix, proxyv, yopo
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.pipeline import pipeline
 from tests.tiny import cli
@@ -117,14 +118,18 @@ def rewritten(patch: pytest.MonkeyPatch, module: ModuleType, name: str, old: str
     """Replace a function, or a method as `Class.name`, by itself with some of its source changed."""
     owner, _, function = name.rpartition(".")
     place = getattr(module, owner) if owner else module
-    lines = getattr(getattr(place, function), "source", None) or inspect.getsource(getattr(place, function))
+    right = getattr(place, function)
+    home = sys.modules[right.__module__]  # where it looks for names; others import it from there
+    lines = getattr(right, "source", None) or inspect.getsource(right)
     source = textwrap.dedent(lines)
     assert source.count(old) == 1, f"{name} has {old!r} {source.count(old)} times"
     changed, found = source.replace(old, new), {}
-    code = compile(changed, module.__file__, "exec", flags=__future__.annotations.compiler_flag)
-    exec(code, module.__dict__, found)  # the function's own module is where it looks for names
+    code = compile(changed, home.__file__, "exec", flags=__future__.annotations.compiler_flag)
+    exec(code, home.__dict__, found)
     found[function].source = changed  # of code made here nobody else knows the source
-    patch_function(patch, module, place, getattr(place, function), found[function])
+    if home is not module:
+        patch.setattr(home, name, found[function])
+    patch_function(patch, module, place, right, found[function])
 
 
 def patch_function(patch: pytest.MonkeyPatch, module: ModuleType, place: Any, right: Any, wrong: Any) -> None:
@@ -440,11 +445,11 @@ DROPPED = SEEN | {
         ),
     ),
     "no visual tokens in the layer before the cutoff": wrong(
-        "prefill_tail caches @3", (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff - 1)")
+        "prefill_tail caches @3", (_yopo_counts, "_limit", "range(config.cutoff)", "range(config.cutoff - 1)")
     ),
     "visual tokens in the cutoff layer": wrong(
         "prefill_head caches @2",
-        (yopo, "_limit", "range(config.cutoff)", "range(config.cutoff + 1)"),
+        (_yopo_counts, "_limit", "range(config.cutoff)", "range(config.cutoff + 1)"),
         of={"cutoff": 2},
     ),
     "text counted anew behind the cutoff": wrong(

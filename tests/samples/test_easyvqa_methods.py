@@ -69,6 +69,7 @@ def trained(code, split, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow  # trains
 @pytest.mark.parametrize(("method", "semantics"), [("proxyv", None), ("yopo", 0), ("yopo", 1), ("himix", None)])
 @torch.no_grad()
 def test_what_is_trained_is_what_the_reference_runs(code, trained, split, method, semantics):
@@ -94,6 +95,7 @@ def test_what_is_trained_is_what_the_reference_runs(code, trained, split, method
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # sums in another order
 
 
+@pytest.mark.slow  # trains
 @pytest.mark.parametrize("method", METHODS)
 def test_training_changes_the_decoder_and_not_the_tower(trained, method):
     dense = references.load(DENSE)
