@@ -59,7 +59,7 @@ def test_the_ratio_of_the_export_stays_what_it_was(several, gqa, export_once):
 
 
 def test_only_what_a_ratio_changes_is_written_again(several):
-    names = {path.name for path in several["as-is"].iterdir() if ".keep-" in path.name}
+    names = {p.name for p in several["as-is"].iterdir() if ".keep-" in p.name and "certificate" not in p.name}
 
     files = ("select", "prefill_tail", "decode")
     assert names == {
