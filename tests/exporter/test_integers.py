@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lvlm_edge.exporter import export, plan
 from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import integers as prequantised
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.exporter.proof import parity
@@ -30,6 +32,11 @@ from tests.tiny import CAPACITY, refused
 FASTV = {"method": "fastv", "prune_layer": 1, "keep_ratio": 0.5}
 ROOM = {"max_text_tokens": 24, "max_new_tokens": 8}
 Q = "language_model.model.layers.0.self_attn.q_proj"
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's names stand for, packed integers as one matrix."""
+    return prequantised.index(Checkpoint(folder, json.loads((folder / "config.json").read_text("utf-8"))))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def same_tensors(folder: Path, name: str, pieces: dict[str, torch.Tensor], confi
     folder.mkdir()
     save_file({f"{name}.{end}": tensor for end, tensor in pieces.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
-    matrix = prequantised.index(folder)[f"{name}.weight"]
+    matrix = index_of(folder)[f"{name}.weight"]
     assert prequantised.tensor(matrix).tolist() == wanted
     assert stored.state(folder)[f"{name}.weight"].tolist() == wanted
 
@@ -173,7 +180,7 @@ def test_packed_zero_points_are_those_of_compressed_tensors(tmp_path):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_matrix_is_read_as_what_it_stands_for(name, made):
     one = made(name)
-    index, reference = prequantised.index(one.folder), stored.state(one.folder)
+    index, reference = index_of(one.folder), stored.state(one.folder)
     twin = load_file(one.twin / "model.safetensors")
 
     assert set(index) == set(reference) == set(twin)
@@ -319,7 +326,7 @@ def test_input_channels_in_another_order_are_read_but_not_kept(made, tmp_path):
     message = refused(3, "export", folder, "-o", tmp_path / "bundle", *CAPACITY)
 
     assert f"{Q}.weight" in message and "g_idx" in message and "--weights int8 or float" in message
-    index, reference = prequantised.index(folder), stored.state(folder)
+    index, reference = index_of(folder), stored.state(folder)
     assert torch.equal(prequantised.tensor(index[f"{Q}.weight"]), reference[f"{Q}.weight"])
 
 
@@ -328,13 +335,13 @@ def test_empty_biases_of_autogptq_are_left_out_and_others_are_not(made, tmp_path
     tensors = load_file(folder / "model.safetensors")
     tensors |= {f"{module}.bias": torch.zeros(len(one.weight)) for module, one in made("gptq").matrices.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    plain = set(prequantised.index(made("gptq").folder))
+    plain = set(index_of(made("gptq").folder))
 
-    assert set(prequantised.index(folder)) == set(stored.state(folder)) == plain
+    assert set(index_of(folder)) == set(stored.state(folder)) == plain
     tensors[f"{Q}.bias"] = torch.ones(64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     others = {name for name in tensors if name.endswith("q_proj.bias") and "vision" not in name}
-    assert set(prequantised.index(folder)) == set(stored.state(folder)) == plain | others
+    assert set(index_of(folder)) == set(stored.state(folder)) == plain | others
     assert f"{Q}.bias" in refused(1, "export", folder, "-o", tmp_path / "bundle", *CAPACITY)
 
 
@@ -348,7 +355,7 @@ def test_activations_that_are_meant_to_be_rounded_are_not(made, tmp_path):
     tensors |= {f"{Q}.input_scale": torch.ones(1), f"{Q}.input_zero_point": torch.zeros(1, dtype=torch.int8)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    index, reference = prequantised.index(folder), stored.state(folder)
+    index, reference = index_of(folder), stored.state(folder)
 
     assert set(index) == set(reference) == set(load_file(made("int-quantized").twin / "model.safetensors"))
 
@@ -358,7 +365,7 @@ def test_pickled_checkpoints_are_read_too(made, tmp_path):
     shutil.copy(one.folder / "config.json", tmp_path)
     torch.save(load_file(one.folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
 
-    found = prequantised.index(tmp_path)[f"{Q}.weight"]
+    found = index_of(tmp_path)[f"{Q}.weight"]
 
     assert np.array_equal(prequantised.tensor(found).numpy(), one.matrices[Q].weight)
 
@@ -368,7 +375,7 @@ def test_a_zero_point_counts_where_config_says_that_there_are_none(made, tmp_pat
     folder = Path(shutil.copytree(one.folder, tmp_path / "checkpoint"))
     tiny.change_json(folder / "config.json", quantization_config=one.scheme.config | {"sym": True})
 
-    found = prequantised.index(folder)[f"{Q}.weight"]
+    found = index_of(folder)[f"{Q}.weight"]
 
     assert np.array_equal(prequantised.tensor(found).numpy(), one.matrices[Q].weight)
     assert prequantised.zero_points(found) is not None
@@ -496,7 +503,7 @@ def test_what_is_quantised_inside_the_text_config_is_found(made, tmp_path):
     content["text_config"]["quantization_config"] = content.pop("quantization_config")
     tiny.write_json(tmp_path / "checkpoint" / "config.json", content)
 
-    index, reference = prequantised.index(tmp_path / "checkpoint"), stored.state(tmp_path / "checkpoint")
+    index, reference = index_of(tmp_path / "checkpoint"), stored.state(tmp_path / "checkpoint")
 
     assert isinstance(index[f"{Q}.weight"], prequantised.Packed)
     assert torch.equal(prequantised.tensor(index[f"{Q}.weight"]), reference[f"{Q}.weight"])
