@@ -207,7 +207,7 @@ PROXYV = {
         (proxyv, "head", "_tied(parts, plan, inputs, attended, (query, key, value))", "attended"),
     ),
     "rows of later crops are not put in order": wrong(
-        "prefill_head caches @0", (proxyv, "head", "several = _crops(plan) > 1", "several = False")
+        "prefill_head caches @0", (proxyv, "head", "several = crops_of(plan) > 1", "several = False")
     ),
     "proxies are means of whole blocks": wrong(
         "prefill_tail caches @2",
