@@ -62,7 +62,7 @@ demo: .venv/demo.stamp
 	@$(BIN)/lvlm-edge run demo/bundle --image "$(PICTURE)" --prompt "$(PROMPT)" --overlay demo/kept.png --stats
 
 clean:
-	@rm -rf build dist demo .types .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	@rm -rf build dist demo tests/.oracles .types .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
 # torch first and alone, so that only this step looks at TORCH_INDEX.
 .venv/demo.stamp: pyproject.toml constraints.txt

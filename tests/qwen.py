@@ -49,7 +49,7 @@ def bundle(export_once: Callable[..., Path], of: Case, **more: Any) -> Path:
     if of.data["method"] == "fastv":
         options |= {key: of.data[key] for key in ("prune_layer", "keep_ratio")}
     sizes = tuple(tuple(size) for size in of.data["picture_sizes"])
-    return export_once(of.checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24, **options, **more)
+    return export_once(of.checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24, **options | more)
 
 
 def agrees(pipe: Pipeline, of: Case) -> None:

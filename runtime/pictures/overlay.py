@@ -45,14 +45,16 @@ def draw(pictures: Sequence[Picture], sources: Sequence[Any], kept: Any) -> Imag
 
     drawn, start = [], 0
     for planned, source in zip(pictures, sources, strict=True):
-        runs = [run for run in planned.runs if run.kind == "visual" and run.grid is not None]
+        visual = [run for run in planned.runs if run.kind == "visual"]
         picture = images.open_image(source)
-        grids = [run.grid for run in runs if run.grid is not None]
-        boxes = views.boxes(picture.size, planned.views, grids)
+        boxes = views.boxes(picture.size, planned.views, [run.grid for run in visual if run.grid is not None])
+        of_view = iter(boxes)
         shown, first = [], 0
-        for run, own in zip(runs, boxes, strict=True):
-            shown += [first + cell for cell in cells(np.asarray(kept), run, start)]
-            start, first = start + run.rows, first + len(own)
+        for run in visual:  # one without a grid has visual tokens, and no cells to draw
+            if run.grid is not None:
+                shown += [first + cell for cell in cells(np.asarray(kept), run, start)]
+                first += len(next(of_view))
+            start += run.rows
         whole = np.concatenate(boxes)
         factor = -(-SMALLEST // max(picture.size))
         if factor > 1:

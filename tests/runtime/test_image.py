@@ -14,6 +14,8 @@ from transformers.image_utils import load_image
 from lvlm_edge.runtime.errors import InputError
 from lvlm_edge.runtime.pictures import image, overlay
 from lvlm_edge.runtime.pictures.image import Preprocessing
+from lvlm_edge.runtime.pictures.layout import Picture, Run
+from lvlm_edge.runtime.pictures.views import Canvas, Views
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = Preprocessing(shortest_edge=112, crop=(112, 112), rescale=1 / 255, mean=CLIP_MEAN, std=CLIP_STD)
@@ -331,3 +333,15 @@ def test_overlay_takes_boxes_outside_the_picture_and_no_boxes() -> None:
 
     assert overlay.overlay(made, boxes, range(64)).size == made.size
     assert overlay.overlay(made, boxes, []).size == made.size
+
+
+def test_visual_tokens_without_cells_are_counted_and_not_drawn() -> None:
+    views = Views(canvas=Canvas(size=(112, 112)), how=SIGLIP)
+    runs = (Run(kind="visual", rows=3), Run(kind="separator", rows=1), Run(kind="visual", rows=4, grid=(2, 2)))
+    planned = Picture(token_id=7, graphs=(), views=views, runs=runs)
+    grey = PIL.Image.new("RGB", (400, 400), (200, 200, 200))
+
+    shown = np.array(overlay.draw([planned, planned], [grey, grey], np.array([1, 4, 7 + 6])))
+
+    clear = [shown[y, x].tolist() == [200, 200, 200] for y in (100, 300) for x in (100, 300, 500, 700)]
+    assert clear == [False, True, False, False, False, False, False, True]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lvlm_edge.exporter import families, plan
+from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.families import qwen2_vl
 from lvlm_edge.runtime import InputError, Pipeline
@@ -202,6 +203,27 @@ def test_a_picture_of_another_grid_is_refused_or_fitted(oracles, export_once):
 
     assert pixels.shape == (1, 3, 224, 84)
     assert np.isfinite(pipe.generate_tokens(ids, pixels, max_new_tokens=1).logits).all()
+
+
+def test_run_fits_a_picture_only_when_asked(oracles, export_once, tmp_path):
+    made = qwen.bundle(export_once, qwen.case(oracles, FAMILY, "none_1"))
+    picture = tiny.picture(tmp_path / "picture.png", (300, 180))
+    ask = ("run", made, "--image", picture, "--prompt", "What?", "--max-new-tokens", "2")
+
+    assert "300x180 is resized to 308x168, the bundle is for 84x224" in tiny.refused(2, *ask)
+    assert tiny.cli(*ask, "--fit").exit_code == 0
+
+
+def test_a_keep_ratio_added_later_gives_the_graphs_of_an_export_with_it(oracles, export_once, tmp_path):
+    of = qwen.case(oracles, FAMILY, "fastv_1")
+    wanted = Pipeline.load(qwen.bundle(export_once, of))
+    other = shutil.copytree(qwen.bundle(export_once, of, keep_ratio=0.25), tmp_path / "bundle")
+
+    ratios.add(other, of.data["keep_ratio"])
+
+    pipe = Pipeline.load(other, keep_ratio=of.data["keep_ratio"])
+    assert pipe.manifest.method_config == wanted.manifest.method_config
+    qwen.agrees(pipe, of)
 
 
 def test_check_passes_and_finds_rows_and_columns_exchanged(oracles, export_once, monkeypatch, tmp_path):
