@@ -189,6 +189,24 @@ def export_once(tmp_path_factory: pytest.TempPathFactory, quick_tracing: None) -
     return exported
 
 
+@pytest.fixture(scope="session")
+def eager_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """`export_once` without tracing: PyTorch runs the bodies of the graphs (`tests/eager.py`)."""
+    from tests import eager
+
+    made: dict[str, Path] = {}
+
+    def exported(checkpoint: Path, **arguments: Any) -> Path:
+        arguments = {"max_text_tokens": 64, "max_new_tokens": 16} | arguments
+        key = repr((checkpoint, sorted(arguments.items())))
+        if key not in made:
+            made[key] = eager.export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", **arguments)
+        return made[key]
+
+    with eager.running():
+        yield exported
+
+
 HEADS = {
     "mha": {},
     "gqa": {"text": {"num_attention_heads": 8, "num_key_value_heads": 2}},

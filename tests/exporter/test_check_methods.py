@@ -18,9 +18,11 @@ from lvlm_edge.exporter.graphs import blocks, encoders
 from lvlm_edge.exporter.methods import _yopo_counts, himix, proxyv, yopo
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.pipeline import pipeline
+from tests import eager
 from tests.tiny import cli
 
 UNEVEN = ["1011", "0110", "1000", "0101"]  # within the groups of 2 key heads, too
+TRACED = ("proxyv, three crops", "yopo, float16", "yopo, dropped, legacy", "himix, two images")
 CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "proxyv, one crop": ({"method": "proxyv"}, {"method": "proxyv"}),
     "proxyv, three crops": ({"method": "proxyv", "kv_heads": 2}, {"method": "proxyv", "grid": (1, 2)}),
@@ -47,11 +49,22 @@ CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_a_clean_bundle_passes(name, original, export_once):
+def test_a_clean_bundle_passes(name, original, eager_once):
     of, options = CLEAN[name]
     checkpoint = original(**of)
-    bundle = export_once(checkpoint, **options)
+    bundle = eager_once(checkpoint, **options)
+    passes(bundle, checkpoint, of, options)
 
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_clean_bundle_of_traced_graphs_passes(name, original, export_once):
+    of, options = CLEAN[name]
+    checkpoint = original(**of)
+    passes(export_once(checkpoint, **options), checkpoint, of, options)
+
+
+def passes(bundle: Any, checkpoint: Any, of: dict[str, Any], options: dict[str, Any]) -> None:
+    """`check` passes on three seeds and has judged every stage."""
     for seed in range(3):
         verdict = parity.check(bundle, checkpoint, seed=seed, steps=6, store=False)
 
@@ -104,6 +117,11 @@ class Mutation:
     rewrites: tuple[tuple[ModuleType, str, str, str], ...]
     checkpoint: dict[str, Any]
     bundle: dict[str, Any]
+
+    def make(self, patch: pytest.MonkeyPatch) -> None:
+        """Put the mistake in place."""
+        for rewrite in self.rewrites:
+            rewritten(patch, *rewrite)
 
 
 def wrong(
@@ -576,18 +594,35 @@ def test_there_are_ten_mutations_of_each_method():
 
 
 @pytest.mark.parametrize(("method", "name"), [(m, name) for m, usual in USUAL.items() for name in usual[2]])
-def test_check_names_the_stage_of(method, name, original, tmp_path, monkeypatch, quick_tracing):
-    of, options, mutations = USUAL[method]
-    mutation = mutations[name]
+def test_check_names_the_stage_of(method, name, original, tmp_path):
+    mutation = USUAL[method][2][name]
+    checkpoint, settings = usual(original, method, mutation)
+    bundle = eager.export(checkpoint, tmp_path / "bundle", mistake=mutation.make, **settings)
+
+    with eager.running():
+        found(mutation, method, parity.check(bundle, checkpoint, steps=4, store=False))
+
+
+@pytest.mark.parametrize("method", USUAL)
+def test_check_names_the_stage_of_a_mistake_in_traced_graphs(method, original, tmp_path, quick_tracing):
+    mutation = next(iter(USUAL[method][2].values()))
+    checkpoint, settings = usual(original, method, mutation)
+    with pytest.MonkeyPatch.context() as patch:
+        mutation.make(patch)
+        bundle = export(checkpoint, tmp_path / "bundle", **settings)
+
+    found(mutation, method, parity.check(bundle, checkpoint, steps=4, store=False))
+
+
+def usual(original: Any, method: str, mutation: Mutation) -> tuple[Any, dict[str, Any]]:
+    """A mutation's checkpoint, and what it is exported with."""
+    of, options, _ = USUAL[method]
     checkpoint = original(method=method.split()[0], kv_heads=2, **(of | mutation.checkpoint))
-    for rewrite in mutation.rewrites:
-        rewritten(monkeypatch, *rewrite)
-    settings = {"method": method.split()[0], "max_new_tokens": 8} | options | mutation.bundle
-    bundle = export(checkpoint, tmp_path / "bundle", **settings)
-    monkeypatch.undo()
+    return checkpoint, {"method": method.split()[0], "max_new_tokens": 8} | options | mutation.bundle
 
-    verdict = parity.check(bundle, checkpoint, steps=4, store=False)
 
+def found(mutation: Mutation, method: str, verdict: parity.Verdict) -> None:
+    """The first failure is at the mutation's stage and layer."""
     row = verdict.first_failure
     assert row is not None
     wanted = mutation.stage or ("prefill caches" if method == "yopo released" else "prefill_head caches")
@@ -596,10 +631,10 @@ def test_check_names_the_stage_of(method, name, original, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("method", USUAL)
 @pytest.mark.parametrize("offset", [-1, 10])
-def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original, export_once, monkeypatch):
+def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original, eager_once, monkeypatch):
     of, options, _ = USUAL[method]
     checkpoint = original(method=method.split()[0], kv_heads=2, **of)
-    bundle = export_once(checkpoint, method=method.split()[0], **options)
+    bundle = eager_once(checkpoint, method=method.split()[0], **options)
     right = pipeline.lay_out
 
     def lay_out(*given: Any) -> Any:
