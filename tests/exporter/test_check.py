@@ -23,6 +23,7 @@ from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import sha256
 from lvlm_edge.runtime.pipeline import pipeline
+from tests import eager
 
 MUTANT = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.6, "max_text_tokens": 48, "max_new_tokens": 8}
 MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {}
@@ -392,11 +393,23 @@ def grouped(checkpoint_once) -> Path:
 
 
 @pytest.mark.parametrize("wrong", MUTATIONS)
-def test_check_names_the_stage_of(wrong, grouped, tmp_path, monkeypatch, quick_tracing):
+def test_check_names_the_stage_of(wrong, grouped, tmp_path):
     stage, mutate = MUTATIONS[wrong]
-    mutate(monkeypatch)
-    bundle = export(grouped, tmp_path / "bundle", ort=False, **MUTANT)
-    monkeypatch.undo()
+    bundle = eager.export(grouped, tmp_path / "bundle", mistake=mutate, **MUTANT)
+
+    with eager.running():
+        verdict = parity.check(bundle, grouped, steps=4, store=False)
+
+    assert not verdict.passed
+    assert verdict.first_failure is not None and verdict.first_failure.stage == stage
+
+
+@pytest.mark.parametrize("wrong", ["scores of the first row", "kept rows not in sequence order"])
+def test_check_names_the_stage_of_a_mistake_in_traced_graphs(wrong, grouped, tmp_path, quick_tracing):
+    stage, mutate = MUTATIONS[wrong]
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        bundle = export(grouped, tmp_path / "bundle", ort=False, **MUTANT)
 
     verdict = parity.check(bundle, grouped, steps=4, store=False)
 
