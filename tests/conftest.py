@@ -192,8 +192,11 @@ def export_once(tmp_path_factory: pytest.TempPathFactory, quick_tracing: None) -
 @pytest.fixture(scope="session")
 def eager_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """`export_once` without tracing: PyTorch runs the bodies of the graphs (`tests/eager.py`)."""
+    import torch
+
     from tests import eager
 
+    torch.set_num_threads(1)  # the models are too small for more
     made: dict[str, Path] = {}
 
     def exported(checkpoint: Path, **arguments: Any) -> Path:
@@ -205,6 +208,15 @@ def eager_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
     with eager.running():
         yield exported
+
+
+@pytest.fixture
+def exported(request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """`eager_once` for `bodies`, `export_once` for `graphs`; parameters come from `eager.both`."""
+    found: Callable[..., Path] = request.getfixturevalue(
+        {"bodies": "eager_once", "graphs": "export_once"}[request.param]
+    )
+    return found
 
 
 HEADS = {

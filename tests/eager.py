@@ -8,9 +8,9 @@ That a traced graph computes what its body does is for the tests that run traced
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lvlm_edge.exporter import export as export_bundle
 from lvlm_edge.exporter.graphs import trace
-from lvlm_edge.exporter.graphs.parts import DTYPES, Parts
+from lvlm_edge.exporter.graphs.parts import Parts
 from lvlm_edge.exporter.lowerings import modern
 from lvlm_edge.exporter.planning import GraphSpec, Plan
 from lvlm_edge.runtime.backends.ort import OrtBackend
@@ -42,6 +42,19 @@ class Body:
     mistake: Mistake | None
 
 
+def both(cases: Iterable[tuple[Any, ...]], traced: Collection[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test with the fixture `exported` as the last: every case as bodies, and as traced graphs.
+
+    Args:
+        traced: cases whose traced graphs are run often; those of the others are marked `slow`.
+    """
+    cases = list(cases)
+    assert set(traced) <= set(cases), set(traced) - set(cases)
+    bodies = [pytest.param(*case, "bodies") for case in cases]
+    slow = {case: [pytest.mark.export, *([] if case in traced else [pytest.mark.slow])] for case in cases}
+    return bodies + [pytest.param(*case, "graphs", marks=slow[case]) for case in cases]
+
+
 BODIES: dict[Path, Body] = {}  # by the file in whose place they run
 
 
@@ -51,6 +64,7 @@ def export(checkpoint: Path, output: Path, *, mistake: Mistake | None = None, **
     Args:
         mistake: patches the exporter, while it plans and whenever a body runs.
     """
+    assert not options.get("share_weights"), "bodies have fixed shapes"
     found: list[Body] = []
 
     def empty(graph: GraphSpec, parts: Parts, plan: Plan, _: Any) -> ir.Model:

@@ -18,7 +18,7 @@ from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError
-from tests import checkpoints
+from tests import checkpoints, eager
 
 SMALL = {"num_hidden_layers": 2}
 WIDE = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24}
@@ -71,12 +71,17 @@ def agree(folder: Path, bundle: Path, steps: int = 4) -> None:
     assert np.abs(found.logits - logits).max() < 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bundle_equals_stock_generate_for(variant, checkpoint_once, export_once):
+TRACED = {("SigLIP, all tokens",), ("Qwen2 decoder",)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "exported"), eager.both([(name,) for name in VARIANTS], TRACED), indirect=["exported"]
+)
+def test_a_bundle_equals_stock_generate_for(variant, checkpoint_once, exported):
     arguments = VARIANTS[variant]
     folder = checkpoint_once(**arguments | {"text": SMALL | arguments.get("text", {})})
 
-    bundle = export_once(folder, method="none", max_text_tokens=32, max_new_tokens=8)
+    bundle = exported(folder, method="none", max_text_tokens=32, max_new_tokens=8)
 
     agree(folder, bundle)
 
@@ -206,11 +211,11 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_and_never_run(plain, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
-def test_the_bundle_of_a_tied_checkpoint_holds_the_table_once(checkpoint_once, export_once):
+def test_the_bundle_of_a_tied_checkpoint_holds_the_table_once(checkpoint_once, eager_once):
     untied, tied = (checkpoint_once(text=SMALL | {"tie_word_embeddings": tie}) for tie in (False, True))
     options = {"method": "none", "max_text_tokens": 32, "max_new_tokens": 8}
 
-    larger, smaller = ((export_once(folder, **options) / "weights.bin").stat().st_size for folder in (untied, tied))
+    larger, smaller = ((eager_once(folder, **options) / "weights.bin").stat().st_size for folder in (untied, tied))
 
     assert abs(larger - smaller - (checkpoints.IMAGE + 1) * 64 * 4) < 64  # the table, and an alignment
 

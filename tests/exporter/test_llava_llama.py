@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
-from tests import checkpoints, layouts, tiny
+from tests import checkpoints, eager, layouts, tiny
 from tests.layouts import IMAGE
 
 LLAMA_3 = {
@@ -52,9 +53,9 @@ def small(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def agree(folder: Path, stock: layouts.Stock, out: Path, pixels: np.ndarray, crops: int = 1, **options) -> None:
+def agree(folder: Path, stock: layouts.Stock, exported: Any, pixels: np.ndarray, crops: int = 1, **options) -> None:
     """A float32 bundle says what stock modules say; 1e-4 is rounding (seen: 5e-6)."""
-    bundle = export(folder, out, max_text_tokens=24, max_new_tokens=8, **options)
+    bundle = exported(folder, max_text_tokens=24, max_new_tokens=8, **options)
     ids = layouts.prompt(images=len(pixels) // crops)
     tokens, logits = stock.generate(ids, pixels, 6, crops)
     found = Pipeline.load(bundle).generate_tokens(ids, pixels, max_new_tokens=6, ignore_eos=True)
@@ -62,30 +63,35 @@ def agree(folder: Path, stock: layouts.Stock, out: Path, pixels: np.ndarray, cro
     assert np.abs(found.logits - logits).max() < 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bundle_equals_stock_modules_for(variant, tmp_path, quick_tracing):
+@pytest.mark.parametrize(
+    ("variant", "exported"), eager.both([(name,) for name in VARIANTS], {("Qwen2, tied",)}), indirect=["exported"]
+)
+def test_a_bundle_equals_stock_modules_for(variant, tmp_path, exported):
     stock = layouts.build(tmp_path / "model", **VARIANTS[variant])
 
-    agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels())
+    agree(tmp_path / "model", stock, exported, checkpoints.pixels())
 
 
-@pytest.mark.parametrize("fork", [True, False], ids=["with separators", "without"])
-@pytest.mark.parametrize("images", [1, 2])
-def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, quick_tracing):
+@pytest.mark.parametrize(
+    ("images", "fork", "exported"),
+    eager.both([(images, fork) for images in (1, 2) for fork in (True, False)], {(2, True)}),
+    indirect=["exported"],
+)
+def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, exported):
     stock = layouts.build(tmp_path / "model", **ANYRES, **({"proxyv": False} if fork else {}))
 
     options = {"grid": (1, 2), "num_images": images}
-    agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels(images=3 * images), 3, **options)
+    agree(tmp_path / "model", stock, exported, checkpoints.pixels(images=3 * images), 3, **options)
 
 
-def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, quick_tracing):
+def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, eager_once):
     stock = layouts.build(tmp_path / "model", **ANYRES)
     options = {"method": "fastv", "prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8, "grid": (1, 2)}
     ids, pixels = layouts.prompt(), checkpoints.pixels(images=3)
     tokens, logits = stock.generate(ids, pixels, 1, 3)
 
-    every = Pipeline.load(export(tmp_path / "model", tmp_path / "all", keep_ratio=1.0, **options))
-    half = Pipeline.load(export(tmp_path / "model", tmp_path / "half", keep_ratio=0.5, **options))
+    every = Pipeline.load(eager_once(tmp_path / "model", keep_ratio=1.0, **options))
+    half = Pipeline.load(eager_once(tmp_path / "model", keep_ratio=0.5, **options))
 
     found = every.generate_tokens(ids, pixels, max_new_tokens=1)
     assert found.token_ids == tokens
@@ -94,7 +100,7 @@ def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path
 
 
 @pytest.mark.parametrize("layout", ["inside", "whole CLIP", "absolute", "pickled"])
-def test_the_tower_is_found_wherever_it_is(layout, tmp_path, quick_tracing):
+def test_the_tower_is_found_wherever_it_is(layout, tmp_path, eager_once):
     folder = tmp_path / "model"
     stock = layouts.build(folder)
     beside = folder / layouts.TOWER / "model.safetensors"
@@ -114,17 +120,17 @@ def test_the_tower_is_found_wherever_it_is(layout, tmp_path, quick_tracing):
         torch.save(tower, beside.parent / "pytorch_model.bin")
         beside.unlink()
 
-    agree(folder, stock, tmp_path / "bundle", checkpoints.pixels())
+    agree(folder, stock, eager_once, checkpoints.pixels())
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
-def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, quick_tracing):
+def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, eager_once):
     stock = layouts.build(tmp_path / "model", decoder="phi3")
     if stored.endswith("bin"):
         torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / stored)
         (tmp_path / "model" / "model.safetensors").unlink()
 
-    agree(tmp_path / "model", stock, tmp_path / "bundle", checkpoints.pixels())
+    agree(tmp_path / "model", stock, eager_once, checkpoints.pixels())
 
 
 def test_check_puts_separators_after_pytorchs_own_tokens(tmp_path, monkeypatch, quick_tracing):
@@ -159,17 +165,17 @@ def yopo(oracles) -> tuple[Path, list[int], np.ndarray]:
     return oracles / "yopo_w7", json.loads(case.read_text())["prompt_token_ids"], pixels
 
 
-def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, export_once):
+def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, eager_once):
     folder, ids, pixels = yopo
     tokens, logits = layouts.load(folder).generate(ids, pixels, 16)
 
-    found = Pipeline.load(export_once(folder, method="none")).generate_tokens(ids, pixels, ignore_eos=True)
+    found = Pipeline.load(eager_once(folder, method="none")).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.token_ids == tokens
     assert np.abs(found.logits - logits).max() < 1e-3
 
 
-def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, export_once):
+def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, eager_once):
     folder, ids, pixels = yopo
     model = layouts.as_hub(layouts.load(folder), 511)
     assert 511 not in ids
@@ -177,7 +183,7 @@ def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, export_once):
     config = {"prune_layer": 2, "keep_ratio": 0.25, "keep_tokens": None}
     expected = references.module("fastv").run(model, config, known, torch.from_numpy(pixels), 16)
 
-    bundle = export_once(folder, method="fastv", prune_layer=2, keep_ratio=0.25)
+    bundle = eager_once(folder, method="fastv", prune_layer=2, keep_ratio=0.25)
     found = Pipeline.load(bundle).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.kept_visual.tolist() == expected.kept.tolist()
@@ -186,13 +192,13 @@ def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, export_once):
 
 
 @pytest.mark.parametrize(("case", "grid"), [("proxyv_0", None), ("proxyv_1", (1, 2))])
-def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, oracles, export_once):
+def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, oracles, eager_once):
     path = oracles / "proxyv" / f"{case}.json"
     ids, pixels = json.loads(path.read_text())["prompt_token_ids"], load_file(path.with_suffix(".safetensors"))
     pixels = pixels["pixel_values"].numpy()
     tokens, logits = layouts.load(oracles / "proxyv_f2").generate(ids, pixels, 16, len(pixels))
 
-    found = Pipeline.load(export_once(oracles / "proxyv_f2", grid=grid)).generate_tokens(ids, pixels, ignore_eos=True)
+    found = Pipeline.load(eager_once(oracles / "proxyv_f2", grid=grid)).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.prompt_tokens == len(ids) - 1 + 65 * len(pixels)
     assert found.token_ids == tokens

@@ -18,7 +18,7 @@ from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
 from lvlm_edge.runtime.errors import InputError
-from tests import originals
+from tests import eager, originals
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
 
@@ -81,10 +81,6 @@ PROXYV = {
     "qwen2": ({"decoder": "qwen2", "kv_heads": 2}, 3),
     "phi3": ({"decoder": "phi3"}, 3),
 }
-PROXYV_OFTEN = {  # each option once, in one lowering or the other; all pairs are slow
-    *(("gqa", "modern"), ("more proxies than tokens of a crop", "modern"), ("start layer 0", "modern")),
-    *(("odd factor", "legacy"), ("learnt, five crops, gqa", "legacy"), ("qwen2", "legacy"), ("phi3", "modern")),
-}
 PLACES = ((12, 5), (30, 1), (3, 2), (40, 35))  # text tokens, and how many come before the image
 
 
@@ -98,18 +94,21 @@ LEGACY = (
 )
 
 
-def pairs(names: Iterable[str], legacy: Iterable[str], often: set[tuple[str, str]]) -> list[Any]:
-    """Cases with the modern lowering, and some with the legacy one; slow but for those that run often."""
-    found = [(name, "modern") for name in names] + [(name, "legacy") for name in legacy]
-    assert often <= set(found)
-    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in found]
+def pairs(names: Iterable[str], legacy: Iterable[str]) -> list[tuple[str, str]]:
+    """Cases with the modern lowering, and some with the legacy one."""
+    return [(name, "modern") for name in names] + [(name, "legacy") for name in legacy]
 
 
-@pytest.mark.parametrize(("name", "lowering"), pairs(PROXYV, LEGACY, PROXYV_OFTEN))
-def test_proxyv_says_what_its_reference_says(original, export_once, name, lowering):
+PROXYV_TRACED = {("learnt, five crops, gqa", "legacy")}
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering", "exported"), eager.both(pairs(PROXYV, LEGACY), PROXYV_TRACED), indirect=["exported"]
+)
+def test_proxyv_says_what_its_reference_says(original, exported, name, lowering):
     options, crops = PROXYV[name]
     checkpoint = original(method="proxyv", **options)
-    bundle = export_once(checkpoint, method="proxyv", grid=GRIDS[crops], lowering=lowering)
+    bundle = exported(checkpoint, method="proxyv", grid=GRIDS[crops], lowering=lowering)
 
     side = options.get("side", 4)
     agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels(side, crops=crops)) for at in PLACES])
@@ -136,23 +135,16 @@ YOPO = {
 }
 
 
-YOPO_OFTEN = {
-    "released": {("gqa, uneven within groups", "modern"), ("uneven heads", "legacy"), ("cutoff 1", "modern")},
-    "dropped": {("gqa, one head apart", "modern"), ("gqa, whole groups", "legacy"), ("qwen2", "modern")},
-}
+YOPO_TRACED = {("dropped", "gqa, one head apart", "modern")}
+YOPO_CASES = [(semantics, *case) for semantics in ("released", "dropped") for case in pairs(YOPO, list(YOPO)[:4])]
 
 
 @pytest.mark.parametrize(
-    ("semantics", "name", "lowering"),
-    [
-        pytest.param(semantics, *case.values, marks=case.marks)
-        for semantics, often in YOPO_OFTEN.items()
-        for case in pairs(YOPO, list(YOPO)[:4], often)
-    ],
+    ("semantics", "name", "lowering", "exported"), eager.both(YOPO_CASES, YOPO_TRACED), indirect=["exported"]
 )
-def test_yopo_says_what_its_reference_says(original, export_once, name, semantics, lowering):
+def test_yopo_says_what_its_reference_says(original, exported, name, semantics, lowering):
     checkpoint = original(method="yopo", layers=6, **YOPO[name])
-    bundle = export_once(checkpoint, method="yopo", semantics=semantics, lowering=lowering)
+    bundle = exported(checkpoint, method="yopo", semantics=semantics, lowering=lowering)
 
     agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels()) for at in PLACES], semantics=semantics)
 
@@ -166,49 +158,52 @@ HIMIX = {
 }
 
 
-HIMIX_OFTEN = {("gqa", "modern"), ("two images", "modern"), ("qwen2, which has biases", "legacy")}
-
-
-@pytest.mark.parametrize(("name", "lowering"), pairs(HIMIX, HIMIX, HIMIX_OFTEN))
-def test_himix_says_what_its_reference_says(original, export_once, name, lowering):
+@pytest.mark.parametrize(
+    ("name", "lowering", "exported"),
+    eager.both(pairs(HIMIX, HIMIX), {("qwen2, which has biases", "legacy")}),
+    indirect=["exported"],
+)
+def test_himix_says_what_its_reference_says(original, exported, name, lowering):
     options, images = HIMIX[name]
     checkpoint = original(method="himix", **options)
-    bundle = export_once(checkpoint, method="himix", num_images=images, lowering=lowering)
+    bundle = exported(checkpoint, method="himix", num_images=images, lowering=lowering)
 
     cases = [(originals.prompt(*at, images=images), originals.pixels(crops=images)) for at in PLACES]
     agree(bundle, checkpoint, cases)
 
 
-@pytest.mark.parametrize("method", CHECKPOINTS)
-def test_a_graph_per_layer_says_the_same(original, export_once, method):
+@pytest.mark.parametrize(
+    ("method", "exported"), eager.both([(method,) for method in CHECKPOINTS], ()), indirect=["exported"]
+)
+def test_a_graph_per_layer_says_the_same(original, exported, method):
     checkpoint = original(method=method, layers=6)
     more = {"proxyv": {"grid": (1, 2)}, "yopo": {"semantics": "dropped"}, "himix": {}}[method]
-    bundle = export_once(checkpoint, method=method, max_graph_gb=1e-6, **more)
+    bundle = exported(checkpoint, method=method, max_graph_gb=1e-6, **more)
 
     crops = 3 if method == "proxyv" else 1
     changed = {"semantics": "dropped"} if method == "yopo" else {}
     agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels(crops=crops))], **changed)
 
 
-def test_learnt_proxies_pass_from_graph_to_graph(original, export_once):
+def test_learnt_proxies_pass_from_graph_to_graph(original, eager_once):
     checkpoint = original(method="proxyv", learn_proxy=True)
-    bundle = export_once(checkpoint, method="proxyv", max_graph_gb=1e-6)
+    bundle = eager_once(checkpoint, method="proxyv", max_graph_gb=1e-6)
 
     agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels())])
 
 
 @pytest.mark.parametrize("method", ["proxyv", "yopo", "himix"])
-def test_a_prompt_without_its_picture_is_refused(method, original, export_once):
-    pipe = Pipeline.load(export_once(original(method=method), method=method))
+def test_a_prompt_without_its_picture_is_refused(method, original, eager_once):
+    pipe = Pipeline.load(eager_once(original(method=method), method=method))
 
     with pytest.raises(InputError, match=r"pixel_values: is nothing, the bundle is planned for 1 image\(s\)"):
         pipe.generate_tokens([5, 6, 7], None)
 
 
 @pytest.mark.parametrize("grid", [None, (1, 2)])
-def test_a_checkpoint_of_proxyv_runs_without_it(original, export_once, grid):
+def test_a_checkpoint_of_proxyv_runs_without_it(original, eager_once, grid):
     checkpoint = original(method="proxyv")
-    bundle = export_once(checkpoint, method="none", grid=grid)
+    bundle = eager_once(checkpoint, method="none", grid=grid)
 
     crops = 1 if grid is None else 3
     agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels(crops=crops)) for at in PLACES])
@@ -228,8 +223,8 @@ def agree(bundle: Path, checkpoint: Path, cases: list[tuple[list[int], torch.Ten
         np.testing.assert_allclose(found.logits, expected.logits.numpy(), atol=1e-4)
 
 
-def test_himix_looks_at_an_image_once_for_several_prompts(original, export_once):
-    pipe = Pipeline.load(export_once(original(method="himix"), method="himix"))
+def test_himix_looks_at_an_image_once_for_several_prompts(original, eager_once):
+    pipe = Pipeline.load(eager_once(original(method="himix"), method="himix"))
     pixels = originals.pixels().numpy()
     pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
     ran = []

@@ -19,7 +19,7 @@ from lvlm_edge.exporter.families import tinyllava
 from lvlm_edge.exporter.graphs import parts
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
-from tests import checkpoints, layouts, tiny
+from tests import checkpoints, eager, layouts, tiny
 
 
 def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fields) -> layouts.Stock:
@@ -43,14 +43,18 @@ def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fiel
     return stock
 
 
-@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
-@pytest.mark.parametrize("tower", ["siglip", "clip"])
-def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, quick_tracing):
+KINDS = [(tower, decoder) for tower in ("siglip", "clip") for decoder in ("llama", "qwen2", "mistral")]
+
+
+@pytest.mark.parametrize(
+    ("tower", "decoder", "exported"), eager.both(KINDS, {("siglip", "qwen2")}), indirect=["exported"]
+)
+def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, exported):
     stock = build(tmp_path, decoder=decoder, tower=tower)
     ids, pixels = layouts.prompt(), checkpoints.pixels()
     tokens, logits = stock.generate(ids, pixels, 6)
 
-    bundle = export(tmp_path, tmp_path / "bundle", max_text_tokens=24, max_new_tokens=8)
+    bundle = exported(tmp_path, max_text_tokens=24, max_new_tokens=8)
     found = Pipeline.load(bundle).generate_tokens(ids, pixels, max_new_tokens=6, ignore_eos=True)
 
     assert found.prompt_tokens == len(ids) - 1 + (15 if tower == "siglip" else 16)
