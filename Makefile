@@ -14,12 +14,13 @@ PROMPT ?= what color is the shape?
 
 CHECKPOINT := samples/easyvqa/checkpoint
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Without bytecode of all that is installed: Python writes that of what it imports.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
 # Runs a command and prints what it said only if it failed.
 quietly = @out=$$($(1) 2>&1) || { printf '%s\n' "$$out"; exit 1; }
 
 # Two workers, and the tests that need no GPU, no TensorRT and no released checkpoint.
-SHARED := -n 2 --dist worksteal
+SHARED := -n 2 --dist loadfile
 HERE := not gpu and not trt and not weights
 
 MAKEFLAGS += --no-print-directory --no-builtin-rules
