@@ -62,7 +62,11 @@ def written(model, graph, path: Path) -> bytes:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("options", [{}, {"method": "fastv", "prune_layer": 1, "lowering": "legacy"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"method": "fastv", "prune_layer": 1, "lowering": "legacy"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_bundle_of_kept_graphs_is_that_of_traced_ones(options, folder, tmp_path, monkeypatch):
     right = inspect.unwrap(trace.trace)
     bundles = []

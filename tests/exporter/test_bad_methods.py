@@ -289,9 +289,9 @@ def test_a_missing_head_mask_is_no_matter_where_it_is_not_read(spoilt, made):
 # Bundles.
 
 
-def test_pictures_and_prompts_that_are_not_the_bundles_are_refused(made, export_once):
-    proxyv = Pipeline.load(export_once(made("proxyv"), method="proxyv", grid=(1, 2)))
-    himix = Pipeline.load(export_once(made("himix"), method="himix"))
+def test_pictures_and_prompts_that_are_not_the_bundles_are_refused(made, eager_once):
+    proxyv = Pipeline.load(eager_once(made("proxyv"), method="proxyv", grid=(1, 2)))
+    himix = Pipeline.load(eager_once(made("himix"), method="himix"))
     prompt, three = originals.prompt(12, 5), originals.pixels(crops=3).numpy()
 
     with pytest.raises(InputError, match=r"100x100 goes on tiles of 2x2, the bundle has 1x2.*--image-size 100x100"):
@@ -315,8 +315,8 @@ def test_pictures_and_prompts_that_are_not_the_bundles_are_refused(made, export_
         (1, "plain", "proxyv", "separators: True, the bundle has False"),
     ],
 )
-def test_check_refuses_a_checkpoint_that_was_not_exported(code, bundle, checkpoint, said, made, export_once):
-    folder = export_once(made(bundle), method="none" if bundle == "plain" else bundle)
+def test_check_refuses_a_checkpoint_that_was_not_exported(code, bundle, checkpoint, said, made, eager_once):
+    folder = eager_once(made(bundle), method="none" if bundle == "plain" else bundle)
 
     assert said in refused(code, "check", folder, "--against", made(checkpoint))
 

@@ -115,9 +115,9 @@ def test_prompts_are_fresh_each_turn_and_alike_in_one(bundles):
     assert [seen.shape for seen in contenders.pixels(none, pictures)] == [(1, 3, 28, 28)]
 
 
-def test_pictures_of_tiles_have_their_canvas(original, export_once):
+def test_pictures_of_tiles_have_their_canvas(original, eager_once):
     checkpoint = original(method="proxyv", side=8)
-    manifest = open_bundle(export_once(checkpoint, method="proxyv", grid=(1, 2), max_text_tokens=8)).manifest
+    manifest = open_bundle(eager_once(checkpoint, method="proxyv", grid=(1, 2), max_text_tokens=8)).manifest
 
     _, pictures = contenders.prompt(manifest, 0, 8)
 
@@ -172,7 +172,7 @@ def test_a_graph_of_pixels_counts_once_per_crop(original, export_once):
     checkpoint = original(method="proxyv", side=8)
     one, three = (
         bench.works(
-            open_bundle(export_once(checkpoint, method="proxyv", grid=grid, max_text_tokens=8, max_new_tokens=2)),
+            open_bundle(export_once(checkpoint, method="none", grid=grid, max_text_tokens=8, max_new_tokens=2)),
             Contender(name="", kind="bundle", text_tokens=8),
             [],
         )["vision"]
@@ -355,9 +355,9 @@ def test_it_imports_on_a_device(module):
     probe(f"import lvlm_edge.exporter.timing.{module}")
 
 
-def test_pytorch_runs_the_layouts_of_the_releases(original, export_once):
+def test_pytorch_runs_the_layouts_of_the_releases(original, eager_once):
     checkpoint = original(method="proxyv", side=8)
-    bundle = export_once(checkpoint, method="proxyv", grid=(1, 2), max_text_tokens=8, max_new_tokens=2)
+    bundle = eager_once(checkpoint, method="proxyv", grid=(1, 2), max_text_tokens=8, max_new_tokens=2)
     report = bench.bench([bundle], against=checkpoint, rounds=1, warm_up=0, threads=1)
 
     assert [row["name"] for row in report["contenders"]] == [bundle.name, "PyTorch"]
@@ -367,9 +367,9 @@ def test_pytorch_runs_the_layouts_of_the_releases(original, export_once):
 # What is refused.
 
 
-def test_himix_has_no_pytorch_to_be_compared_with(original, export_once):
+def test_himix_has_no_pytorch_to_be_compared_with(original, eager_once):
     checkpoint = original(method="himix", side=8)
-    bundle = export_once(checkpoint, method="himix", max_text_tokens=8, max_new_tokens=2)
+    bundle = eager_once(checkpoint, method="himix", max_text_tokens=8, max_new_tokens=2)
 
     assert "transformers cannot run HiMix's layers" in refused(3, "bench", bundle, "--against", checkpoint, "-q")
 

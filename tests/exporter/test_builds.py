@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,14 +38,17 @@ ORACLES = {
 }
 
 
-PUBLIC = [  # bfloat16 of one, since the graphs differ in nothing else; the rest are slow
-    pytest.param(name, dtype, marks=() if dtype == "float16" or name == "himix" else pytest.mark.slow)
-    for name in ORACLES
-    for dtype in DTYPES
-]
+def some(every: Iterable[Any], often: Collection[Any]) -> list[Any]:
+    """All of the cases, slow but for those that run often: a build of one bundle takes 15 to 30 seconds."""
+    every = list(every)
+    assert set(often) <= set(every)
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in every]
 
 
-@pytest.mark.parametrize(("name", "dtype"), PUBLIC)
+PUBLIC = {("yopo dropped", "float16")}
+
+
+@pytest.mark.parametrize(("name", "dtype"), some(itertools.product(ORACLES, DTYPES), PUBLIC))
 def test_tensorrt_rtx_builds_the_public_checkpoints(oracles, export_once, name, dtype):
     folder, method, more = ORACLES[name]
     bundle = export_once(oracles / folder, method=method, dtype=dtype, **more, **CAPACITIES, ort=False)
@@ -57,7 +63,7 @@ BUILT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), BUILT)
+@pytest.mark.parametrize(("name", "dtype"), some(BUILT, {("proxyv from layer 0", "bfloat16")}))
 def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)
@@ -66,8 +72,11 @@ def test_tensorrt_rtx_builds_every_graph(original, export_once, name, dtype):
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
 
-@pytest.mark.slow  # with integer weights they are built every time
-@pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
+SAMPLED = ("proxyv", "yopo-released", "yopo-dropped", "himix")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SAMPLED)
 def test_tensorrt_rtx_builds_the_samples(export_once, method):
     name, _, semantics = method.partition("-")
     more = {"semantics": semantics} if semantics else {}
@@ -76,8 +85,12 @@ def test_tensorrt_rtx_builds_the_samples(export_once, method):
     assert built(bundle, "8.0", "8.9", "12.0") == graphs(bundle)
 
 
-@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
-@pytest.mark.parametrize("method", ["proxyv", "yopo-released", "yopo-dropped", "himix"])
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    some(
+        itertools.product(("proxyv", "yopo-released", "yopo-dropped", "himix"), ("int4", "int8")), {("himix", "int4")}
+    ),
+)
 def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method, weights):
     name, _, semantics = method.partition("-")
     more = {"semantics": semantics} if semantics else {}
@@ -87,7 +100,7 @@ def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method,
     assert built(bundle, "8.9") == graphs(bundle)
 
 
-@pytest.mark.parametrize("name", ["proxyv, three crops", "yopo dropped", "himix"])
+@pytest.mark.parametrize("name", some([("proxyv, three crops",), ("yopo dropped",), ("himix",)], {("himix",)}))
 def test_tensorrt_rtx_builds_the_legacy_graphs(original, export_once, name):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)
@@ -136,9 +149,7 @@ def yopo_prompt(original, export_once):
     return build
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.endswith("then none") or "mha" in n else pytest.mark.slow) for n in MASKS]
-)
+@pytest.mark.parametrize("name", some([(n,) for n in MASKS], {("1100 to 1111, then none",)}))
 def test_tensorrt_rtx_builds_yopo_with_uneven_heads(yopo_prompt, name):
     rows, options = MASKS[name]
 

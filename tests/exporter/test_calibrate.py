@@ -384,7 +384,7 @@ def test_a_matrix_that_128_does_not_divide_has_blocks_of_32_and_one_that_32_does
         np.testing.assert_allclose(found, logits(unpacked(tmp_path / name, tmp_path / f"{name}-plain"), 7), atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["hub", "original"])
+@pytest.mark.parametrize("layout", ["hub", pytest.param("original", marks=pytest.mark.slow)])
 def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, pictures, layout):
     text = {"text": {"hidden_size": 128, "intermediate_size": 160}} if layout == "hub" else {}
     source, out = LAYOUTS[layout](tmp_path / "source", **text), tmp_path / "out"
@@ -392,7 +392,7 @@ def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, picture
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
     assert {group["weights"]["group_size"] for group in groups} == {128, 32}
 
-    bundle = export(out, tmp_path / "bundle", method="fastv", prune_layer=1, max_text_tokens=16, max_new_tokens=8)
+    bundle = export(out, tmp_path / "bundle", max_text_tokens=16, max_new_tokens=8)
 
     formats = open_bundle(bundle).manifest.formats
     assert (formats.decoder, formats.head, formats.block) == ("int4", "as-is", 128)
@@ -403,8 +403,8 @@ def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, picture
 
 
 def plan_of(folder: Path) -> Any:
-    options = {"prune_layer": 1, "max_text_tokens": 16, "max_new_tokens": 8}
-    return plans.plan_of(Checkpoint.open(folder), method="fastv", options=options)
+    options = {"max_text_tokens": 16, "max_new_tokens": 8}
+    return plans.plan_of(Checkpoint.open(folder), options=options)
 
 
 def model_of(folder: Path) -> Model:

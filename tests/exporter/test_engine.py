@@ -22,7 +22,7 @@ pytestmark = pytest.mark.export
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this machine")
 
-FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.25}
+FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.5}
 EVERY = ("8.0", "8.6", "8.9", "12.0", "12.1")
 SAMPLE = Path(__file__).parents[2] / "samples/easyvqa/checkpoint"
 
@@ -31,7 +31,7 @@ def entries(folder):
     return json.loads((folder / engine.ENGINES).read_text())["engines"]
 
 
-@pytest.fixture(scope="module", params=["none", "fastv"])
+@pytest.fixture(scope="module", params=[pytest.param("none", marks=pytest.mark.slow), "fastv"])
 def options(request):
     return FASTV if request.param == "fastv" else {"method": "none"}
 
@@ -49,10 +49,15 @@ def own(gqa, export_once, tmp_path):
     return shutil.copytree(made, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "target",
-    [(PORTABLE,), EVERY, *(pytest.param((one,), marks=pytest.mark.slow) for one in EVERY)],
+    ("dtype", "target"),
+    [
+        ("float16", EVERY),
+        pytest.param("bfloat16", EVERY, marks=pytest.mark.slow),
+        pytest.param("bfloat16", (PORTABLE,), marks=pytest.mark.slow),
+        pytest.param("float16", (PORTABLE,), marks=pytest.mark.slow),
+        *(pytest.param(dtype, (one,), marks=pytest.mark.slow) for one in EVERY for dtype in ("float16", "bfloat16")),
+    ],
 )
 def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, options, dtype, target):
     bundle = export_once(oracles / "llava_mha", dtype=dtype, ort=False, **options)
@@ -68,6 +73,7 @@ def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, optio
         assert entry["graph_sha256"] == manifest.files[name].sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_graph_of_the_sample_builds(export_once, options, dtype):
     bundle = export_once(SAMPLE, dtype=dtype, ort=False, **options)
@@ -89,7 +95,7 @@ def test_turing_takes_float16_and_refuses_bfloat16(gqa, export_once, options):
         engine.build(export_once(gqa, dtype="bfloat16", ort=False, **options), turing)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_legacy_graphs_build_too(gqa, export_once, options, dtype):
     bundle = export_once(gqa, lowering="legacy", dtype=dtype, ort=False, **options)
 

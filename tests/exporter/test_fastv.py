@@ -152,9 +152,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("setting", "exported"), eager.both([(name,) for name in SETTINGS], {("last layer",)}), indirect=["exported"]
-)
+@pytest.mark.parametrize(("setting", "exported"), eager.both([(name,) for name in SETTINGS], ()), indirect=["exported"])
 def test_the_bundle_equals_the_plain_reference_under_grouped_queries(setting, gqa, exported):
     options, count = SETTINGS[setting]
     pipe = Pipeline.load(exported(gqa, method="fastv", **options))

@@ -278,7 +278,9 @@ def test_a_changed_integer_is_caught(made, bundle, tmp_path):
     assert not parity.check(bundle("awq", **FASTV), folder, steps=4, store=False).passed
 
 
-@pytest.mark.parametrize("more", [{"share_weights": True}, {"dtype": "float16"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"share_weights": True}, pytest.param({"dtype": "float16"}, marks=pytest.mark.slow)], ids=str
+)
 def test_zero_points_in_shared_and_float16_graphs(more, made, bundle):
     verdict = parity.check(bundle("awq", **FASTV, **more), made("awq").folder, steps=4, store=False)
 
@@ -397,22 +399,26 @@ def test_every_part_may_be_quantised_or_not(source, made, export_once):
 
 
 @pytest.mark.export
-def test_llava_original_layout_and_its_fused_matrices(tmp_path):
-    for decoder in ("llama", "phi3"):
-        layouts.build(tmp_path / decoder, decoder=decoder)
-        one = packed.build(tmp_path / decoder, tmp_path / f"{decoder}-awq", SCHEMES["awq"])
-        bundle = export(one.folder, tmp_path / f"{decoder}-bundle", **ROOM, **FASTV)
+@pytest.mark.parametrize("decoder", [pytest.param("llama", marks=pytest.mark.slow), "phi3"])
+def test_llava_original_layout_and_its_fused_matrices(decoder, tmp_path):
+    layouts.build(tmp_path / decoder, decoder=decoder)
+    one = packed.build(tmp_path / decoder, tmp_path / f"{decoder}-awq", SCHEMES["awq"])
+    bundle = export(one.folder, tmp_path / f"{decoder}-bundle", **ROOM)
 
-        for folder in (one.folder, one.twin):
-            verdict = parity.check(bundle, folder, steps=4, store=False)
-            assert verdict.passed, verdict.first_failure
-        assert open_bundle(bundle).manifest.formats.decoder == "int4"
+    for folder in (one.folder, one.twin):
+        verdict = parity.check(bundle, folder, steps=4, store=False)
+        assert verdict.passed, verdict.first_failure
+    assert open_bundle(bundle).manifest.formats.decoder == "int4"
 
 
 @pytest.mark.export
 @pytest.mark.parametrize(
     ("method", "more"),
-    [("proxyv", {}), ("yopo", {"semantics": "dropped"}), ("himix", {})],
+    [
+        pytest.param("proxyv", {}, marks=pytest.mark.slow),
+        ("yopo", {"semantics": "dropped"}),
+        pytest.param("himix", {}, marks=pytest.mark.slow),
+    ],
     ids=["proxyv", "yopo", "himix"],
 )
 def test_other_methods_have_zero_points_too(method, more, original, tmp_path):
@@ -606,7 +612,14 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8,
 
 
 # Zero points cost more here than their bytes: 8 rows of them are too few for a product. Of 2048 channels it is 0.58.
-@pytest.mark.parametrize(("name", "most"), [("awq, groups of 64", 0.85), ("packed", 0.7), ("int-quantized", 1.1)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("awq, groups of 64", 0.85),
+        pytest.param("packed", 0.7, marks=pytest.mark.slow),
+        pytest.param("int-quantized", 1.1, marks=pytest.mark.slow),
+    ],
+)
 def test_tensorrt_rtx_keeps_the_integers_small(name, most, checkpoint_once, export_once, tmp_path):
     checkpoint = checkpoint_once(text={**WIDE, "num_key_value_heads": 4, "head_dim": 64})
     one = random_integers(checkpoint, tmp_path, SCHEMES[name])

@@ -41,7 +41,7 @@ def flag(node, name):
     [
         ({"method": "none"}, LAYERS, 0),
         ({"method": "none", "share_weights": True}, LAYERS, 0),
-        ({"method": "none", "max_graph_gb": 1e-6}, LAYERS, 0),
+        pytest.param({"method": "none", "max_graph_gb": 1e-6}, LAYERS, 0, marks=pytest.mark.slow),
         ({"method": "none", "dtype": "float16"}, LAYERS, 0),
         ({"method": "none", "weights": "int4", "block_size": 32}, LAYERS, 0),
         (FASTV, LAYERS - 1, 1),  # the score reads rotated queries of the layer before the prune layer

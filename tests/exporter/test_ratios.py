@@ -12,11 +12,12 @@ from click.testing import CliRunner
 
 from lvlm_edge.exporter.bundles import atomic, graph_set, ratios
 from lvlm_edge.exporter.commands.main import main
+from lvlm_edge.exporter.graphs import trace
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import MANIFEST, keep_ratios, open_bundle, sha256
 from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError, UsageError
-from tests import checkpoints
+from tests import checkpoints, eager
 
 FASTV = {"method": "fastv", "prune_layer": 2}
 
@@ -30,6 +31,10 @@ def several(gqa, export_once, tmp_path_factory):
         made[weights] = Path(shutil.copytree(own, tmp_path_factory.mktemp("several") / "bundle"))
         ratios.add(made[weights], 0.25)
     return made
+
+
+def untraced(graph, parts, plan, _):
+    return eager.model(graph, parts, plan)
 
 
 def answer(bundle, **options):
@@ -107,6 +112,7 @@ def test_an_altered_graph_of_a_ratio_is_noticed(several, tmp_path):
 def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
     before = {path.name: sha256(path) for path in bundle.iterdir()}
+    monkeypatch.setattr(trace, "trace", untraced)
     monkeypatch.setattr(graph_set.graph, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
 
     with pytest.raises(LvlmEdgeError, match="disk full"):
@@ -115,10 +121,11 @@ def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, mo
     assert {path.name: sha256(path) for path in bundle.iterdir()} == before
 
 
-def test_what_a_killed_run_left_is_removed(several, tmp_path):
+def test_what_a_killed_run_left_is_removed(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
     (bundle / ".partial").mkdir()
     (bundle / ".partial" / "decode.onnx").write_bytes(b"half")
+    monkeypatch.setattr(trace, "trace", untraced)
 
     ratios.add(bundle, 0.1)
 

@@ -32,7 +32,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=CASES)
+OFTEN = ("proxyv, three crops", "yopo dropped, gqa", "himix, two images")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CASES])
 def case(request, original, export_once):
     """Method, checkpoint, options and bundle; a grid of 8 x 8, so that attention counts."""
     method, options, more = CASES[request.param]

@@ -12,7 +12,6 @@ import pytest
 from transformers import CLIPImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 
-from lvlm_edge.exporter import export
 from lvlm_edge.exporter.checkpoints import preprocess
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError
@@ -88,11 +87,11 @@ def test_boxes_lie_on_what_their_patches_show(size):
         assert np.abs(shown - middle).max() < 6  # of 255, over patches of 14 to 40
 
 
-def test_an_overlay_shows_patches_of_the_base_view_and_of_tiles(tmp_path, quick_tracing):
+def test_an_overlay_shows_patches_of_the_base_view_and_of_tiles(tmp_path, eager_once):
     tiles = [list(canvas) for canvas in CANVASES]
     layouts.build(tmp_path / "m", image_aspect_ratio="anyres", image_grid_pinpoints=tiles)
     options = {"method": "fastv", "prune_layer": 1, "grid": (1, 2), "max_text_tokens": 24, "max_new_tokens": 4}
-    manifest = Pipeline.load(export(tmp_path / "m", tmp_path / "out", **options)).manifest
+    manifest = Pipeline.load(eager_once(tmp_path / "m", **options)).manifest
     white = PIL.Image.new("RGB", (448, 224), "white")
 
     # The last patch of the base view, and the last one of the first tile.

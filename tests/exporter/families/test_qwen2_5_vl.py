@@ -11,7 +11,7 @@ import pytest
 from lvlm_edge.exporter.families import qwen2_5_vl
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
-from tests import qwen
+from tests import eager, qwen
 
 FAMILY = "qwen2_5_vl"
 CONFIG: dict[str, Any] = {  # Qwen2.5-VL-3B-Instruct, flat as it was released
@@ -43,25 +43,27 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize("name", ["none_1", "fastv_1"])
-def test_the_answers_are_those_of_stock_transformers(oracles, export_once, name):
+@pytest.mark.parametrize(
+    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
+)
+def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of)), of)
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, export_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(export_once, of))
+    pipe = Pipeline.load(qwen.bundle(eager_once, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-def test_windows_of_every_size_are_cut_like_stock_transformers(oracles, export_once):
+def test_windows_of_every_size_are_cut_like_stock_transformers(oracles, eager_once):
     of = qwen.case(oracles, FAMILY, "none_1")
     size = (150, 260)  # 5 x 9 visual tokens: inner windows of 4 x 4, both edges, and the corner
-    pipe = Pipeline.load(export_once(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24))
+    pipe = Pipeline.load(eager_once(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS["text first"], size)
 
@@ -81,10 +83,11 @@ def test_windows_tile_the_grid(grid, groups):
     assert found.groups == groups
 
 
-def test_the_legacy_lowering_says_the_same(oracles, export_once):
+@pytest.mark.parametrize("exported", eager.both([()], ()), indirect=True)
+def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of, lowering="legacy", ort=False)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of, lowering="legacy")), of)
 
 
 def test_tensorrt_rtx_builds_it_in_float16_with_the_encoder_in_bfloat16(oracles, export_once, tmp_path):

@@ -16,7 +16,7 @@ from lvlm_edge.exporter.families import qwen2_vl
 from lvlm_edge.runtime import InputError, Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError
-from tests import qwen, tiny
+from tests import eager, qwen, tiny
 
 FAMILY = "qwen2_vl"
 CONFIG: dict[str, Any] = {  # Qwen2-VL-2B-Instruct, flat as it was released
@@ -46,32 +46,34 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize("name", ["none_1", "fastv_1"])
-def test_the_answers_are_those_of_stock_transformers(oracles, export_once, name):
+@pytest.mark.parametrize(
+    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
+)
+def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of)), of)
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, export_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(export_once, of))
+    pipe = Pipeline.load(qwen.bundle(eager_once, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-def test_fastv_prunes_nothing_of_a_prompt_without_pictures(oracles, export_once):
+def test_fastv_prunes_nothing_of_a_prompt_without_pictures(oracles, eager_once):
     of = qwen.case(oracles, FAMILY, "fastv_1")
-    pipe = Pipeline.load(qwen.bundle(export_once, of))
+    pipe = Pipeline.load(qwen.bundle(eager_once, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS["text only"], (300, 180))
 
 
-def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, export_once):
+def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, eager_once):
     checkpoint = qwen.case(oracles, FAMILY, "none_1").checkpoint
     sizes = ((150, 120), (97, 211))
-    pipe = Pipeline.load(export_once(checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24))
+    pipe = Pipeline.load(eager_once(checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24))
     both = [qwen.turn(None, "and", None, "differ how?")]
     ids, pixels = pipe.prepare(messages=both, images=[qwen.noise(size) for size in sizes])
 
@@ -82,12 +84,14 @@ def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, export_once):
     qwen.answers_like_stock(pipe, checkpoint, qwen.CONVERSATIONS["system"], sizes[1])
 
 
-def test_the_legacy_lowering_says_the_same(oracles, export_once):
+@pytest.mark.parametrize("exported", eager.both([()], {()}), indirect=True)
+def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of, lowering="legacy", ort=False)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of, lowering="legacy")), of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "fastv"])
 def test_tensorrt_rtx_builds_it_in_float16_with_an_encoder_of_its_own_precision(oracles, export_once, method, tmp_path):
     from lvlm_edge.exporter.devices import engine
@@ -192,9 +196,9 @@ def test_a_size_is_needed_and_has_limits(tmp_path):
     assert tiny.refused(2, "plan", folder).endswith("give --image-size WxH")
 
 
-def test_a_picture_of_another_grid_is_refused_or_fitted(oracles, export_once):
+def test_a_picture_of_another_grid_is_refused_or_fitted(oracles, eager_once):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(export_once, of))
+    pipe = Pipeline.load(qwen.bundle(eager_once, of))
     other = qwen.noise((300, 180))
     with pytest.raises(InputError, match=r"300x180 is resized to 308x168, the bundle is for 84x224; .*--fit"):
         pipe.prepare("What?", [other])
@@ -205,8 +209,8 @@ def test_a_picture_of_another_grid_is_refused_or_fitted(oracles, export_once):
     assert np.isfinite(pipe.generate_tokens(ids, pixels, max_new_tokens=1).logits).all()
 
 
-def test_run_fits_a_picture_only_when_asked(oracles, export_once, tmp_path):
-    made = qwen.bundle(export_once, qwen.case(oracles, FAMILY, "none_1"))
+def test_run_fits_a_picture_only_when_asked(oracles, eager_once, tmp_path):
+    made = qwen.bundle(eager_once, qwen.case(oracles, FAMILY, "none_1"))
     picture = tiny.picture(tmp_path / "picture.png", (300, 180))
     ask = ("run", made, "--image", picture, "--prompt", "What?", "--max-new-tokens", "2")
 
@@ -214,6 +218,7 @@ def test_run_fits_a_picture_only_when_asked(oracles, export_once, tmp_path):
     assert tiny.cli(*ask, "--fit").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_keep_ratio_added_later_gives_the_graphs_of_an_export_with_it(oracles, export_once, tmp_path):
     of = qwen.case(oracles, FAMILY, "fastv_1")
     wanted = Pipeline.load(qwen.bundle(export_once, of))
@@ -226,8 +231,7 @@ def test_a_keep_ratio_added_later_gives_the_graphs_of_an_export_with_it(oracles,
     qwen.agrees(pipe, of)
 
 
-def test_check_passes_and_finds_rows_and_columns_exchanged(oracles, export_once, monkeypatch, tmp_path):
-    from lvlm_edge.exporter import export
+def test_check_passes_and_finds_rows_and_columns_exchanged(oracles, export_once, tmp_path):
     from lvlm_edge.exporter.graphs import rotary
     from lvlm_edge.exporter.proof import parity
 
@@ -236,10 +240,13 @@ def test_check_passes_and_finds_rows_and_columns_exchanged(oracles, export_once,
     right = rotary.sections
     assert parity.check(good, of.checkpoint, steps=4, store=False).passed
 
-    monkeypatch.setattr(rotary, "sections", lambda d: [right(d)[i] for i in (0, 2, 1)])
-    options = {"method": "fastv", "prune_layer": 2, "image_size": (300, 180), "max_text_tokens": 96}
-    bad = export(of.checkpoint, tmp_path / "bad", max_new_tokens=24, ort=False, **options)
+    def exchanged(patch):
+        patch.setattr(rotary, "sections", lambda d: [right(d)[i] for i in (0, 2, 1)])
 
-    verdict = parity.check(bad, of.checkpoint, steps=4, store=False)
+    options = {"method": "fastv", "prune_layer": 2, "image_size": (300, 180), "max_text_tokens": 96}
+    bad = eager.export(of.checkpoint, tmp_path / "bad", max_new_tokens=24, mistake=exchanged, **options)
+
+    with eager.running():
+        verdict = parity.check(bad, of.checkpoint, steps=4, store=False)
     assert not verdict.passed
     assert verdict.first_failure.stage == "head"

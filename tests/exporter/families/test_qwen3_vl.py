@@ -13,7 +13,7 @@ import torch
 from lvlm_edge.exporter.families import qwen3_vl
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
-from tests import qwen
+from tests import eager, qwen
 
 FAMILY = "qwen3_vl"
 CONFIG: dict[str, Any] = {  # Qwen3-VL-4B-Instruct, nested as it was released
@@ -70,28 +70,30 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize("name", ["none_1", "fastv_1"])
-def test_the_answers_are_those_of_stock_transformers(oracles, export_once, name):
+@pytest.mark.parametrize(
+    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
+)
+def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of)), of)
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, export_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(export_once, of))
+    pipe = Pipeline.load(qwen.bundle(eager_once, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-@pytest.mark.parametrize("prune_layer", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_fastv_below_the_last_deepstack_layer_gathers_what_is_injected(oracles, export_once, prune_layer):
+@pytest.mark.parametrize(("prune_layer", "exported"), eager.both([(1,), (2,)], ()), indirect=["exported"])
+def test_fastv_below_the_last_deepstack_layer_gathers_what_is_injected(oracles, exported, prune_layer):
     """A slow, plain FastV over stock layers says the same tokens and keeps the same set."""
     of = qwen.case(oracles, FAMILY, "none_1")
     size = tuple(of.data["picture_sizes"][0])
     options = {"method": "fastv", "prune_layer": prune_layer, "keep_ratio": 0.4}
-    pipe = Pipeline.load(export_once(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24, **options))
+    pipe = Pipeline.load(exported(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24, **options))
     ids, pixels = pipe.prepare("What is it?", [qwen.noise(size)])
 
     answer = pipe.generate_tokens(ids, pixels, max_new_tokens=4, ignore_eos=True)
@@ -149,10 +151,11 @@ def pruned(folder: Any, ids: list[int], pixels: Any, k: int, ratio: float, steps
     return kept, tokens
 
 
-def test_the_legacy_lowering_says_the_same(oracles, export_once):
+@pytest.mark.parametrize("exported", eager.both([()], ()), indirect=True)
+def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 
-    qwen.agrees(Pipeline.load(qwen.bundle(export_once, of, lowering="legacy", ort=False)), of)
+    qwen.agrees(Pipeline.load(qwen.bundle(exported, of, lowering="legacy")), of)
 
 
 def test_tensorrt_rtx_builds_it_in_float16_with_the_encoder_in_bfloat16(oracles, export_once, tmp_path):
