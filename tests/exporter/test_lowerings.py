@@ -103,6 +103,7 @@ def test_legacy_graphs_return_new_rows_and_never_a_whole_cache(pair):
     assert not {count for _, count in rows} & capacities
 
 
+@pytest.mark.slow
 def test_legacy_float16_gives_logits_close_to_modern_float32(gqa, export_once):
     exact = Pipeline.load(export_once(gqa, **FASTV))
     half = Pipeline.load(export_once(gqa, lowering="legacy", dtype="float16", **FASTV))
