@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 quietly = @out=$$($(1) 2>&1) || { printf '%s\n' "$$out"; exit 1; }
 
 # Two workers, and the tests that need no GPU, no TensorRT and no released checkpoint.
-SHARED := -n 2 --dist loadfile
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 HERE := not gpu and not trt and not weights
 
 MAKEFLAGS += --no-print-directory --no-builtin-rules

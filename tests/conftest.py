@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(tryfirst=True)  # pytest itself then puts tests of one fixture together, and drops what -m leaves out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Shuffle the files, and the tests of each; mark those that export."""
+    """Shuffle the files, and the tests of each; mark those that export, and put files of such tests first."""
     order = random.Random(config.option.seed)
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
@@ -78,7 +78,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if EXPORTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("export")
     shuffled = order.sample(list(files.values()), len(files))
+    shuffled.sort(key=exporting, reverse=True)  # so that workers end with short files, all at about the same time
     items[:] = [item for of_file in shuffled for item in order.sample(of_file, len(of_file))]
+
+
+def exporting(items: list[pytest.Item]) -> float:
+    """The share of a file's tests that export."""
+    return sum(item.get_closest_marker("export") is not None for item in items) / len(items)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
