@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class OrtBackend:
 
     name = "ort"
 
-    def __init__(self, runtime: Any, threads: int, exact: bool) -> None:
+    def __init__(self, runtime: ModuleType, threads: int, exact: bool) -> None:
         self._runtime, self._threads, self._exact = runtime, threads, exact
         self._sessions: dict[Path, onnxruntime.InferenceSession] = {}
 
@@ -73,7 +74,7 @@ class OrtBackend:
         """
         path = bundle.path(graph.file)
         if path not in self._sessions:
-            self._sessions[path] = self._load(path)
+            self._sessions[path] = load(self._runtime, path, threads=self._threads, exact=self._exact)
         session = self._sessions[path]
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
@@ -82,18 +83,38 @@ class OrtBackend:
                 bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return OrtSession(session, binding)
 
-    def _load(self, path: Path) -> onnxruntime.InferenceSession:
-        options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if self._exact else "4")
-        try:
-            # its fallback prints to stdout, which belongs to the answer
-            return self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-        except Exception as error:  # the bindings raise their own types; the first line says what is wrong
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
+def load(runtime: ModuleType, path: Path, *, threads: int = 0, exact: bool = False) -> onnxruntime.InferenceSession:
+    """The session of a graph.
+
+    Args:
+        runtime: the module `onnxruntime`.
+        threads: threads to compute with; 0 lets ONNX Runtime take the physical cores.
+        exact: multiply weights of small integers as the floating-point numbers they stand for.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load the graph.
+    """
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits, which saturate: "1" makes constant
+    # signed weights unsigned there, so that sums are exact
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+    try:
+        # its fallback prints to stdout, which belongs to the answer
+        return runtime.InferenceSession(
+            path,
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,
+            disabled_optimizers=["QDQS8ToU8Transformer"],  # 1.31.1: gives scales per channel one zero point, and fails
+        )
+    except Exception as error:  # the bindings raise their own types; the first line says what is wrong
+        raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
 
 
 def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
