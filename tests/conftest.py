@@ -6,7 +6,6 @@ Tests run in random order, file by file. One that exports has the marker `export
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import os
 import random
@@ -107,20 +106,31 @@ def fastv_oracle(oracles: Path, request: pytest.FixtureRequest) -> Path:
     return oracles / "fastv" / f"{request.param}.json"
 
 
+def once(make: Callable[..., Path]) -> Callable[..., Path]:
+    """A function that makes a folder once for the same arguments."""
+    made: dict[str, Path] = {}
+
+    def get(*given: Any, **options: Any) -> Path:
+        key = repr((given, sorted(options.items())))
+        if key not in made:
+            made[key] = make(*given, **options)
+        return made[key]
+
+    return get
+
+
+def small_bundles(write: Callable[..., Path], folders: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A way to export that makes each bundle once; small capacities where none are given."""
+    make = once(lambda checkpoint, **options: write(checkpoint, folders.mktemp("bundle") / "bundle", **options))
+    return lambda checkpoint, **options: make(checkpoint, **{"max_text_tokens": 64, "max_new_tokens": 16} | options)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoints.build` that makes each checkpoint once."""
     from tests import checkpoints
 
-    made: dict[str, Path] = {}
-
-    def build(**arguments: Any) -> Path:
-        key = repr(sorted(arguments.items()))
-        if key not in made:
-            made[key] = checkpoints.build(tmp_path_factory.mktemp("checkpoint"), **arguments)
-        return made[key]
-
-    return build
+    return once(lambda **options: checkpoints.build(tmp_path_factory.mktemp("checkpoint"), **options))
 
 
 @pytest.fixture(scope="session")
@@ -128,15 +138,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`originals.build` that makes each checkpoint once."""
     from tests import originals
 
-    made: dict[str, Path] = {}
-
-    def build(**options: Any) -> Path:
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = originals.build(tmp_path_factory.mktemp("original"), **options)
-        return made[key]
-
-    return build
+    return once(lambda **options: originals.build(tmp_path_factory.mktemp("original"), **options))
 
 
 @pytest.fixture(scope="session")
@@ -162,8 +164,6 @@ def quick_tracing(common: Path) -> Iterator[None]:
             patch.setattr(table, "from_torchlib", staticmethod(functools.cache(table.from_torchlib)))
         folder = Path(os.environ.get(TRACES, common / "traces"))
         patch.setattr(trace, "trace", trace_cache.cached(trace.trace, folder))
-        gc.collect()
-        gc.freeze()  # collections while tracing need not look at what the imports left
         yield
 
 
@@ -183,19 +183,10 @@ def tracing_is_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory, quick_tracing: None) -> Callable[..., Path]:
-    """`export` that makes each bundle once; small capacities where none are given."""
+    """`export` as `small_bundles` has it."""
     from lvlm_edge.exporter import export
 
-    made: dict[str, Path] = {}
-
-    def exported(checkpoint: Path, **arguments: Any) -> Path:
-        arguments = {"max_text_tokens": 64, "max_new_tokens": 16} | arguments
-        key = repr((checkpoint, sorted(arguments.items())))
-        if key not in made:
-            made[key] = export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", **arguments)
-        return made[key]
-
-    return exported
+    return small_bundles(export, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -206,25 +197,15 @@ def eager_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     from tests import eager
 
     torch.set_num_threads(1)  # the models are too small for more
-    made: dict[str, Path] = {}
-
-    def exported(checkpoint: Path, **arguments: Any) -> Path:
-        arguments = {"max_text_tokens": 64, "max_new_tokens": 16} | arguments
-        key = repr((checkpoint, sorted(arguments.items())))
-        if key not in made:
-            made[key] = eager.export(checkpoint, tmp_path_factory.mktemp("bundle") / "bundle", **arguments)
-        return made[key]
-
     with eager.running():
-        yield exported
+        yield small_bundles(eager.export, tmp_path_factory)
 
 
-@pytest.fixture
+@pytest.fixture(params=["bodies", pytest.param("graphs", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest) -> Callable[..., Path]:
-    """`eager_once` for `bodies`, `export_once` for `graphs`; parameters come from `eager.both`."""
-    found: Callable[..., Path] = request.getfixturevalue(
-        {"bodies": "eager_once", "graphs": "export_once"}[request.param]
-    )
+    """`eager_once` for `bodies`; `export_once` for `graphs`, slow but where `cases.both` says otherwise."""
+    name = {"bodies": "eager_once", "graphs": "export_once"}[request.param]
+    found: Callable[..., Path] = request.getfixturevalue(name)
     return found
 
 

@@ -8,7 +8,7 @@ That a traced graph computes what its body does is for the tests that run traced
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,19 +42,6 @@ class Body:
     mistake: Mistake | None
 
 
-def both(cases: Iterable[tuple[Any, ...]], traced: Collection[tuple[Any, ...]]) -> list[Any]:
-    """Parameters of a test with the fixture `exported` as the last: every case as bodies, and as traced graphs.
-
-    Args:
-        traced: cases whose traced graphs are run often; those of the others are marked `slow`.
-    """
-    cases = list(cases)
-    assert set(traced) <= set(cases), set(traced) - set(cases)
-    bodies = [pytest.param(*case, "bodies") for case in cases]
-    slow = {case: [pytest.mark.export, *([] if case in traced else [pytest.mark.slow])] for case in cases}
-    return bodies + [pytest.param(*case, "graphs", marks=slow[case]) for case in cases]
-
-
 BODIES: dict[Path, Body] = {}  # by the file in whose place they run
 
 
@@ -67,12 +54,12 @@ def export(checkpoint: Path, output: Path, *, mistake: Mistake | None = None, **
     assert not options.get("share_weights"), "bodies have fixed shapes"
     found: list[Body] = []
 
-    def empty(graph: GraphSpec, parts: Parts, plan: Plan, _: Any) -> ir.Model:
+    def trace_nothing(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
         found.append(Body(graph, plan, mistake))
-        return model(graph, parts, plan)
+        return empty(graph, parts, plan, mode)
 
     with mistaken(mistake) as patch:
-        patch.setattr(trace, "trace", empty)
+        patch.setattr(trace, "trace", trace_nothing)
         export_bundle(checkpoint, output, ort=False, **options)
     BODIES.update({(output / f"{body.graph.name}.onnx").resolve(): body for body in found})
     return output
@@ -87,9 +74,9 @@ def mistaken(mistake: Mistake | None) -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def model(graph: GraphSpec, parts: Parts, plan: Plan) -> ir.Model:
-    """A graph with the inputs, outputs and weights of a body, and nothing between them."""
-    inputs = [ir.Value(name=i.name, shape=ir.Shape(i.shape), type=ir.TensorType(TYPES[i.dtype])) for i in graph.inputs]
+def empty(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
+    """In the place of `trace`: the inputs, outputs and weights of a body, and nothing between them."""
+    inputs = [typed(ir.Value(name=info.name), info.shape, info.dtype) for info in graph.inputs]
     nodes, outputs, weights = [], [], []
     for info in graph.outputs:
         shape = ir.node("Constant", [], attributes={"value": ir.tensor(np.array(info.shape, np.int64))})
@@ -99,10 +86,11 @@ def model(graph: GraphSpec, parts: Parts, plan: Plan) -> ir.Model:
         outputs.append(typed(made.outputs[0], info.shape, info.dtype))
         nodes += [shape, made]
     for name, parameter in parts.named_parameters():
-        weight = typed(ir.Value(name=name), tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        weight = typed(ir.Value(name=name), parameter.shape, dtype)
         weight.const_value = ir.ExternalTensor("fake", 0, 0, weight.dtype, shape=weight.shape, name=name)
         read = ir.node("Identity", [weight])
-        typed(read.outputs[0], tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        typed(read.outputs[0], parameter.shape, dtype)
         nodes.append(read)
         weights.append(weight)
     body = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights, opset_imports={"": plan.lowering.opset})

@@ -81,7 +81,7 @@ def cached(right: Trace, folder: Path) -> Trace:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage is collected meanwhile: a tenth of the time of a trace."""
+    """No garbage is collected meanwhile: most of what a trace makes stays until its end."""
     gc.disable()
     try:
         yield

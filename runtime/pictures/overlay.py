@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,11 @@ def draw(pictures: Sequence[Picture], sources: Sequence[Any], kept: Any) -> Imag
         visual = [run for run in planned.runs if run.kind == "visual"]
         picture = images.open_image(source)
         boxes = views.boxes(picture.size, planned.views, [run.grid for run in visual if run.grid is not None])
-        of_view = iter(boxes)
         shown, first = [], 0
         for run in visual:  # one without a grid has visual tokens, and no cells to draw
             if run.grid is not None:
                 shown += [first + cell for cell in cells(np.asarray(kept), run, start)]
-                first += len(next(of_view))
+                first += math.prod(run.grid)
             start += run.rows
         whole = np.concatenate(boxes)
         factor = -(-SMALLEST // max(picture.size))

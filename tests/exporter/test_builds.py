@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.runtime.errors import LvlmEdgeError
+from tests.cases import some
 from tests.exporter.test_savings import CAPACITIES, CASES
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "easyvqa"
@@ -36,13 +35,6 @@ ORACLES = {
     "yopo dropped": ("yopo_w7", "yopo", {"semantics": "dropped"}),
     "himix": ("himix_mha", "himix", {}),
 }
-
-
-def some(every: Iterable[Any], often: Collection[Any]) -> list[Any]:
-    """All of the cases, slow but for those that run often: a build of one bundle takes 15 to 30 seconds."""
-    every = list(every)
-    assert set(often) <= set(every)
-    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in every]
 
 
 PUBLIC = {("yopo dropped", "float16")}
@@ -87,7 +79,7 @@ def test_tensorrt_rtx_builds_the_samples(export_once, method):
 
 @pytest.mark.parametrize(
     ("method", "weights"),
-    some(itertools.product(("proxyv", "yopo-released", "yopo-dropped", "himix"), ("int4", "int8")), ()),
+    some(itertools.product(SAMPLED, ("int4", "int8")), ()),
 )
 def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method, weights):
     name, _, semantics = method.partition("-")

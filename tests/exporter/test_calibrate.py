@@ -392,7 +392,7 @@ def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, picture
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
     assert {group["weights"]["group_size"] for group in groups} == {128, 32}
 
-    bundle = export(out, tmp_path / "bundle", max_text_tokens=16, max_new_tokens=8)
+    bundle = export(out, tmp_path / "bundle", method="fastv", prune_layer=1, max_text_tokens=16, max_new_tokens=8)
 
     formats = open_bundle(bundle).manifest.formats
     assert (formats.decoder, formats.head, formats.block) == ("int4", "as-is", 128)
@@ -403,8 +403,8 @@ def test_export_keeps_what_is_written_in_blocks_of_either_size(tmp_path, picture
 
 
 def plan_of(folder: Path) -> Any:
-    options = {"max_text_tokens": 16, "max_new_tokens": 8}
-    return plans.plan_of(Checkpoint.open(folder), options=options)
+    options = {"prune_layer": 1, "max_text_tokens": 16, "max_new_tokens": 8}
+    return plans.plan_of(Checkpoint.open(folder), method="fastv", options=options)
 
 
 def model_of(folder: Path) -> Model:

@@ -19,10 +19,10 @@ from lvlm_edge.exporter.methods import _yopo_counts, himix, proxyv, yopo
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.pipeline import pipeline
 from tests import eager
+from tests.cases import both, some
 from tests.tiny import cli
 
 UNEVEN = ["1011", "0110", "1000", "0101"]  # within the groups of 2 key heads, too
-TRACED = ("proxyv, three crops", "yopo, float16", "himix, legacy")
 CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "proxyv, one crop": ({"method": "proxyv"}, {"method": "proxyv"}),
     "proxyv, three crops": ({"method": "proxyv", "kv_heads": 2}, {"method": "proxyv", "grid": (1, 2)}),
@@ -48,23 +48,15 @@ CLEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CLEAN)
-def test_a_clean_bundle_passes(name, original, eager_once):
+TRACED = {("proxyv, three crops",), ("yopo, float16",), ("himix, legacy",)}
+
+
+@pytest.mark.parametrize(("name", "exported"), both([(name,) for name in CLEAN], TRACED), indirect=["exported"])
+def test_a_clean_bundle_passes(name, original, exported):
     of, options = CLEAN[name]
     checkpoint = original(**of)
-    bundle = eager_once(checkpoint, **options)
-    passes(bundle, checkpoint, of, options)
+    bundle = exported(checkpoint, **options)
 
-
-@pytest.mark.parametrize("name", TRACED)
-def test_a_clean_bundle_of_traced_graphs_passes(name, original, export_once):
-    of, options = CLEAN[name]
-    checkpoint = original(**of)
-    passes(export_once(checkpoint, **options), checkpoint, of, options)
-
-
-def passes(bundle: Any, checkpoint: Any, of: dict[str, Any], options: dict[str, Any]) -> None:
-    """`check` passes on three seeds and has judged every stage."""
     for seed in range(3):
         verdict = parity.check(bundle, checkpoint, seed=seed, steps=6, store=False)
 
@@ -593,8 +585,12 @@ def test_there_are_ten_mutations_of_each_method():
     assert min(len(mutations) for _, _, mutations in USUAL.values()) >= 10
 
 
+MUTATIONS = [(method, name) for method, (_, _, mutations) in USUAL.items() for name in mutations]
+OFTEN = {(method, next(iter(USUAL[method][2]))) for method in ("proxyv", "yopo dropped")}
+
+
 @pytest.mark.export
-@pytest.mark.parametrize(("method", "name"), [(m, name) for m, usual in USUAL.items() for name in usual[2]])
+@pytest.mark.parametrize(("method", "name"), MUTATIONS)
 def test_check_names_the_stage_of(method, name, original, tmp_path):
     mutation = USUAL[method][2][name]
     checkpoint, settings = usual(original, method, mutation)
@@ -604,9 +600,9 @@ def test_check_names_the_stage_of(method, name, original, tmp_path):
         found(mutation, method, parity.check(bundle, checkpoint, steps=4, store=False))
 
 
-@pytest.mark.parametrize("method", ["proxyv", "yopo dropped"])
-def test_check_names_the_stage_of_a_mistake_in_traced_graphs(method, original, tmp_path, quick_tracing):
-    mutation = next(iter(USUAL[method][2].values()))
+@pytest.mark.parametrize(("method", "name"), some(MUTATIONS, OFTEN))
+def test_check_names_the_stage_of_a_mistake_in_traced_graphs(method, name, original, tmp_path, quick_tracing):
+    mutation = USUAL[method][2][name]
     checkpoint, settings = usual(original, method, mutation)
     with pytest.MonkeyPatch.context() as patch:
         mutation.make(patch)
@@ -632,10 +628,10 @@ def found(mutation: Mutation, method: str, verdict: parity.Verdict) -> None:
 
 @pytest.mark.parametrize("method", USUAL)
 @pytest.mark.parametrize("offset", [-1, 10])
-def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original, eager_once, monkeypatch):
+def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original, exported, monkeypatch):
     of, options, _ = USUAL[method]
     checkpoint = original(method=method.split()[0], kv_heads=2, **of)
-    bundle = eager_once(checkpoint, method=method.split()[0], **options)
+    bundle = exported(checkpoint, method=method.split()[0], **options)
     right = pipeline.lay_out
 
     def lay_out(*given: Any) -> Any:

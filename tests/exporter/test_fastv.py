@@ -15,7 +15,7 @@ from torch import Tensor
 from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
-from tests import checkpoints, eager
+from tests import checkpoints
 from tests.checkpoints import IMAGE
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -152,7 +152,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("setting", "exported"), eager.both([(name,) for name in SETTINGS], ()), indirect=["exported"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_the_bundle_equals_the_plain_reference_under_grouped_queries(setting, gqa, exported):
     options, count = SETTINGS[setting]
     pipe = Pipeline.load(exported(gqa, method="fastv", **options))
@@ -168,13 +168,11 @@ def test_the_bundle_equals_the_plain_reference_under_grouped_queries(setting, gq
     [(96, 16, 0.25, 9), (42, 14, 0.5, 4)],
     ids=["36 tokens", "4.5 of 9 round to 4"],
 )
-def test_other_picture_sizes_keep_the_count_rounded_half_to_even(
-    size, patch, ratio, count, checkpoint_once, eager_once
-):
+def test_other_picture_sizes_keep_the_count_rounded_half_to_even(size, patch, ratio, count, checkpoint_once, exported):
     folder = checkpoint_once(
         text={"num_hidden_layers": 2}, vision={"image_size": size, "patch_size": patch}, image_seq_length=576
     )
-    pipe = Pipeline.load(eager_once(folder, method="fastv", prune_layer=1, keep_ratio=ratio))
+    pipe = Pipeline.load(exported(folder, method="fastv", prune_layer=1, keep_ratio=ratio))
     ids, picture = checkpoints.prompt(12, 4), checkpoints.pixels(size)
 
     found = pipe.generate_tokens(ids, picture, max_new_tokens=4, ignore_eos=True)
@@ -183,8 +181,8 @@ def test_other_picture_sizes_keep_the_count_rounded_half_to_even(
     same(found, *plain_fastv(folder, ids, picture, prune_layer=1, count=count, steps=4))
 
 
-def test_two_pictures_with_text_between_are_ranked_together(gqa, eager_once):
-    pipe = Pipeline.load(eager_once(gqa, method="fastv", prune_layer=2, keep_ratio=0.25, num_images=2))
+def test_two_pictures_with_text_between_are_ranked_together(gqa, exported):
+    pipe = Pipeline.load(exported(gqa, method="fastv", prune_layer=2, keep_ratio=0.25, num_images=2))
 
     for seed, between in enumerate((0, 7)):
         ids = checkpoints.prompt(25, 3, images=2, between=between, seed=seed)
@@ -193,12 +191,12 @@ def test_two_pictures_with_text_between_are_ranked_together(gqa, eager_once):
         same(found, *plain_fastv(gqa, ids, pictures, prune_layer=2, count=8, steps=6))
 
 
-def test_padding_never_changes_an_answer(gqa, eager_once):
+def test_padding_never_changes_an_answer(gqa, exported):
     ids, picture = checkpoints.prompt(40, 5), checkpoints.pixels()
 
     found = [
         Pipeline.load(
-            eager_once(gqa, method="fastv", prune_layer=1, keep_ratio=0.5, max_text_tokens=room)
+            exported(gqa, method="fastv", prune_layer=1, keep_ratio=0.5, max_text_tokens=room)
         ).generate_tokens(ids, picture, max_new_tokens=16, ignore_eos=True)
         for room in (64, 128, 256)
     ]
@@ -221,8 +219,8 @@ def test_a_prompt_leaves_nothing_behind_for_the_next_one(gqa, export_once):
     assert np.array_equal(again.logits, first.logits)
 
 
-def test_text_alone_is_answered_as_without_reduction(gqa, eager_once):
-    bundles = [eager_once(gqa, method="fastv", prune_layer=1, keep_ratio=0.25), eager_once(gqa, method="none")]
+def test_text_alone_is_answered_as_without_reduction(gqa, exported):
+    bundles = [exported(gqa, method="fastv", prune_layer=1, keep_ratio=0.25), exported(gqa, method="none")]
 
     for before, text in ((1, 5), (0, 64)):  # after a prompt with a picture, and as long as can be
         prompt = checkpoints.prompt(text, before)

@@ -403,7 +403,7 @@ def test_every_part_may_be_quantised_or_not(source, made, export_once):
 def test_llava_original_layout_and_its_fused_matrices(decoder, tmp_path):
     layouts.build(tmp_path / decoder, decoder=decoder)
     one = packed.build(tmp_path / decoder, tmp_path / f"{decoder}-awq", SCHEMES["awq"])
-    bundle = export(one.folder, tmp_path / f"{decoder}-bundle", **ROOM)
+    bundle = export(one.folder, tmp_path / f"{decoder}-bundle", **ROOM, **FASTV)
 
     for folder in (one.folder, one.twin):
         verdict = parity.check(bundle, folder, steps=4, store=False)

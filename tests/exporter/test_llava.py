@@ -18,7 +18,8 @@ from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.families import llava
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError, UnsupportedError
-from tests import checkpoints, eager
+from tests import checkpoints
+from tests.cases import both
 
 SMALL = {"num_hidden_layers": 2}
 WIDE = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24}
@@ -74,9 +75,7 @@ def agree(folder: Path, bundle: Path, steps: int = 4) -> None:
 TRACED = {("SigLIP, all tokens",)}
 
 
-@pytest.mark.parametrize(
-    ("variant", "exported"), eager.both([(name,) for name in VARIANTS], TRACED), indirect=["exported"]
-)
+@pytest.mark.parametrize(("variant", "exported"), both([(name,) for name in VARIANTS], TRACED), indirect=["exported"])
 def test_a_bundle_equals_stock_generate_for(variant, checkpoint_once, exported):
     arguments = VARIANTS[variant]
     folder = checkpoint_once(**arguments | {"text": SMALL | arguments.get("text", {})})

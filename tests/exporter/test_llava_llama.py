@@ -18,7 +18,8 @@ from lvlm_edge.exporter.families import llava_llama
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
-from tests import checkpoints, eager, layouts, tiny
+from tests import checkpoints, layouts, tiny
+from tests.cases import both
 from tests.layouts import IMAGE
 
 LLAMA_3 = {
@@ -64,7 +65,7 @@ def agree(folder: Path, stock: layouts.Stock, exported: Any, pixels: np.ndarray,
 
 
 @pytest.mark.parametrize(
-    ("variant", "exported"), eager.both([(name,) for name in VARIANTS], {("Qwen2, tied",)}), indirect=["exported"]
+    ("variant", "exported"), both([(name,) for name in VARIANTS], {("Qwen2, tied",)}), indirect=["exported"]
 )
 def test_a_bundle_equals_stock_modules_for(variant, tmp_path, exported):
     stock = layouts.build(tmp_path / "model", **VARIANTS[variant])
@@ -74,7 +75,7 @@ def test_a_bundle_equals_stock_modules_for(variant, tmp_path, exported):
 
 @pytest.mark.parametrize(
     ("images", "fork", "exported"),
-    eager.both([(images, fork) for images in (1, 2) for fork in (True, False)], {(2, True)}),
+    both([(images, fork) for images in (1, 2) for fork in (True, False)], {(2, True)}),
     indirect=["exported"],
 )
 def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, exported):
@@ -84,14 +85,14 @@ def test_tiles_of_any_resolution_follow_their_base_view(images, fork, tmp_path, 
     agree(tmp_path / "model", stock, exported, checkpoints.pixels(images=3 * images), 3, **options)
 
 
-def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, eager_once):
+def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path, exported):
     stock = layouts.build(tmp_path / "model", **ANYRES)
     options = {"method": "fastv", "prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8, "grid": (1, 2)}
     ids, pixels = layouts.prompt(), checkpoints.pixels(images=3)
     tokens, logits = stock.generate(ids, pixels, 1, 3)
 
-    every = Pipeline.load(eager_once(tmp_path / "model", keep_ratio=1.0, **options))
-    half = Pipeline.load(eager_once(tmp_path / "model", keep_ratio=0.5, **options))
+    every = Pipeline.load(exported(tmp_path / "model", keep_ratio=1.0, **options))
+    half = Pipeline.load(exported(tmp_path / "model", keep_ratio=0.5, **options))
 
     found = every.generate_tokens(ids, pixels, max_new_tokens=1)
     assert found.token_ids == tokens
@@ -100,7 +101,7 @@ def test_fastv_ranks_tokens_of_every_tile_where_there_are_no_separators(tmp_path
 
 
 @pytest.mark.parametrize("layout", ["inside", "whole CLIP", "absolute", "pickled"])
-def test_the_tower_is_found_wherever_it_is(layout, tmp_path, eager_once):
+def test_the_tower_is_found_wherever_it_is(layout, tmp_path, exported):
     folder = tmp_path / "model"
     stock = layouts.build(folder)
     beside = folder / layouts.TOWER / "model.safetensors"
@@ -120,17 +121,17 @@ def test_the_tower_is_found_wherever_it_is(layout, tmp_path, eager_once):
         torch.save(tower, beside.parent / "pytorch_model.bin")
         beside.unlink()
 
-    agree(folder, stock, eager_once, checkpoints.pixels())
+    agree(folder, stock, exported, checkpoints.pixels())
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
-def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, eager_once):
+def test_fused_matrices_are_cut_in_every_file_format(stored, tmp_path, exported):
     stock = layouts.build(tmp_path / "model", decoder="phi3")
     if stored.endswith("bin"):
         torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / stored)
         (tmp_path / "model" / "model.safetensors").unlink()
 
-    agree(tmp_path / "model", stock, eager_once, checkpoints.pixels())
+    agree(tmp_path / "model", stock, exported, checkpoints.pixels())
 
 
 def test_check_puts_separators_after_pytorchs_own_tokens(tmp_path, monkeypatch, quick_tracing):
@@ -165,17 +166,17 @@ def yopo(oracles) -> tuple[Path, list[int], np.ndarray]:
     return oracles / "yopo_w7", json.loads(case.read_text())["prompt_token_ids"], pixels
 
 
-def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, eager_once):
+def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, exported):
     folder, ids, pixels = yopo
     tokens, logits = layouts.load(folder).generate(ids, pixels, 16)
 
-    found = Pipeline.load(eager_once(folder, method="none")).generate_tokens(ids, pixels, ignore_eos=True)
+    found = Pipeline.load(exported(folder, method="none")).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.token_ids == tokens
     assert np.abs(found.logits - logits).max() < 1e-3
 
 
-def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, eager_once):
+def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, exported):
     folder, ids, pixels = yopo
     model = layouts.as_hub(layouts.load(folder), 511)
     assert 511 not in ids
@@ -183,7 +184,7 @@ def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, eager_once):
     config = {"prune_layer": 2, "keep_ratio": 0.25, "keep_tokens": None}
     expected = references.module("fastv").run(model, config, known, torch.from_numpy(pixels), 16)
 
-    bundle = eager_once(folder, method="fastv", prune_layer=2, keep_ratio=0.25)
+    bundle = exported(folder, method="fastv", prune_layer=2, keep_ratio=0.25)
     found = Pipeline.load(bundle).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.kept_visual.tolist() == expected.kept.tolist()
@@ -192,13 +193,13 @@ def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, eager_once):
 
 
 @pytest.mark.parametrize(("case", "grid"), [("proxyv_0", None), ("proxyv_1", (1, 2))])
-def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, oracles, eager_once):
+def test_proxyvs_checkpoint_without_reduction_equals_stock_modules(case, grid, oracles, exported):
     path = oracles / "proxyv" / f"{case}.json"
     ids, pixels = json.loads(path.read_text())["prompt_token_ids"], load_file(path.with_suffix(".safetensors"))
     pixels = pixels["pixel_values"].numpy()
     tokens, logits = layouts.load(oracles / "proxyv_f2").generate(ids, pixels, 16, len(pixels))
 
-    found = Pipeline.load(eager_once(oracles / "proxyv_f2", grid=grid)).generate_tokens(ids, pixels, ignore_eos=True)
+    found = Pipeline.load(exported(oracles / "proxyv_f2", grid=grid)).generate_tokens(ids, pixels, ignore_eos=True)
 
     assert found.prompt_tokens == len(ids) - 1 + 65 * len(pixels)
     assert found.token_ids == tokens

@@ -18,7 +18,7 @@ from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
 from lvlm_edge.runtime.errors import InputError
-from tests import eager, originals
+from tests import originals
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
 
@@ -114,7 +114,7 @@ def pairs(names: Iterable[str], legacy: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, "modern") for name in names] + [(name, "legacy") for name in legacy]
 
 
-@pytest.mark.parametrize(("name", "lowering", "exported"), eager.both(pairs(PROXYV, LEGACY), ()), indirect=["exported"])
+@pytest.mark.parametrize(("name", "lowering"), pairs(PROXYV, LEGACY))
 def test_proxyv_says_what_its_reference_says(original, exported, name, lowering):
     options, crops = PROXYV[name]
     checkpoint = original(method="proxyv", **options)
@@ -148,9 +148,7 @@ YOPO = {
 YOPO_CASES = [(semantics, *case) for semantics in ("released", "dropped") for case in pairs(YOPO, list(YOPO)[:4])]
 
 
-@pytest.mark.parametrize(
-    ("semantics", "name", "lowering", "exported"), eager.both(YOPO_CASES, ()), indirect=["exported"]
-)
+@pytest.mark.parametrize(("semantics", "name", "lowering"), YOPO_CASES)
 def test_yopo_says_what_its_reference_says(original, exported, name, semantics, lowering):
     checkpoint = original(method="yopo", layers=6, **YOPO[name])
     bundle = exported(checkpoint, method="yopo", semantics=semantics, lowering=lowering)
@@ -167,11 +165,7 @@ HIMIX = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "lowering", "exported"),
-    eager.both(pairs(HIMIX, HIMIX), ()),
-    indirect=["exported"],
-)
+@pytest.mark.parametrize(("name", "lowering"), pairs(HIMIX, HIMIX))
 def test_himix_says_what_its_reference_says(original, exported, name, lowering):
     options, images = HIMIX[name]
     checkpoint = original(method="himix", **options)
@@ -181,9 +175,7 @@ def test_himix_says_what_its_reference_says(original, exported, name, lowering):
     agree(bundle, checkpoint, cases)
 
 
-@pytest.mark.parametrize(
-    ("method", "exported"), eager.both([(method,) for method in CHECKPOINTS], ()), indirect=["exported"]
-)
+@pytest.mark.parametrize("method", CHECKPOINTS)
 def test_a_graph_per_layer_says_the_same(original, exported, method):
     checkpoint = original(method=method, layers=6)
     more = {"proxyv": {"grid": (1, 2)}, "yopo": {"semantics": "dropped"}, "himix": {}}[method]
@@ -194,9 +186,9 @@ def test_a_graph_per_layer_says_the_same(original, exported, method):
     agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels(crops=crops))], **changed)
 
 
-def test_learnt_proxies_pass_from_graph_to_graph(original, eager_once):
+def test_learnt_proxies_pass_from_graph_to_graph(original, exported):
     checkpoint = original(method="proxyv", learn_proxy=True)
-    bundle = eager_once(checkpoint, method="proxyv", max_graph_gb=1e-6)
+    bundle = exported(checkpoint, method="proxyv", max_graph_gb=1e-6)
 
     agree(bundle, checkpoint, [(originals.prompt(12, 5), originals.pixels())])
 
@@ -210,9 +202,9 @@ def test_a_prompt_without_its_picture_is_refused(method, original, eager_once):
 
 
 @pytest.mark.parametrize("grid", [None, (1, 2)])
-def test_a_checkpoint_of_proxyv_runs_without_it(original, eager_once, grid):
+def test_a_checkpoint_of_proxyv_runs_without_it(original, exported, grid):
     checkpoint = original(method="proxyv")
-    bundle = eager_once(checkpoint, method="none", grid=grid)
+    bundle = exported(checkpoint, method="none", grid=grid)
 
     crops = 1 if grid is None else 3
     agree(bundle, checkpoint, [(originals.prompt(*at), originals.pixels(crops=crops)) for at in PLACES])
@@ -232,8 +224,8 @@ def agree(bundle: Path, checkpoint: Path, cases: list[tuple[list[int], torch.Ten
         np.testing.assert_allclose(found.logits, expected.logits.numpy(), atol=1e-4)
 
 
-def test_himix_looks_at_an_image_once_for_several_prompts(original, eager_once):
-    pipe = Pipeline.load(eager_once(original(method="himix"), method="himix"))
+def test_himix_looks_at_an_image_once_for_several_prompts(original, exported):
+    pipe = Pipeline.load(exported(original(method="himix"), method="himix"))
     pixels = originals.pixels().numpy()
     pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
     ran = []

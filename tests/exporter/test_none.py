@@ -36,8 +36,8 @@ def test_64_greedy_tokens_equal_stock_generate_on_the_oracle_checkpoint(attentio
         assert np.abs(found.logits - logits).max() < 1e-3  # seen: 2e-5
 
 
-def test_64_greedy_tokens_equal_stock_generate_under_grouped_queries(gqa, eager_once):
-    pipe = Pipeline.load(eager_once(gqa, method="none", max_new_tokens=64))
+def test_64_greedy_tokens_equal_stock_generate_under_grouped_queries(gqa, exported):
+    pipe = Pipeline.load(exported(gqa, method="none", max_new_tokens=64))
 
     for text, before in ((6, 0), (40, 35), (64, 64)):
         ids, picture = checkpoints.prompt(text, before, seed=text), checkpoints.pixels(seed=text)
@@ -47,8 +47,8 @@ def test_64_greedy_tokens_equal_stock_generate_under_grouped_queries(gqa, eager_
         assert np.abs(found.logits - logits).max() < 1e-3
 
 
-def test_text_alone_is_answered_as_stock_transformers_answers_it(gqa, eager_once):
-    pipe = Pipeline.load(eager_once(gqa, method="none", max_new_tokens=64))
+def test_text_alone_is_answered_as_stock_transformers_answers_it(gqa, exported):
+    pipe = Pipeline.load(exported(gqa, method="none", max_new_tokens=64))
     prompt = [5, 9, 80, 33, 7]
     wanted = torch.tensor([prompt])
     with torch.no_grad():

@@ -33,10 +33,6 @@ def several(gqa, export_once, tmp_path_factory):
     return made
 
 
-def untraced(graph, parts, plan, _):
-    return eager.model(graph, parts, plan)
-
-
 def answer(bundle, **options):
     prompt, pixels = checkpoints.prompt(20, 5), checkpoints.pixels()
     return Pipeline.load(bundle, **options).generate_tokens(prompt, pixels, max_new_tokens=8, ignore_eos=True)
@@ -112,7 +108,7 @@ def test_an_altered_graph_of_a_ratio_is_noticed(several, tmp_path):
 def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
     before = {path.name: sha256(path) for path in bundle.iterdir()}
-    monkeypatch.setattr(trace, "trace", untraced)
+    monkeypatch.setattr(trace, "trace", eager.empty)
     monkeypatch.setattr(graph_set.graph, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
 
     with pytest.raises(LvlmEdgeError, match="disk full"):
@@ -125,7 +121,7 @@ def test_what_a_killed_run_left_is_removed(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
     (bundle / ".partial").mkdir()
     (bundle / ".partial" / "decode.onnx").write_bytes(b"half")
-    monkeypatch.setattr(trace, "trace", untraced)
+    monkeypatch.setattr(trace, "trace", eager.empty)
 
     ratios.add(bundle, 0.1)
 

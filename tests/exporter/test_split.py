@@ -22,6 +22,7 @@ from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import UnsupportedError
 from tests import checkpoints
+from tests.cases import some
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
 
@@ -36,17 +37,12 @@ WAYS = {
 
 
 FEW = ("small graphs", "small legacy graphs")  # what bodies can do; the other ways have shapes given at run time
-OFTEN = {("fastv_1", "small graphs", "trt-rtx"), ("fastv_0", "shared weights", "ort")}
-OFTEN |= {("fastv_1", "shared weights", "trt-rtx")}
+OFTEN = {("fastv_1", "small graphs", "trt-rtx"), ("fastv_1", "shared weights", "trt-rtx")}
+OFTEN |= {("fastv_0", "shared weights", "ort")}
+ORACLE_CASES = some(itertools.product(("fastv_0", "fastv_1", "fastv_2"), WAYS, ("ort", "trt-rtx")), OFTEN)
 
 
-def oracle_cases() -> list[Any]:
-    """Every public case in every way on both backends; slow but for those that run often."""
-    found = itertools.product(("fastv_0", "fastv_1", "fastv_2"), WAYS, ("ort", "trt-rtx"))
-    return [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.slow) for case in found]
-
-
-@pytest.mark.parametrize(("name", "way", "backend"), oracle_cases())
+@pytest.mark.parametrize(("name", "way", "backend"), ORACLE_CASES)
 def test_the_oracles_tokens_come_out(name, oracles, export_once, with_engines, monkeypatch, way, backend):
     case = json.loads((oracles / "fastv" / f"{name}.json").read_text())
     bundle = of_oracle(export_once, oracles, case, way, ort=backend == "ort")
@@ -85,7 +81,7 @@ def test_bodies_of_small_graphs_say_the_same_of_short_and_long_prompts(gqa, eage
     same(gqa, eager_once, options, way)
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if "small" in way else ()) for way in WAYS])
+@pytest.mark.parametrize("way", some([(way,) for way in WAYS], {("shared weights",)}))
 @pytest.mark.parametrize("options", [{"method": "none"}, FASTV])
 def test_every_way_says_the_same_of_short_and_long_prompts(gqa, export_once, options, way):
     same(gqa, export_once, options, way)

@@ -19,7 +19,8 @@ from lvlm_edge.exporter.families import tinyllava
 from lvlm_edge.exporter.graphs import parts
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
-from tests import checkpoints, eager, layouts, tiny
+from tests import checkpoints, layouts, tiny
+from tests.cases import both
 
 
 def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fields) -> layouts.Stock:
@@ -46,9 +47,7 @@ def build(folder: Path, *, decoder: str = "llama", tower: str = "siglip", **fiel
 KINDS = [(tower, decoder) for tower in ("siglip", "clip") for decoder in ("llama", "qwen2", "mistral")]
 
 
-@pytest.mark.parametrize(
-    ("tower", "decoder", "exported"), eager.both(KINDS, {("siglip", "qwen2")}), indirect=["exported"]
-)
+@pytest.mark.parametrize(("tower", "decoder", "exported"), both(KINDS, {("siglip", "qwen2")}), indirect=["exported"])
 def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, exported):
     stock = build(tmp_path, decoder=decoder, tower=tower)
     ids, pixels = layouts.prompt(), checkpoints.pixels()

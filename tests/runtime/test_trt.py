@@ -19,6 +19,7 @@ from lvlm_edge.runtime.backends import trt
 from lvlm_edge.runtime.bundle import kv_cache, load_manifest, sha256
 from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import fake_tensorrt, tiny
+from tests.cases import some
 from tests.fake_tensorrt import CODES, Machine
 from tests.tiny import PROMPT, pixels
 
@@ -132,14 +133,11 @@ def quick_collection():
 
 
 ORACLES = ("fastv_0", "fastv_1", "fastv_2")
-OFTEN = {(name, "fastv", "float32", "modern") for name in ORACLES}  # all pairs of options are slow
-PAIRINGS = [
-    pytest.param(*one, marks=() if one in OFTEN else pytest.mark.slow)
-    for one in itertools.product(ORACLES, ("fastv", "none"), ("float32", "float16"), ("modern", "legacy"))
-]
+OFTEN = {(name, "fastv", "float32", "modern") for name in ORACLES}
+PAIRINGS = itertools.product(ORACLES, ("fastv", "none"), ("float32", "float16"), ("modern", "legacy"))
 
 
-@pytest.mark.parametrize(("name", "method", "dtype", "lowering"), PAIRINGS)
+@pytest.mark.parametrize(("name", "method", "dtype", "lowering"), some(PAIRINGS, OFTEN))
 def test_tokens_and_logits_of_every_oracle_are_those_of_onnx_runtime(
     name, oracles, export_once, with_engines, monkeypatch, method, dtype, lowering
 ):

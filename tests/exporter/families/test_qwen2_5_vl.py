@@ -11,7 +11,8 @@ import pytest
 from lvlm_edge.exporter.families import qwen2_5_vl
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
-from tests import eager, qwen
+from tests import qwen
+from tests.cases import both
 
 FAMILY = "qwen2_5_vl"
 CONFIG: dict[str, Any] = {  # Qwen2.5-VL-3B-Instruct, flat as it was released
@@ -43,9 +44,7 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
-)
+@pytest.mark.parametrize(("name", "exported"), both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"])
 def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
@@ -53,17 +52,17 @@ def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, exported, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(eager_once, of))
+    pipe = Pipeline.load(qwen.bundle(exported, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-def test_windows_of_every_size_are_cut_like_stock_transformers(oracles, eager_once):
+def test_windows_of_every_size_are_cut_like_stock_transformers(oracles, exported):
     of = qwen.case(oracles, FAMILY, "none_1")
     size = (150, 260)  # 5 x 9 visual tokens: inner windows of 4 x 4, both edges, and the corner
-    pipe = Pipeline.load(eager_once(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24))
+    pipe = Pipeline.load(exported(of.checkpoint, image_size=size, max_text_tokens=96, max_new_tokens=24))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS["text first"], size)
 
@@ -83,7 +82,6 @@ def test_windows_tile_the_grid(grid, groups):
     assert found.groups == groups
 
 
-@pytest.mark.parametrize("exported", eager.both([()], ()), indirect=True)
 def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 

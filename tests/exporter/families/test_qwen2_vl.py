@@ -17,6 +17,7 @@ from lvlm_edge.runtime import InputError, Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError
 from tests import eager, qwen, tiny
+from tests.cases import both
 
 FAMILY = "qwen2_vl"
 CONFIG: dict[str, Any] = {  # Qwen2-VL-2B-Instruct, flat as it was released
@@ -46,9 +47,7 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
-)
+@pytest.mark.parametrize(("name", "exported"), both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"])
 def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
@@ -56,24 +55,24 @@ def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, exported, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(eager_once, of))
+    pipe = Pipeline.load(qwen.bundle(exported, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-def test_fastv_prunes_nothing_of_a_prompt_without_pictures(oracles, eager_once):
+def test_fastv_prunes_nothing_of_a_prompt_without_pictures(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
-    pipe = Pipeline.load(qwen.bundle(eager_once, of))
+    pipe = Pipeline.load(qwen.bundle(exported, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS["text only"], (300, 180))
 
 
-def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, eager_once):
+def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, exported):
     checkpoint = qwen.case(oracles, FAMILY, "none_1").checkpoint
     sizes = ((150, 120), (97, 211))
-    pipe = Pipeline.load(eager_once(checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24))
+    pipe = Pipeline.load(exported(checkpoint, image_size=sizes, max_text_tokens=96, max_new_tokens=24))
     both = [qwen.turn(None, "and", None, "differ how?")]
     ids, pixels = pipe.prepare(messages=both, images=[qwen.noise(size) for size in sizes])
 
@@ -84,7 +83,7 @@ def test_pictures_of_two_sizes_and_fewer_than_planned(oracles, eager_once):
     qwen.answers_like_stock(pipe, checkpoint, qwen.CONVERSATIONS["system"], sizes[1])
 
 
-@pytest.mark.parametrize("exported", eager.both([()], {()}), indirect=True)
+@pytest.mark.parametrize("exported", both([()], {()}), indirect=True)
 def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 

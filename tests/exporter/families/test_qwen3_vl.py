@@ -13,7 +13,8 @@ import torch
 from lvlm_edge.exporter.families import qwen3_vl
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import load_manifest
-from tests import eager, qwen
+from tests import qwen
+from tests.cases import both
 
 FAMILY = "qwen3_vl"
 CONFIG: dict[str, Any] = {  # Qwen3-VL-4B-Instruct, nested as it was released
@@ -70,9 +71,7 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "exported"), eager.both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
-)
+@pytest.mark.parametrize(("name", "exported"), both([("none_1",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"])
 def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = qwen.case(oracles, FAMILY, name)
 
@@ -80,14 +79,14 @@ def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
 
 
 @pytest.mark.parametrize("conversation", qwen.CONVERSATIONS)
-def test_conversations_are_answered_like_stock_transformers(oracles, eager_once, conversation):
+def test_conversations_are_answered_like_stock_transformers(oracles, exported, conversation):
     of = qwen.case(oracles, FAMILY, "none_1")
-    pipe = Pipeline.load(qwen.bundle(eager_once, of))
+    pipe = Pipeline.load(qwen.bundle(exported, of))
 
     qwen.answers_like_stock(pipe, of.checkpoint, qwen.CONVERSATIONS[conversation], tuple(of.data["picture_sizes"][0]))
 
 
-@pytest.mark.parametrize(("prune_layer", "exported"), eager.both([(1,), (2,)], ()), indirect=["exported"])
+@pytest.mark.parametrize("prune_layer", [1, 2])
 def test_fastv_below_the_last_deepstack_layer_gathers_what_is_injected(oracles, exported, prune_layer):
     """A slow, plain FastV over stock layers says the same tokens and keeps the same set."""
     of = qwen.case(oracles, FAMILY, "none_1")
@@ -151,7 +150,6 @@ def pruned(folder: Any, ids: list[int], pixels: Any, k: int, ratio: float, steps
     return kept, tokens
 
 
-@pytest.mark.parametrize("exported", eager.both([()], ()), indirect=True)
 def test_the_legacy_lowering_says_the_same(oracles, exported):
     of = qwen.case(oracles, FAMILY, "fastv_1")
 
