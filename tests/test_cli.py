@@ -228,7 +228,7 @@ def on_a_terminal(*arguments: object) -> str:
 
 @pytest.mark.export
 def test_export_shows_its_progress_on_a_terminal(good, tmp_path):
-    printed = on_a_terminal("export", good, "-o", tmp_path / "bundle", *CAPACITY)
+    printed = on_a_terminal("export", good, "-o", tmp_path / "bundle", *CAPACITY, "--device", "rtx-4090")
 
     assert "tracing" in printed
 

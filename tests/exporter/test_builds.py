@@ -90,7 +90,8 @@ def test_tensorrt_rtx_builds_the_samples_with_small_weights(export_once, method,
     assert built(bundle, "8.9") == graphs(bundle)
 
 
-@pytest.mark.parametrize("name", some([("proxyv, three crops",), ("yopo dropped",), ("himix",)], {("himix",)}))
+@pytest.mark.slow  # those of FastV are built in test_engine
+@pytest.mark.parametrize("name", ["proxyv, three crops", "yopo dropped", "himix"])
 def test_tensorrt_rtx_builds_the_legacy_graphs(original, export_once, name):
     method, options, more = CASES[name]
     checkpoint = original(method=method, side=8, **options)

@@ -87,6 +87,7 @@ def test_every_graph_of_the_sample_builds(export_once, options, dtype):
         assert all((out / entry["file"]).read_bytes()[:4] == b"vtrt" for entry in entries(out).values())
 
 
+@pytest.mark.slow
 def test_turing_takes_float16_and_refuses_bfloat16(gqa, export_once, options):
     turing = Settings(backend="trt-rtx", compute_capabilities=("7.5",))
     engine.build(export_once(gqa, dtype="float16", ort=False, **options), turing)

@@ -35,7 +35,7 @@ def exported_both_ways(kind, mha, gqa, export):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(kind, marks=() if kind in ("none-mha", "fastv-gqa") else pytest.mark.slow) for kind in KINDS],
+    params=[pytest.param(kind, marks=() if kind == "fastv-gqa" else pytest.mark.slow) for kind in KINDS],
 )
 def pair(request, mha, gqa, export_once):
     return exported_both_ways(request.param, mha, gqa, export_once)

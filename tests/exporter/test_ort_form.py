@@ -42,7 +42,7 @@ def flag(node, name):
         ({"method": "none"}, LAYERS, 0),
         ({"method": "none", "share_weights": True}, LAYERS, 0),
         pytest.param({"method": "none", "max_graph_gb": 1e-6}, LAYERS, 0, marks=pytest.mark.slow),
-        ({"method": "none", "dtype": "float16"}, LAYERS, 0),
+        pytest.param({"method": "none", "dtype": "float16"}, LAYERS, 0, marks=pytest.mark.slow),
         ({"method": "none", "weights": "int4", "block_size": 32}, LAYERS, 0),
         (FASTV, LAYERS - 1, 1),  # the score reads rotated queries of the layer before the prune layer
     ],
@@ -57,7 +57,12 @@ def test_decode_attends_in_fused_operators(gqa, export_once, options, fused, pla
 
 @pytest.mark.parametrize(
     "method",
-    [{"method": "proxyv"}, {"method": "himix"}, {"method": "yopo"}, {"method": "yopo", "semantics": "dropped"}],
+    [
+        {"method": "proxyv"},
+        pytest.param({"method": "himix"}, marks=pytest.mark.slow),
+        pytest.param({"method": "yopo"}, marks=pytest.mark.slow),
+        {"method": "yopo", "semantics": "dropped"},
+    ],
 )
 def test_decode_of_every_method_has_them(original, export_once, method):
     found = nodes(export_once(original(method=method["method"], side=8), **method), "decode")
