@@ -32,6 +32,7 @@ class _Rewriter:
 
     def __init__(self, graph: ir.Graph) -> None:
         nodes = Nodes(graph, "integer")
+        self.graph, self.read = graph, set[ir.Value]()
         self.node, self.constant = nodes.add, nodes.constant
         self.rounded: dict[ir.Value, Rounded] = {}
         self.zeros: dict[Any, ir.Value] = {}
@@ -47,6 +48,25 @@ class _Rewriter:
             zeros = self._zeros(before, x, flat)
             self.rounded[x] = Rounded(self.node(before, "QuantizeLinear", [wide, flat, zeros], axis=1), scale)
         return self.rounded[x]
+
+    def own(self, before: ir.Node, weight: ir.Value) -> ir.Value:
+        """A weight, under a name of its own for each product that reads it; the bytes in the file stay the same ones.
+
+        ONNX Runtime 1.31.1 makes unsigned weights of signed ones product by product where processors need it, and fails
+        at the second product of one weight.
+        """
+        if weight not in self.read:
+            self.read.add(weight)
+            return weight
+        stored = weight.const_value
+        if not isinstance(stored, ir.ExternalTensor):
+            return self.node(before, "Identity", [weight])  # folded as a constant where the weight is one
+        name = f"{weight.name}.{len(self.graph.initializers)}"
+        again = ir.Value(name=name, shape=weight.shape, type=weight.type)
+        place = (stored.location, stored.offset, stored.length, stored.dtype)
+        again.const_value = ir.ExternalTensor(*place, shape=stored.shape, name=name, base_dir=stored.base_dir)
+        self.graph.register_initializer(again)
+        return again
 
     def _zeros(self, before: ir.Node, x: ir.Value, flat: ir.Value) -> ir.Value:
         """As many times the offset as there are rows; one tensor for all activations of as many rows."""
@@ -67,7 +87,7 @@ def rewrite(model: ir.Model) -> None:
             continue
         integers, scale = weight
         assert node.inputs[0] is not None
-        row = made.rows(node, node.inputs[0])
+        row, integers = made.rows(node, node.inputs[0]), made.own(node, integers)
         if scale.dtype != ir.DataType.FLOAT:
             scale = made.node(node, "Cast", [scale], to=ir.DataType.FLOAT)
         one = made.constant("one", np.array([1], np.float32))
