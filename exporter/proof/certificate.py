@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_edge.runtime.bundle import certificate_name, sha256
+from lvlm_edge.runtime.replacing import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lvlm_edge.exporter.proof.cases import Case
-    from lvlm_edge.exporter.proof.parity import Verdict
+    from lvlm_edge.exporter.proof.judge import Verdict
     from lvlm_edge.runtime import Pipeline
 
 PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
@@ -54,9 +54,8 @@ def write(pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     name = certificate_name(pipe.bundle.name)
-    partial = bundle / (name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(partial, bundle / name)
+    with replacing(bundle / name) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def read(bundle: Path, manifest: str) -> dict[str, Any] | None:

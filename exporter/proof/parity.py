@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,24 @@ from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.proof import certificate
+from lvlm_edge.exporter.proof import as_run, certificate
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
+from lvlm_edge.exporter.proof.judge import (
+    SCORE_TOLERANCE,
+    TOLERANCE,
+    answers,
+    apart,
+    close,
+    error_of,
+    kept_set,
+)
+from lvlm_edge.exporter.proof.judge import (
+    Row as Row,
+)
+from lvlm_edge.exporter.proof.judge import (
+    Verdict as Verdict,
+)
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
@@ -30,40 +44,7 @@ from lvlm_edge.runtime.pipeline.inputs import media
 
 Array = NDArray[Any]
 
-# Largest error of a tensor over its reference's largest magnitude (at least 1; for scores, the largest score).
-# float32: rounding of sums in another order, seen at 1e-6. float16: 11 bits over some dozen layers, seen at 5e-3.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
-SCORE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-
 PARTS = ("key", "value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One comparison: what, the figure found, the bound it must keep (None: it is only told), and the verdict."""
-
-    case: str
-    stage: str
-    figure: float
-    bound: float | None
-    passed: bool
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """All rows, and whether every one passed."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
-
-    @property
-    def first_failure(self) -> Row | None:
-        """The first stage that differs: where to look."""
-        return next((row for row in self.rows if not row.passed), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +108,9 @@ def check(
         references.quantised.apply(model, rounded, pipe.manifest.dtype)
     rows = [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
-    if backend in pipe.manifest.variants or pipe.manifest.formats.quantized:
-        rows += _as_run(pipe, Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False), cases, steps)
+    if backend in pipe.manifest.variants or (exact and pipe.manifest.formats.quantized):
+        quick = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False)
+        rows += as_run.compare(quick, model, cases, steps)
     verdict = Verdict(rows=tuple(rows))
     if store:
         certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
@@ -177,7 +159,9 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
         rows += selected
         if not np.array_equal(kept, expected.kept.numpy()) and all(row.passed for row in rows):
             expected = run(model, manifest.method_config, case.prompt, pixels, steps, kept=torch.from_numpy(kept))
-    return rows + _answers(pipe, case, expected, answer.token_ids, answer.logits, answer.kept_visual)
+    assert answer.logits is not None
+    bound = TOLERANCE[manifest.dtype]
+    return rows + answers(case.name, expected, answer.token_ids, answer.logits, bound)
 
 
 def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
@@ -193,39 +177,10 @@ def _losses(pipe: Pipeline, cases: Sequence[Case], given: Sequence[Reference], s
     rows = []
     for case, expected in zip(cases, given, strict=False):
         answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
-        error, same = _apart(answer.token_ids, answer.logits, expected.tokens, expected.logits.numpy())
+        error, same = apart(answer.token_ids, answer.logits, expected.tokens, expected.logits.numpy())
         note = f"{same} of {steps} tokens are the checkpoint's"
         rows.append(Row(case=case.name, stage="loss", figure=error, bound=None, passed=True, note=note))
     return rows
-
-
-def _as_run(portable: Pipeline, quick: Pipeline, cases: Sequence[Case], steps: int) -> list[Row]:
-    """Answers of the graphs that the backend really runs against those of the portable ones, which were just judged.
-
-    Told and not judged where the backend rounds activations too, or where another set of tokens was kept.
-    """
-    rows = []
-    for case in cases:
-        wanted, found = (
-            pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
-            for pipe in (portable, quick)
-        )
-        assert wanted.logits is not None
-        error, same = _apart(found.token_ids, found.logits, wanted.token_ids, wanted.logits)
-        mine, theirs = ([] if answer.kept_visual is None else answer.kept_visual.tolist() for answer in (found, wanted))
-        judged = not portable.manifest.formats.quantized and mine == theirs
-        bound = TOLERANCE[portable.manifest.dtype] if judged else None
-        note = f"{same} of {steps} tokens as the portable graphs"
-        passed = bound is None or error <= bound
-        rows.append(Row(case=case.name, stage="as run", figure=error, bound=bound, passed=passed, note=note))
-    return rows
-
-
-def _apart(tokens: list[int], logits: Array | None, wanted: list[int], reference: Array) -> tuple[float, int]:
-    """Error of the logits as long as the tokens before them are equal, and how many tokens are."""
-    assert logits is not None
-    same = next((t for t, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), len(wanted))
-    return _error(logits[: same + 1], reference[: same + 1]), same
 
 
 def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
@@ -263,7 +218,7 @@ def _image_kv(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
     for cache in pipe.manifest.cache:
         wanted = expected.image_kv[_layer(cache)].numpy()
         own = np.stack([outputs[f"{PRESENT}.{cache.name}.{part}"][0, :, : wanted.shape[2]] for part in PARTS])
-        found.append((cache, [_error(a, b) for a, b in zip(own, wanted, strict=True)]))
+        found.append((cache, [error_of(a, b) for a, b in zip(own, wanted, strict=True)]))
     return [_worst(pipe, case, "image K/V", found)]
 
 
@@ -309,15 +264,15 @@ def _unordered(own: list[Array], wanted: list[Array], bound: float) -> list[floa
     surplus = own[0].shape[1] - wanted[0].shape[1]
     if surplus > 0:
         return [float(surplus)] * 2
-    errors = [_error(a, b) for a, b in zip(own, wanted, strict=True)] if own[0].shape == wanted[0].shape else [np.inf]
+    errors = [error_of(a, b) for a, b in zip(own, wanted, strict=True)] if own[0].shape == wanted[0].shape else [np.inf]
     if max(errors) <= bound:
         return errors
     a, b = own[0][0], wanted[0][0]
     apart = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
     key, value = (part[:, apart.argmin(1)] for part in wanted)
-    lost = _error(b, a[apart.argmin(0)]) if a.shape == b.shape else 0.0
+    lost = error_of(b, a[apart.argmin(0)]) if a.shape == b.shape else 0.0
     silent = (own[1] == 0).all(-1, keepdims=True)
-    return [max(_error(own[0], key), lost), _error(np.where(silent, value, own[1]), value)]
+    return [max(error_of(own[0], key), lost), error_of(np.where(silent, value, own[1]), value)]
 
 
 def _worst(pipe: Pipeline, case: Case, stage: str, found: list[tuple[manifests.Cache, list[float]]]) -> Row:
@@ -360,23 +315,10 @@ def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str
     rows = [
         _close(pipe, case, "head", head["hidden"][0, :real], expected.hidden),
         Row(case=case.name, stage="scores", figure=error, bound=bound, passed=error <= bound),
-        _kept(case, kept, reference, expected.kept.numpy(), error),
+        kept_set(case.name, kept, reference, expected.kept.numpy(), error),
         _order(case, select, inputs, head["hidden"][0], kept),
     ]
     return rows, kept
-
-
-def _kept(case: Case, kept: Array, score: Array, wanted: Array, error: float) -> Row:
-    """The kept set. Tokens may change places only when their scores are closer than twice the error of the scores."""
-    mine, theirs = set(kept.tolist()), set(wanted.tolist())
-    lost, gained = sorted(theirs - mine), sorted(mine - theirs)
-    order = np.sort(score)[::-1]
-    margin = float(order[len(wanted) - 1] - order[len(wanted)]) if len(wanted) < len(score) else float("inf")
-    widest = float(score[lost].max() - score[gained].min()) if lost and gained else 0.0
-    complete = len(kept) == len(mine) == len(theirs)
-    note = f"margin at the cut {margin:.2e}" + (f", {len(lost)} swapped" if lost else "")
-    passed = complete and widest <= 2 * error
-    return Row(case=case.name, stage="kept set", figure=len(lost), bound=0, passed=passed, note=note)
 
 
 def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], hidden: Array, kept: Array) -> Row:
@@ -390,39 +332,8 @@ def _order(case: Case, select: dict[str, Array], inputs: dict[str, Array], hidde
     return Row(case=case.name, stage="kept order", figure=wrong, bound=0, passed=wrong == 0)
 
 
-def _answers(
-    pipe: Pipeline, case: Case, expected: Reference, tokens: list[int], logits: Array | None, kept: Array | None
-) -> list[Row]:
-    """First logits, then every later step as long as the tokens agree; a flip is allowed only in a near tie."""
-    assert logits is not None
-    reference = expected.logits.numpy()
-    steps = len(expected.tokens)
-    flip = next((t for t in range(steps) if tokens[t] != expected.tokens[t]), None)
-    shown = steps if flip is None else flip + 1
-    first = _close(pipe, case, "prefill logits", logits[:1], expected.logits[:1])
-    later = _close(pipe, case, "decode logits", logits[:shown], expected.logits[:shown])
-    if flip is None:
-        return [
-            first,
-            later,
-            Row(case=case.name, stage="tokens", figure=0, bound=0, passed=True, note=f"{steps} equal"),
-        ]
-    gap = float(reference[flip, expected.tokens[flip]] - reference[flip, tokens[flip]])
-    bound = 2 * TOLERANCE[pipe.manifest.dtype] * max(1.0, float(np.abs(reference[flip]).max()))
-    note = f"token {flip} is {tokens[flip]}, expected {expected.tokens[flip]}; their logits differ by {gap:.2e}"
-    return [first, later, Row(case=case.name, stage="tokens", figure=gap, bound=bound, passed=gap <= bound, note=note)]
-
-
-def _error(found: Array, reference: Array) -> float:
-    """Largest error over the reference's largest magnitude, at least 1; enormous where something is not finite."""
-    error = float(np.abs(found.astype(np.float32) - reference).max()) / max(1.0, float(np.abs(reference).max()))
-    return error if np.isfinite(error) else sys.float_info.max  # JSON knows no infinity
-
-
 def _close(pipe: Pipeline, case: Case, stage: str, found: Array, expected: torch.Tensor) -> Row:
-    error = _error(found, expected.numpy())
-    bound = TOLERANCE[pipe.manifest.dtype]
-    return Row(case=case.name, stage=stage, figure=error, bound=bound, passed=bool(error <= bound))
+    return close(case.name, stage, found, expected.numpy(), TOLERANCE[pipe.manifest.dtype])
 
 
 def _named(graph: manifests.Graph, inputs: dict[str, Array]) -> dict[str, Array]:

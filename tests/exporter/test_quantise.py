@@ -112,7 +112,7 @@ def test_graphs_say_what_pytorch_says_with_the_rounded_weights(gqa, export_once,
     assert verdict.passed, verdict.first_failure
     judged = [row for row in verdict.rows if row.bound is not None]
     told = [row for row in verdict.rows if row.bound is None]
-    assert {row.stage for row in told} == {"loss", "as run"} and len(judged) > 20
+    assert {row.stage for row in told} == {"loss"} and len(judged) > 20
     assert all(row.figure > 0 and " of 8 tokens" in row.note for row in told)
 
 
@@ -284,3 +284,31 @@ def test_tensorrt_rtx_keeps_small_weights_small(checkpoint_once, export_once, ki
     saved = (sizes["as-is"] - sizes[kind]) / matrices
 
     assert 2 - saved <= most
+
+
+def test_one_weight_of_two_products_is_stored_once(tmp_path):
+    """As ONNX Runtime reads it: with weights outside the graph, and signed ones made unsigned where a CPU needs it."""
+    rng = np.random.default_rng(0)
+    integers, scale = rng.integers(-127, 128, (64, 48)).astype(np.int8), np.ones(48, np.float32)
+    nodes = [onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1)]
+    nodes += [onnx.helper.make_node("MatMul", [x, "w"], [y]) for x, y in (("a", "c"), ("b", "d"))]
+    kind = onnx.TensorProto.FLOAT
+    ends = [
+        [onnx.helper.make_tensor_value_info(n, kind, [1, 7, k]) for n in names] for names, k in (("ab", 64), ("cd", 48))
+    ]
+    constants = [onnx.numpy_helper.from_array(a, n) for a, n in ((integers, "q"), (scale, "s"))]
+    graph = onnx.helper.make_graph(nodes, "g", *ends, constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.save(model, tmp_path / "plain", save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    size = (tmp_path / "weights.bin").stat().st_size
+
+    form.convert(tmp_path / "plain", tmp_path / "integer")
+
+    assert size == integers.nbytes == (tmp_path / "weights.bin").stat().st_size
+    rows = [rng.integers(-127, 128, (1, 7, 64)).astype(np.float32) for _ in "ab"]
+    for row in rows:
+        row[..., 0] = 127  # so that a step is 1 and nothing is rounded
+    found = ort.load(onnxruntime, tmp_path / "integer").run(None, dict(zip("ab", rows, strict=True)))
+    for own, row in zip(found, rows, strict=True):
+        np.testing.assert_allclose(own, row @ integers.astype(np.float32), rtol=1e-5, atol=0.05)
