@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lvlm_edge.exporter.bundles import atomic
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import SCHEMA, open_bundle
 from tests import tiny
@@ -732,7 +733,7 @@ def test_an_export_killed_at_any_moment_leaves_the_old_bundle_or_the_new_one(str
             assert tree(output) == old
         else:
             assert not output.exists()
-        partial = output.with_name(f"{output.name}.partial")
+        partial = atomic.work_folder(output) / "partial"
         if moment in ("before", "tracing", "writing"):
             assert "has no manifest.json" in refused(5, "inspect", partial)
 
@@ -741,7 +742,7 @@ def test_an_export_killed_at_any_moment_leaves_the_old_bundle_or_the_new_one(str
 def test_the_next_export_cleans_up_after_a_killed_one(moment, struck, good, place):
     export = ("export", good, "-o", place / "old", "--force", *CAPACITY, "-q")
     assert struck(moment, "SIGKILL", *export) == -signal.SIGKILL
-    assert {path.name for path in place.iterdir()} == {"old", "old.partial", "old.lock"}
+    assert {path.name for path in place.iterdir()} == {"old", ".old.lvlm-edge"}
 
     assert tiny.cli(*export).exit_code == 0
 

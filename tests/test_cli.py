@@ -23,7 +23,7 @@ from lvlm_edge.exporter.devices import profiles
 from lvlm_edge.exporter.methods import _yopo_counts
 from lvlm_edge.runtime.bundle import FORMATS, open_bundle
 from tests import tiny
-from tests.tiny import CAPACITY, cli, tree
+from tests.tiny import CAPACITY, cli, refused, tree
 
 
 @pytest.fixture(scope="module")
@@ -192,17 +192,17 @@ def test_export_replaces_a_bundle_with_force_and_prints_its_manifest(good, none,
     assert not (output / "certificate.json").exists()
 
 
-def test_export_through_a_link_replaces_what_it_leads_to(good, none, tmp_path):
+def test_export_writes_through_no_link(good, none, tmp_path):
     shutil.copytree(none, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
+    before = tree(tmp_path)
 
-    done = cli("export", good, "-o", tmp_path / "link", "--force", "-q", "--num-images", "2", *CAPACITY)
+    assert "link: is a link; give the folder" in refused(
+        2, "export", good, "-o", tmp_path / "link", "--force", *CAPACITY
+    )
 
-    assert done.exit_code == 0
-    assert (done.stdout, done.stderr) == ("", "")
     assert (tmp_path / "link").is_symlink()
-    assert open_bundle(tmp_path / "real").manifest.counts.num_images == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+    assert tree(tmp_path) == before
 
 
 def on_a_terminal(*arguments: object) -> str:

@@ -1,4 +1,8 @@
-"""A folder that takes its place as a whole: written beside it, then renamed, so that a kill leaves old or new."""
+"""A folder that takes its place as a whole: written beside it, then renamed, so that a kill leaves old or new.
+
+What is written beside `NAME` is in the folder `.NAME.lvlm-edge`, which holds a `lock` with our mark in it. Nothing else
+is removed, and no link is followed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from typing import Any
 
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
+MARK = b"lvlm-edge\n"  # content of a lock
+
 
 @contextmanager
 def folder(output: Path) -> Iterator[Path]:
@@ -24,16 +30,18 @@ def folder(output: Path) -> Iterator[Path]:
     What a killed export left behind is removed by the next one.
 
     Raises:
-        UsageError: another export is writing there.
+        UsageError: another export is writing there, or `output` is a link.
         LvlmEdgeError: no room, or the folder cannot be written.
     """
-    place = output.resolve()  # the folder that a link leads to, and not the link
+    if output.is_symlink():
+        raise UsageError(f"{output}: is a link; give the folder that it leads to as --output")
+    place = output.resolve()
     made = [parent for parent in place.parents if not parent.exists()]
     try:
         with _on_signals(_interrupt):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(place):
-                yield from _partial(place)
+            with _alone(place) as work:
+                yield from _partial(place, work)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise LvlmEdgeError(
@@ -48,7 +56,7 @@ def folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def inside(place: Path) -> Iterator[Path]:
-    """A folder inside a bundle for files that are to be moved into it; it is removed in the end.
+    """A folder beside a bundle for files that are to be moved into it; it is removed in the end.
 
     What a killed run left behind is removed by the next one.
 
@@ -56,45 +64,50 @@ def inside(place: Path) -> Iterator[Path]:
         UsageError: another run is writing there.
         LvlmEdgeError: no room, or the folder cannot be written.
     """
-    partial = place.resolve() / ".partial"
     try:
-        with _on_signals(_interrupt), _alone(place.resolve()):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                yield partial
-            finally:
-                with _on_signals(signal.SIG_IGN):
-                    shutil.rmtree(partial, ignore_errors=True)
+        with _on_signals(_interrupt), _alone(place.resolve()) as work:
+            yield from _emptied(work / "partial")
     except OSError as error:
         raise LvlmEdgeError(f"{place}: cannot be written ({error}); free some space, or correct its mode") from error
 
 
-def _partial(place: Path) -> Iterator[Path]:
-    partial, old = (place.with_name(place.name + suffix) for suffix in (".partial", ".partial.old"))
+def _partial(place: Path, work: Path) -> Iterator[Path]:
+    old = work / "old"
     if old.is_dir() and not place.exists():  # killed between two renames
         old.rename(place)
-    try:
-        for left in (partial, old):
-            if left.exists():
-                shutil.rmtree(left)
-        partial.mkdir()
+    shutil.rmtree(old, ignore_errors=True)
+    for partial in _emptied(work / "partial"):
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
                 _sync(path)
         with _on_signals(signal.SIG_IGN):
             take_place(partial, place, old)
+
+
+def _emptied(partial: Path) -> Iterator[Path]:
+    """A new folder, which is removed in the end."""
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        yield partial
     finally:
         with _on_signals(signal.SIG_IGN):  # cleaning up is not to be stopped too
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def work_folder(place: Path) -> Path:
+    """Where an export to `place` writes before it is done."""
+    return place.with_name(f".{place.name}.lvlm-edge")
+
+
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Only one export at a time in here; a killed one leaves its lock open."""
-    lock = place.with_name(place.name + ".lock")
-    with lock.open("w") as file:
+def _alone(place: Path) -> Iterator[Path]:
+    """The folder to work in, for one export at a time; a killed one leaves its lock open."""
+    work = work_folder(place)
+    lock = work / "lock"
+    with _opened(work, lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
@@ -103,9 +116,32 @@ def _alone(place: Path) -> Iterator[None]:
         if not ours:
             raise UsageError(f"{place}: is being written by another export; wait for it or choose another folder")
         try:
-            yield
+            yield work
         finally:
-            lock.unlink(missing_ok=True)  # before it is let go, so that nobody locks a file that is gone
+            with _on_signals(signal.SIG_IGN):
+                lock.unlink(missing_ok=True)  # before it is let go, so that nobody locks a file that is gone
+                with suppress(OSError):  # another export is waiting in it
+                    work.rmdir()
+
+
+def _opened(work: Path, lock: Path) -> Any:
+    """The lock, opened; it and its folder are made where they are missing.
+
+    Raises:
+        UsageError: they are not ours.
+    """
+    with suppress(FileExistsError):
+        work.mkdir()
+    own = not work.is_symlink() and (not os.listdir(work) or lock.is_file())
+    if own:
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+        if file.read() in (b"", MARK):
+            file.seek(0)
+            file.write(MARK)
+            file.flush()
+            return file
+        file.close()
+    raise UsageError(f"{work}: was not made by lvlm-edge; move it away or choose another folder")
 
 
 def take_place(partial: Path, output: Path, old: Path) -> None:

@@ -21,7 +21,8 @@ from lvlm_edge.runtime.backends.cuda.engines import ENGINES as ENGINES
 from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA
 from lvlm_edge.runtime.backends.cuda.engines import PORTABLE as PORTABLE
 from lvlm_edge.runtime.bundle import kv_cache
-from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError, UnsupportedError, UsageError
+from lvlm_edge.runtime.replacing import replacing
 
 WORKSPACE = 1 << 30  # bytes
 Progress = Callable[[str, int, int], None]
@@ -73,8 +74,7 @@ def build(
     opened = manifests.open_bundle(bundle, keep_ratio=keep_ratio)
     version = _version(settings.backend)
     wanted = _chosen(opened.manifest, graphs)
-    out = folder_of(opened.folder, settings.backend)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _made(folder_of(opened.folder, settings.backend), opened.folder)
     common = {
         "schema": SCHEMA,
         "flavour": MODULES[settings.backend],
@@ -94,6 +94,17 @@ def build(
             record["engines"][file] = _build_one(opened, file, out, settings, progress)
             _write(out / ENGINES, record)
     _write(out / ENGINES, record)
+    return out
+
+
+def _made(out: Path, bundle: Path) -> Path:
+    """The folder of the engines, made inside the bundle and not where a link leads to."""
+    for path in (out.parent, out):
+        if path != bundle and path.is_symlink():
+            raise BundleError(f"{path}: is a link, expected a folder inside the bundle; remove it and build again")
+        path.mkdir(exist_ok=True)
+    for left in out.glob(".*.lvlm-edge*"):  # by a killed build
+        left.unlink()
     return out
 
 
@@ -132,8 +143,25 @@ def _build_one(
     """Build one engine in a process of its own; its entry for `engines.json`."""
     graphs = bundle.manifest.graphs_of(file)
     plan = out / f"{Path(file).stem}.engine"
-    partial = plan.with_suffix(".partial")
-    job = {"onnx": str(bundle.path(file)), "plan": str(partial), "profiles": _profiles(graphs), **asdict(settings)}
+    with replacing(plan, 0o600) as partial:
+        said = _work(bundle, file, partial, settings, progress)
+    return {
+        "file": plan.name,
+        "size": plan.stat().st_size,
+        "sha256": manifests.sha256(plan),
+        "graph_sha256": bundle.manifest.files[file].sha256,
+        "aliases": _aliases(graphs[0]),
+        "peak_bytes": said["peak"],
+        "seconds": said["seconds"],
+    }
+
+
+def _work(
+    bundle: manifests.Bundle, file: str, plan: Path, settings: Settings, progress: Progress | None
+) -> dict[str, Any]:
+    """Build a plan in another process; what that says last: its `peak` memory in bytes, and `seconds`."""
+    graphs = bundle.manifest.graphs_of(file)
+    job = {"onnx": str(bundle.path(file)), "plan": str(plan), "profiles": _profiles(graphs), **asdict(settings)}
     worker = subprocess.Popen(
         [sys.executable, "-m", __name__, json.dumps(job)],
         stdout=subprocess.PIPE,
@@ -153,8 +181,6 @@ def _build_one(
     finally:
         if worker.poll() is None:
             worker.kill()
-        if worker.returncode != 0:
-            partial.unlink(missing_ok=True)
     if status != 0 or "peak" not in said:
         reason = said.get("error") or (noise.strip().splitlines() or [f"it ended with status {status}"])[-1]
         if "cudaError 35" in reason:
@@ -164,17 +190,7 @@ def _build_one(
             f"{bundle.path(file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
             "`lvlm-edge devices` for dtypes and lowerings, or export with --lowering legacy"
         )
-    os.chmod(partial, 0o600)
-    os.replace(partial, plan)
-    return {
-        "file": plan.name,
-        "size": plan.stat().st_size,
-        "sha256": manifests.sha256(plan),
-        "graph_sha256": bundle.manifest.files[file].sha256,
-        "aliases": _aliases(graphs[0]),
-        "peak_bytes": said["peak"],
-        "seconds": said["seconds"],
-    }
+    return said
 
 
 def _aliases(graph: manifests.Graph) -> dict[str, str]:
@@ -207,9 +223,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 # The worker process. Only what follows imports TensorRT.

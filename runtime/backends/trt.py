@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
+from lvlm_edge.runtime.replacing import replacing
 
 INSTALL = {
     "trt": "pip install tensorrt cuda-bindings (on a Jetson: TensorRT comes with JetPack)",
@@ -230,16 +230,11 @@ def _keep(cache: Any, path: Path) -> None:
     """Save compiled kernels for the next process, if there are new ones and the folder can be written."""
     blob = cache.serialize()
     content = b"" if blob is None else bytes(blob)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
         if not content or (path.is_file() and path.read_bytes() == content):
             return
-        try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, 0o600) as partial:
+            partial.write_bytes(content)
 
 
 def _logger(module: Any) -> Log:

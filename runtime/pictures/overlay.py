@@ -10,6 +10,7 @@ import numpy as np
 
 from lvlm_edge.runtime.pictures import image as images
 from lvlm_edge.runtime.pictures import views
+from lvlm_edge.runtime.replacing import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,9 +100,5 @@ def save(sheet: Image, target: Path) -> None:
         OSError: it cannot be written.
         ValueError: Pillow cannot write this format or size.
     """
-    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
-    try:
+    with replacing(target) as partial:
         sheet.save(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

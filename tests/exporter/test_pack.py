@@ -171,7 +171,8 @@ def test_a_system_without_exchange_of_folders_replaces_a_bundle_too(good, bundle
 
 
 def test_a_bundle_moved_aside_by_a_killed_export_comes_back(bundle, folder, tmp_path):
-    shutil.copytree(bundle, tmp_path / "place" / "bundle.partial.old")
+    shutil.copytree(bundle, tmp_path / "place" / ".bundle.lvlm-edge" / "old")
+    (tmp_path / "place" / ".bundle.lvlm-edge" / "lock").write_bytes(atomic.MARK)
     (folder / "model.safetensors").write_bytes(b"")
 
     with pytest.raises(CheckpointError):

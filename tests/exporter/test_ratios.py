@@ -119,13 +119,15 @@ def test_what_fails_on_the_way_leaves_the_bundle_as_it_was(several, tmp_path, mo
 
 def test_what_a_killed_run_left_is_removed(several, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(several["as-is"], tmp_path / "bundle"))
-    (bundle / ".partial").mkdir()
-    (bundle / ".partial" / "decode.onnx").write_bytes(b"half")
+    work = atomic.work_folder(bundle)
+    (work / "partial").mkdir(parents=True)
+    (work / "partial" / "decode.onnx").write_bytes(b"half")
+    (work / "lock").write_bytes(atomic.MARK)
     monkeypatch.setattr(trace, "trace", eager.empty)
 
     ratios.add(bundle, 0.1)
 
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".partial") or path.suffix == ".lock"]
+    assert not work.exists()
     assert keep_ratios(bundle) == [0.5, 0.25, 0.1]
     open_bundle(bundle, keep_ratio=0.1)
 
