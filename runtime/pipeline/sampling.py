@@ -14,6 +14,8 @@ from lvlm_edge.runtime.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+COLDEST = 1e-4  # temperature below which scores divided by it leave float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -23,11 +25,15 @@ class Sampling:
         UsageError: a value is out of range.
     """
 
-    temperature: float = 0.0  # 0 takes the likeliest token
+    temperature: float = 0.0  # 0 takes the likeliest token, and so does what is too small to divide by
     top_k: int = 0  # 0 keeps all tokens
     top_p: float = 1.0  # 1 keeps all tokens
     repetition_penalty: float = 1.0  # 1 has no effect, more discourages tokens already seen
     seed: int | None = None  # None draws a new one each time
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -57,7 +63,7 @@ class Sampler:
             seen: token ids of the prompt and of the answer so far.
         """
         scores = filtered(logits, seen, self.sampling)
-        if self.sampling.temperature == 0:
+        if self.sampling.greedy:
             return int(np.argmax(scores))  # the lowest index of equals, like torch.argmax
         candidates = np.flatnonzero(scores > -np.inf)
         cumulative = np.cumsum(_softmax(scores[candidates]))
@@ -79,7 +85,7 @@ def filtered(logits: NDArray[np.float32], seen: Sequence[int], sampling: Samplin
         [vocab], float32, -inf where a token was removed.
     """
     scores = _penalized(np.array(logits, dtype=np.float32), seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return scores
     if sampling.temperature != 1:
         scores = scores / np.float32(sampling.temperature)

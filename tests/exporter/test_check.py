@@ -22,7 +22,7 @@ from lvlm_edge.exporter.graphs.rotary import rotation
 from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import sha256
-from lvlm_edge.runtime.pipeline import pipeline
+from lvlm_edge.runtime.pipeline import decoder
 from tests import eager
 from tests.cases import some
 
@@ -442,13 +442,13 @@ def test_check_names_the_stage_of_a_wrong_manifest(grouped, export_once, tmp_pat
 
 @pytest.mark.parametrize("offset", [-1, -6], ids=["off by one", "from the pruned cache's length"])  # 10 of 16 are kept
 def test_check_names_the_stage_of_a_wrong_position_of_the_next_token(offset, grouped, exported, monkeypatch):
-    right = pipeline.lay_out
+    right = decoder.lay_out
 
     def lay_out(*given):
         rows = right(*given)
         return dataclasses.replace(rows, next=rows.next + offset)
 
-    monkeypatch.setattr(pipeline, "lay_out", lay_out)
+    monkeypatch.setattr(decoder, "lay_out", lay_out)
 
     verdict = parity.check(exported(grouped, **MUTANT), grouped, steps=4, store=False)
 

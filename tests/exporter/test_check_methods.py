@@ -17,7 +17,7 @@ from lvlm_edge.exporter import export
 from lvlm_edge.exporter.graphs import blocks, encoders
 from lvlm_edge.exporter.methods import _yopo_counts, himix, proxyv, yopo
 from lvlm_edge.exporter.proof import parity
-from lvlm_edge.runtime.pipeline import pipeline
+from lvlm_edge.runtime.pipeline import decoder
 from tests import eager
 from tests.cases import both, some
 from tests.tiny import cli
@@ -632,13 +632,13 @@ def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original
     of, options, _ = USUAL[method]
     checkpoint = original(method=method.split()[0], kv_heads=2, **of)
     bundle = exported(checkpoint, method=method.split()[0], **options)
-    right = pipeline.lay_out
+    right = decoder.lay_out
 
     def lay_out(*given: Any) -> Any:
         rows = right(*given)
         return replace(rows, next=rows.next + offset)
 
-    monkeypatch.setattr(pipeline, "lay_out", lay_out)
+    monkeypatch.setattr(decoder, "lay_out", lay_out)
 
     verdict = parity.check(bundle, checkpoint, steps=4, store=False)
 

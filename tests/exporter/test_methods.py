@@ -229,9 +229,9 @@ def test_himix_looks_at_an_image_once_for_several_prompts(original, exported):
     pixels = originals.pixels().numpy()
     pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
     ran = []
-    pipe._memory._sessions = {  # type: ignore[assignment]
+    pipe._decoder.memory._sessions = {  # type: ignore[assignment]
         name: dataclasses.make_dataclass("Counted", ["run"])(lambda n=name, s=session: (ran.append(n), s.run()))
-        for name, session in pipe._memory._sessions.items()
+        for name, session in pipe._decoder.memory._sessions.items()
     }
 
     again = pipe.generate_tokens(originals.prompt(20, 3, seed=1), pixels, max_new_tokens=4)

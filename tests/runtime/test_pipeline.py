@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lvlm_edge.runtime import Pipeline, Sampling
-from lvlm_edge.runtime.errors import BundleError, FitError, InputError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import BundleError, FitError, InputError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import checkpoints, tiny
 from tests.checkpoints import IMAGE
 from tests.tiny import PROMPT, pixels
@@ -37,6 +38,83 @@ def test_the_pieces_of_a_stream_are_the_answer(pipe, picture):
     assert len(pieces) > 1
     assert "".join(pieces) == pipe.last.text
     assert pipe.generate("w5 w6", [picture]).text == pipe.last.text
+
+
+# One pipeline, many callers.
+
+
+def test_interleaved_streams_go_on_or_say_so(pipe, picture):
+    prompts = ["w5 w6", "w9 w8 w7", "w20"]
+    alone = {prompt: pipe.generate(prompt, [picture]).text for prompt in prompts}
+    assert len(set(alone.values())) == len(prompts)
+    rng, open_, right, ended = np.random.default_rng(0), [], 0, 0
+
+    for i in range(400):
+        if not open_ or rng.random() < 0.1:
+            prompt = prompts[i % len(prompts)]
+            open_.append([prompt, pipe.stream(prompt, [picture]), ""])
+        one = open_[rng.integers(len(open_))]
+        prompt, stream, text = one
+        try:
+            one[2] = text = text + next(stream, "")
+        except UsageError as error:
+            text = str(error)
+        if "another prompt was begun on this Pipeline" in text:
+            ended += 1
+            open_.remove(one)
+        elif text == alone[prompt]:
+            right += 1
+            open_.remove(one)
+        assert "another prompt" in text or alone[prompt].startswith(text)
+
+    assert right > 5 and ended > 5
+
+
+def test_threads_get_their_own_answers(pipe, picture):
+    prompts = [f"w{i} w{i + 1}" for i in range(5, 13)]
+    alone = {prompt: pipe.generate(prompt, [picture]).token_ids for prompt in prompts}
+
+    def ask(i: int) -> bool:
+        prompt = prompts[i % len(prompts)]
+        if i % 2:
+            return pipe.generate(prompt, [picture]).token_ids == alone[prompt]
+        return pipe.generate_tokens(*pipe.prepare(prompt, [picture])).token_ids == alone[prompt]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(200)))
+
+
+def test_a_stream_beside_a_thread_is_right_or_says_so(pipe, picture):
+    alone = pipe.generate("w5 w6", [picture]).text
+
+    def ask(i: int) -> str:
+        try:
+            return "".join(pipe.stream("w5 w6", [picture])) if i % 2 else pipe.generate("w5 w6", [picture]).text
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(100)))
+
+    assert {text for text in found if "another prompt was begun" not in text} == {alone}
+    assert all(text == alone for text in found[::2])
+
+
+def test_a_stream_checks_its_arguments_at_once(pipe, picture):
+    with pytest.raises(InputError):
+        pipe.stream("w5", [picture, picture])
+    with pytest.raises(InputError):
+        pipe.stream("w5 " * 100, [picture])
+
+
+def test_logits_that_are_not_finite_end_an_answer(pipe, picture, monkeypatch):
+    right = pipe._decoder._decode
+    monkeypatch.setattr(pipe._decoder, "_decode", lambda *given: right(*given) * np.float32(np.inf))
+
+    stream = pipe.stream("w5 w6", [picture])
+
+    with pytest.raises(LvlmEdgeError, match=r"logits of token 1 are not finite.*float32; export with --dtype"):
+        list(stream)
 
 
 def test_a_stream_and_generate_tokens_give_the_same_tokens(pipe, picture):
