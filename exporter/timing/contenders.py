@@ -209,8 +209,9 @@ class _RatesRunner:
     """The machine's own rates, as ONNX Runtime and numpy reach them with the contenders' threads."""
 
     def __init__(self, contender: Contender) -> None:
-        import onnxruntime
+        from lvlm_edge.runtime.backends import ort
 
+        onnxruntime = ort.library()
         self._threads = contender.threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = contender.threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from lvlm_edge.runtime.errors import BundleError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnxruntime
+
+TELEMETRY = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime from 1.29 on; a user's own setting stays
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,20 @@ def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
     return buffer.array
 
 
+def library() -> ModuleType:
+    """The module `onnxruntime`, which is told to send no telemetry.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    os.environ.setdefault(TELEMETRY, "1")  # read when the library starts
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnsupportedError("ort: onnxruntime is not installed; pip install 'lvlm-edge[ort]'") from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
 def create(threads: int | None = None, exact: bool = False) -> OrtBackend:
     """The backend.
 
@@ -142,8 +159,4 @@ def create(threads: int | None = None, exact: bool = False) -> OrtBackend:
     Raises:
         UnsupportedError: onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UnsupportedError("ort: onnxruntime is not installed; pip install 'lvlm-edge[ort]'") from error
-    return OrtBackend(onnxruntime, threads or 0, exact)
+    return OrtBackend(library(), threads or 0, exact)

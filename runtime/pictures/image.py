@@ -35,17 +35,21 @@ class Preprocessing:
     std: tuple[float, ...] | None = None  # divided by, per channel
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
+
+
 def open_image(source: str | os.PathLike[str] | bytes | Image) -> Image:
     """A picture as RGB, turned upright by its EXIF orientation and decoded completely.
 
-    The steps are those of `load_image` in transformers: the first frame is taken, and transparency is dropped.
+    The first frame is taken. Transparent pixels are laid on white, as image processors of transformers do with a Pillow
+    picture. Only formats that Pillow decodes in this process are opened.
 
     Args:
         source: a path, the content of a file, or a Pillow picture, which is left as it is.
 
     Raises:
-        InputError: the picture is missing, not a picture, truncated or damaged, or larger than Pillow's limit
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+        InputError: the picture is missing, not a picture, truncated or damaged, has 16 or 32 bits per channel, or is
+            larger than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     from PIL import Image
 
@@ -126,11 +130,12 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
         with warnings.catch_warnings():
             # The size is checked right after this with an error, which says more than Pillow's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file, expected a picture; check the path") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{where}: not a picture that Pillow can read; give a JPEG, PNG or WebP file") from error
+        known = ", ".join(FORMATS)
+        raise InputError(f"{where}: not a picture in a format that is read, expected one of {known}") from error
     except Image.DecompressionBombError as error:
         raise InputError(
             f"{where}: the picture is too large ({_one_line(error)}), expected at most {Image.MAX_IMAGE_PIXELS} "
@@ -150,6 +155,8 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
 
 def _upright(picture: Image, where: str) -> Image:
     """The picture as `open_image` returns it; its size is checked before anything is decoded."""
+    import warnings
+
     from PIL import Image, ImageOps
 
     width, height = picture.size
@@ -159,8 +166,15 @@ def _upright(picture: Image, where: str) -> Image:
             f"{where}: the picture is {width}x{height}, {width * height} pixels, expected at most {limit}; "
             f"scale it down"
         )
+    if picture.mode.startswith(("I", "F")):
+        raise InputError(
+            f"{where}: its pixels are {picture.mode} (16 or 32 bits), expected 8 bits per channel; scale it to "
+            "0..255 by the range of what it shows and save it again"
+        )
     try:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        with warnings.catch_warnings():  # of damaged EXIF
+            warnings.simplefilter("ignore")
+            return Image.fromarray(_rgb(ImageOps.exif_transpose(picture)))
     except Exception as error:
         raise InputError(
             f"{where}: the picture is truncated or damaged ({_one_line(error)}), expected a complete picture; "

@@ -84,9 +84,11 @@ class Text:
             Token ids; the image token appears once for each part of type image.
 
         Raises:
-            InputError: the template refuses the messages, or writes another number of image tokens.
+            InputError: a text is not Unicode, the template refuses the messages, or it writes another number of image
+                tokens.
         """
         plain = [plain_value(message) for message in messages]
+        map_texts(plain, _check_text)
         stand_ins = self._escaping.stand_ins(plain)
         rendered = self._render(
             map_texts(plain, lambda text: self._escaping.disguise(text, stand_ins)), add_generation_prompt
@@ -195,7 +197,9 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     content = _read(path)
     try:
         tokenizer = Tokenizer.from_str(content)
-    except Exception as error:
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise BundleError(
             f"{path}: not a tokenizer this version reads ({one_line(error)}), expected the tokenizers format; "
             f"export the bundle again"
@@ -214,6 +218,18 @@ def _read(path: Path) -> str:
         raise BundleError(
             f"{path}: cannot be read ({one_line(error)}), expected text in UTF-8; export or copy the bundle again"
         ) from error
+
+
+def _check_text(text: str) -> str:
+    """The text, if it can be written as UTF-8; bytes that are not UTF-8 reach a program as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"prompt: character {error.start} is not Unicode text ({text[error.start : error.end]!a}), expected UTF-8; "
+            "save or type it in UTF-8"
+        ) from error
+    return text
 
 
 def plain_value(value: Any) -> Any:

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from lvlm_edge.runtime.errors import InputError
@@ -162,8 +163,6 @@ FILES = {
     "rgb.jpg": "RGB",
     "l.jpg": "L",
     "cmyk.jpg": "CMYK",
-    "i16.png": "I;16",
-    "i16.tiff": "I;16",
     "one.png": "1",
 }
 
@@ -176,7 +175,40 @@ def test_files_open_as_in_transformers(name: str, tmp_path: Path) -> None:
     opened = image.open_image(path)
 
     assert opened.mode == "RGB"
-    np.testing.assert_array_equal(np.array(opened), np.array(load_image(str(path))))
+    flat = convert_to_rgb(PIL.Image.open(path)) if name in SEE_THROUGH else load_image(str(path))
+    np.testing.assert_array_equal(np.array(opened), np.array(flat))
+
+
+SEE_THROUGH = ("la.png", "rgba.png", "rgba.webp")  # laid on white, where `load_image` drops transparency
+
+
+def test_transparent_pixels_are_white_and_not_the_black_behind_them(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6] = (0, 0, 255, 255)
+    PIL.Image.fromarray(pixels).save(tmp_path / "circle.png")
+
+    opened = np.array(image.open_image(tmp_path / "circle.png"))
+
+    assert (opened[0, 0] == 255).all() and opened[3, 3].tolist() == [0, 0, 255]
+
+
+DEEP = [("a.png", np.uint16), ("a.tiff", np.uint16), ("a.tiff", np.float32), ("a.tiff", np.int32)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), DEEP)
+def test_pictures_of_more_than_8_bits_are_refused(name: str, dtype: type, tmp_path: Path) -> None:
+    PIL.Image.fromarray(np.arange(64, dtype=dtype).reshape(8, 8)).save(tmp_path / name)
+
+    with pytest.raises(InputError, match=r"16 or 32 bits\), expected 8 bits per channel"):
+        image.open_image(tmp_path / name)
+
+
+def test_a_picture_that_another_program_would_decode_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "figure.png"
+    PIL.Image.new("RGB", (8, 8)).save(path, format="EPS")
+
+    with pytest.raises(InputError, match="not a picture in a format that is read, expected one of JPEG, PNG"):
+        image.open_image(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

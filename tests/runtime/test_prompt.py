@@ -309,6 +309,12 @@ def test_a_template_that_looks_into_a_text_finds_it_unchanged(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", ["llama, vicuna", "metaspace, vicuna", "small"], indirect=True)
+@pytest.mark.parametrize("message", [{"content": "\udcff"}, {"content": [{"type": "text", "text": "a \ud800 b"}]}])
+def test_text_that_is_not_unicode_is_refused(case: Case, message: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"prompt: character \d is not Unicode text .*expected UTF-8"):
+        case.text.encode_chat([{"role": "user", **message}])
+
+
 def test_a_string_as_content_is_passed_on_as_it_is(case: Case) -> None:
     messages = [{"role": "user", "content": "Hello, who are you?"}]
 

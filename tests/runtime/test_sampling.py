@@ -111,6 +111,13 @@ def test_tokens_are_drawn_by_their_probability() -> None:
     np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.2, 0], atol=0.024)
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-38, 1e-5])
+def test_temperatures_near_0_take_the_likeliest_token(temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, top_k=50, top_p=0.9, seed=0))
+
+    assert [sampler.pick(scores(seed), []) for seed in range(20)] == [scores(seed).argmax() for seed in range(20)]
+
+
 def test_removed_tokens_are_never_drawn() -> None:
     sampler = Sampler(Sampling(temperature=5.0, top_k=3, seed=1))
     best = set(np.argsort(scores(0))[-3:].tolist())
