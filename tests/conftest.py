@@ -33,7 +33,9 @@ def unpacked(archive: Path, folder: Path) -> Path:
         if not done.is_file() or done.read_text("utf-8") != digest:
             shutil.rmtree(folder, ignore_errors=True)
             with tarfile.open(archive) as packed:
-                packed.extractall(folder, filter="data")
+                packed.extractall(
+                    folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+                )  # from 3.11.4 on
             done.write_text(digest, "utf-8")
     return folder
 

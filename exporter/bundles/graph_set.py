@@ -142,6 +142,12 @@ def file_of(wanted: GraphSpec) -> str:
 
 def described(plan: Plan, found: GraphSet) -> dict[str, Any]:
     """What a manifest says of a plan and its graphs, by field: all that another keep ratio changes."""
+    variants = {name: _entries(graphs) for name, graphs in found.variants.items()}
+    return {**planned(plan), "graphs": _entries(found.specs), "variants": variants}
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """What a manifest says of a plan alone, by field."""
     return {
         "method_config": asdict(plan.config),
         "counts": manifests.Counts(
@@ -153,8 +159,6 @@ def described(plan: Plan, found: GraphSet) -> dict[str, Any]:
             new_tokens=plan.new_tokens,
         ),
         "stages": tuple(stages(plan)),
-        "graphs": _entries(found.specs),
-        "variants": {name: _entries(graphs) for name, graphs in found.variants.items()},
         "cache": tuple(
             manifests.Cache(
                 name=group.name,

@@ -71,7 +71,12 @@ def capacity(folder: Path) -> Capacity:
     return found
 
 
-def _settings(folder: Path) -> Settings:
+def settings(folder: Path) -> Settings:
+    """What else a bundle's export was asked for.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
     try:
         found = manifests.parse(Settings, _read(folder)["settings"], "settings")
     except (ValueError, TypeError, KeyError) as error:
@@ -86,7 +91,7 @@ def rounded(folder: Path) -> manifests.WeightFormats:
     Raises:
         BundleError: the bundle does not say.
     """
-    found = _settings(folder).requested
+    found = settings(folder).requested
     kinds = {part: getattr(found, part) for part in ("decoder", "vision", "head")}
     kinds = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in kinds.items()}
     return manifests.WeightFormats(**kinds, block=found.block)
@@ -139,7 +144,7 @@ def _plan(folder: Path, manifest: manifests.Manifest, keep_ratio: float) -> tupl
     plan = plans.make(
         Model(family, spec, pictures),
         capacity(folder),
-        _settings(folder),
+        settings(folder),
         method=manifest.method,
         options=manifest.method_config | {"keep_ratio": keep_ratio},
         formats=manifest.formats,

@@ -46,7 +46,8 @@ def check(
 ) -> None:
     """Compare a bundle with PyTorch; exit 1 if they differ.
 
-    Compares graph by graph and token by token, on random prompts, and writes the result to the bundle as
+    Compares settings, prompts and pictures with the checkpoint, and graph by graph and token by token with PyTorch on
+    random prompts; then the graphs that run, from pixels to tokens. Writes the result to the bundle as
     certificate.json.
     """
     from lvlm_edge.exporter.proof import parity
@@ -62,7 +63,8 @@ def check(
     )
     if as_json:
         rows = [dataclasses.asdict(row) for row in verdict.rows]
-        click.echo(json.dumps({"passed": verdict.passed, "rows": rows}, indent=1))
+        found = {"passed": verdict.passed, "not_judged": verdict.not_judged, "rows": rows}
+        click.echo(json.dumps(found, indent=1))
     else:
         _print_verdict(verdict)
     if not verdict.passed:
@@ -84,6 +86,8 @@ def _print_verdict(verdict: Any) -> None:
         told = ("", "") if row.bound is None else (f"{row.bound:.1e}", mark)
         rows.add_row(row.case, row.stage, f"{row.figure:.2e}", *told, row.note)
     show(rows)
+    for what in verdict.not_judged:
+        show(f"not judged: {what}")
     if verdict.passed:
         show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")
     else:

@@ -50,6 +50,7 @@ def write(pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict
         "steps": steps,
         "seed": seed,
         "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
+        "not_judged": verdict.not_judged,
         "rows": [asdict(row) for row in verdict.rows],
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }

@@ -33,9 +33,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All rows, and whether every one passed."""
+    """All rows, whether every one passed, and what the checkpoint gave nothing to judge by."""
 
     rows: tuple[Row, ...]
+    not_judged: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -16,7 +16,7 @@ from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.proof import as_run, certificate
+from lvlm_edge.exporter.proof import as_run, certificate, host
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.proof.judge import (
@@ -96,6 +96,7 @@ def check(
     folder = checkpoint.resolve(against)
     check_fits(pipe.bundle, folder)
     model = references.load(folder)
+    around, not_judged = host.compare(pipe, folder, model, seed)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
@@ -106,12 +107,12 @@ def check(
     given = [_run(pipe, model, case, steps) for case in cases] if rounded.quantized else []
     if given:
         references.quantised.apply(model, rounded, pipe.manifest.dtype)
-    rows = [row for case in cases for row in compare(pipe, model, case, steps)]
+    rows = around + [row for case in cases for row in compare(pipe, model, case, steps)]
     rows += _losses(pipe, cases, given, steps)
     if backend in pipe.manifest.variants or (exact and pipe.manifest.formats.quantized):
         quick = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False)
         rows += as_run.compare(quick, model, cases, steps)
-    verdict = Verdict(rows=tuple(rows))
+    verdict = Verdict(rows=tuple(rows), not_judged=tuple(not_judged))
     if store:
         certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
     return verdict

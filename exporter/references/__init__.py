@@ -50,7 +50,8 @@ class Reference:
     injected: dict[str, Tensor] = field(default_factory=dict)
 
 
-__all__ = ["Reference", "load", "module", "pixels", "quantised"]
+__all__ = ["Reference", "load", "module", "pixels", "quantised", "view"]
+view = original.view
 
 
 def module(method: str) -> ModuleType:

@@ -106,7 +106,7 @@ class Decoder:
     def prompt_tensors(self, rows: Rows, image_rows: Mapping[str, Array]) -> dict[str, Array]:
         """What the prefill graphs read, by name; see `Pipeline.prefill_inputs`."""
         counts, size = self.manifest.counts, self.manifest.embedding.hidden
-        text = self._embedded(rows.ids)
+        text = self.embedded(rows.ids)
         found: dict[str, Array] = {}
         for output, name in self.manifest.image_rows.items():
             found[name] = np.zeros((1, counts.prompt_tokens, size), text.dtype)
@@ -227,7 +227,7 @@ class Decoder:
         graphs = self.manifest.role("decode")
         coded = coded_length(length, self._restored)
         given = {
-            "inputs_embeds": self._embedded(np.array(token)).reshape(1, 1, -1),
+            "inputs_embeds": self.embedded(np.array(token)).reshape(1, 1, -1),
             "position_ids": np.full((self.manifest.axes, 1), length + self._next),
             "cache_length": np.full(1, coded),
             "last_index": np.zeros(1, np.int64),
@@ -243,7 +243,7 @@ class Decoder:
         names = set(self.manifest.image_rows.values()) - {"inputs_embeds"}
         return {t.name: np.zeros(t.shape, np.float32) for g in graphs for t in g.inputs if t.name in names}
 
-    def _embedded(self, ids: Array) -> Array:
+    def embedded(self, ids: Array) -> Array:
         """Rows of the token embedding, those of bfloat16 as float32."""
         rows: Array = self._table[ids]
         return from_bfloat16(rows) if self.manifest.embedding.dtype == "bfloat16" else rows

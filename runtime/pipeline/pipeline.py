@@ -246,6 +246,28 @@ class Pipeline:
         """Clear the cache of image features: the next prompt runs the vision encoder."""
         self._decoder.features.forget()
 
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, with one image token per image; see `prepare`.
+
+        Raises:
+            InputError: the chat template refuses the messages.
+            BundleError: the bundle has no tokenizer.
+        """
+        return self._load_text().encode_chat(list(messages))
+
+    def pixels(self, images: Sequence[Any], *, fit: bool = False) -> list[Array]:
+        """Pixels of pictures, float32 [views, 3, H, W] each; see `prepare`.
+
+        Raises:
+            InputError: a picture is unreadable or belongs on another canvas, or there are too many.
+        """
+        found = inputs.read_images(self.manifest, images, fit=fit)
+        return [media.pixels for media in inputs.media(self.manifest, found)]
+
+    def embed(self, ids: Array) -> Array:
+        """Rows of the token embedding, [n, D], in the bundle's precision; those of bfloat16 as float32."""
+        return self._decoder.embedded(ids)
+
     def buffer(self, graph: str, name: str) -> Buffer:
         """The buffer behind a graph's input or output, for checks and debugging."""
         found = self.manifest.graph(graph)

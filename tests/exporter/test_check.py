@@ -209,7 +209,7 @@ def _lowest(patch):
     patch.setattr(fastv, "select", lambda p, plan, inputs: right(p, plan, inputs | {"score": -inputs["score"]}))
 
 
-@mutation("kept set")
+@mutation("counts")
 def _truncated(patch):
     """the kept count truncated where it has to be rounded."""
     patch.setattr(fastv, "kept", lambda config, visual: int(visual * config.keep_ratio))  # 9.6 of 16
@@ -437,7 +437,7 @@ def test_check_names_the_stage_of_a_wrong_manifest(grouped, export_once, tmp_pat
 
     verdict = parity.check(bundle, grouped, steps=4, store=False)
 
-    assert verdict.first_failure is not None and verdict.first_failure.stage == "head"
+    assert verdict.first_failure is not None and verdict.first_failure.stage == "embedding"
 
 
 @pytest.mark.parametrize("offset", [-1, -6], ids=["off by one", "from the pruned cache's length"])  # 10 of 16 are kept
@@ -489,5 +489,5 @@ def test_the_command_exits_with_0_on_a_clean_bundle_and_with_1_on_a_wrong_one(gr
     assert "PASSED" in passed.stdout
     report = json.loads(failed.stdout)
     assert report["passed"] is False
-    assert next(row for row in report["rows"] if not row["passed"])["stage"] == "head"
+    assert next(row for row in report["rows"] if not row["passed"])["stage"] == "embedding"
     assert json.loads((wrong / "certificate.json").read_text())["passed"] is False

@@ -619,9 +619,8 @@ def usual(original: Any, method: str, mutation: Mutation) -> tuple[Any, dict[str
 
 
 def found(mutation: Mutation, method: str, verdict: parity.Verdict) -> None:
-    """The first failure is at the mutation's stage and layer."""
-    row = verdict.first_failure
-    assert row is not None
+    """The first failure on a prompt is at the mutation's stage and layer; what was planned may differ before."""
+    row = next(row for row in verdict.rows if not row.passed and row.case != "checkpoint")
     wanted = mutation.stage or ("prefill caches" if method == "yopo released" else "prefill_head caches")
     assert (row.stage, mutation.layer is None or f"layer {mutation.layer}" in row.note) == (wanted, True), row
 

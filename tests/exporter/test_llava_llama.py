@@ -147,7 +147,8 @@ def test_check_puts_separators_after_pytorchs_own_tokens(tmp_path, monkeypatch, 
             image_features=states, image_embeds=embeds, logits=torch.from_numpy(logits), tokens=tokens
         )
 
-    monkeypatch.setattr(references, "load", lambda folder: stock)
+    loaded = references.load(tmp_path / "model")
+    monkeypatch.setattr(references, "load", lambda folder: loaded)  # for the embedding
     monkeypatch.setattr(references.module("none"), "run", run)
     verdict = parity.check(tmp_path / "out", tmp_path / "model", steps=4)
 

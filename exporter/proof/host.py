@@ -1,0 +1,173 @@
+"""What the host does around the graphs, against the checkpoint: plan, pictures, prompts, end of answers, embedding."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm_edge.exporter import references
+from lvlm_edge.exporter.bundles import graph_set, plans, ratios
+from lvlm_edge.exporter.checkpoints import text
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, read_json
+from lvlm_edge.exporter.planning import Plan
+from lvlm_edge.exporter.proof.judge import Row, close
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import sha256
+from lvlm_edge.runtime.pipeline.inputs import user_turn
+
+CASE = "checkpoint"  # named instead of a prompt
+QUESTION = "What is shown here? 1 <2> déjà vu"
+SIZE = (301, 207)  # of the made-up picture, in pixels
+ROWS = 4096  # of the embedding, compared at a time
+
+
+def compare(pipe: Pipeline, folder: Path, model: Any, seed: int) -> tuple[list[Row], list[str]]:
+    """Rows, and what could not be judged.
+
+    Args:
+        folder: of the checkpoint.
+        model: the reference, whose embedding is the checkpoint's own.
+        seed: of the made-up picture.
+    """
+    of = Checkpoint.open(folder)
+    plan = _planned(pipe, of)
+    rows = [
+        _equal("config", pipe.manifest.provenance.config_sha256, sha256(folder / "config.json")),
+        *(_equal(stage, found, wanted) for stage, found, wanted in _settings(pipe, plan)),
+        _ends(pipe, folder),
+        _embedding(pipe, model),
+    ]
+    missing = []
+    for part, reason in ((_prompt(pipe, of, plan), "prompt"), (_pixels(pipe, of, plan, seed), "pixels")):
+        found = list(part)
+        rows += found
+        if not found:
+            missing.append(reason)
+    return rows, [REASONS[reason] for reason in missing]
+
+
+REASONS = {
+    "prompt": "prompt: the checkpoint has no tokenizer.json",
+    "pixels": "pixels: transformers has no image processor that makes this checkpoint's pictures; settings were judged",
+}
+
+
+def _equal(stage: str, found: Any, wanted: Any, note: str = "") -> Row:
+    same = _plain(found) == _plain(wanted)
+    return Row(case=CASE, stage=stage, figure=float(not same), bound=0, passed=same, note="" if same else note)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, so that tuples are lists."""
+    return json.loads(json.dumps(value, default=asdict, sort_keys=True))
+
+
+def _planned(pipe: Pipeline, of: Checkpoint) -> Plan:
+    """The plan of the export made again from the checkpoint, with what the bundle was asked for."""
+    folder, manifest = pipe.bundle.folder, pipe.manifest
+    capacity = ratios.capacity(folder)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest.method_config.items()}
+    return plans.make(
+        plans.model(of, capacity),
+        capacity,
+        ratios.settings(folder),
+        method=manifest.method,
+        options=options,
+        formats=manifest.formats,
+    )
+
+
+def _settings(pipe: Pipeline, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
+    """Fields of the manifest, and what they are by the plan."""
+    manifest = pipe.manifest
+    for name, wanted in graph_set.planned(plan).items():
+        yield name, getattr(manifest, name), wanted
+    yield "positions", manifest.axes, plan.axes
+    yield "preprocessing", manifest.pictures, plan.pictures
+    yield "precision", (manifest.dtype, manifest.lowering), (plan.dtype, plan.lowering.name)
+
+
+def _ends(pipe: Pipeline, folder: Path) -> Row:
+    """End-of-sequence ids: those of generation_config.json, else of config.json; and what closes published answers."""
+    config = read_json(folder / "config.json")
+    path = folder / "generation_config.json"
+    sources = (read_json(path) if path.is_file() else {}, config, config.get("text_config") or {})
+    ids: Any = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), [])
+    wanted = set(ids) if isinstance(ids, list) else {ids}
+    found = set(pipe.manifest.eos_token_ids)
+    more = set(text.turn_end(pipe.bundle.folder)) if pipe.manifest.text is not None else set()
+    note = f"{sorted(found)}, the checkpoint has {sorted(wanted)}"
+    return _equal("end of sequence", sorted(found), sorted(wanted | more), note)
+
+
+def _embedding(pipe: Pipeline, model: Any) -> Row:
+    """Every row of the token embedding, equal to the checkpoint's in the bundle's precision."""
+    import torch
+
+    m, wrong, first = references.view(model), 0, ""
+    dtype, vocab = getattr(torch, pipe.manifest.embedding.dtype), pipe.manifest.embedding.vocab
+    for start in range(0, vocab, ROWS):
+        ids = range(start, min(start + ROWS, vocab))
+        with torch.no_grad():
+            wanted = m.embed(ids).to(dtype).float().numpy()
+        differ = np.flatnonzero((pipe.embed(np.array(ids)).astype(np.float32) != wanted).any(1))
+        first = first or (f"first in row {start + differ[0]}" if len(differ) else "")
+        wrong += len(differ)
+    return Row(case=CASE, stage="embedding", figure=wrong, bound=0, passed=wrong == 0, note=first)
+
+
+def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
+    """Tokenizer, chat template and the token ids of a question."""
+    found, folder = pipe.manifest.text, pipe.bundle.folder
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place)
+        wanted = text.copy(of.folder, out, plan.family.chat_template(of), plan.spec.image_token_id)
+        if found is None or wanted is None:
+            if found is not wanted:
+                yield _equal("tokenizer", found, wanted)
+            return
+        yield _equal("tokenizer", sha256(folder / found.tokenizer), sha256(out / wanted.tokenizer))
+        template = (out / wanted.chat_template).read_text("utf-8")
+        yield _equal("chat template", (folder / found.chat_template).read_text("utf-8"), template)
+        yield _equal("special tokens", found, wanted)
+        messages = user_turn(QUESTION, len(pipe.manifest.pictures), None)
+        yield _equal("prompt ids", pipe.encode(messages), _encoded(out, wanted, template, messages))
+
+
+def _encoded(folder: Path, config: Any, template: str, messages: list[Any]) -> list[int]:
+    """Token ids as transformers makes them, an image's placeholder standing for itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"bos_token": config.bos_token or None, "eos_token": config.eos_token or None}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / config.tokenizer), **special)
+    rendered = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    starts = bool(config.bos_token) and rendered.startswith(config.bos_token)
+    if config.image_token_id >= 0:
+        return list(tokenizer(rendered, add_special_tokens=not starts)["input_ids"])
+    ids = [] if starts else tokenizer("", add_special_tokens=True)["input_ids"]
+    for i, piece in enumerate(rendered.split(config.image_token)):
+        ids += ([config.image_token_id] if i else []) + tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return list(ids)
+
+
+def _pixels(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> Iterator[Row]:
+    """A made-up picture through transformers' image processor, where the checkpoint names one that makes one view."""
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    named = [name for name in ("preprocessor_config.json", "processor_config.json") if (of.folder / name).is_file()]
+    if plan.family.name != "llava" or not named:
+        return
+    noise = np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
+    picture = Image.fromarray(noise)
+    processor = AutoImageProcessor.from_pretrained(of.folder, backend="pil", local_files_only=True)
+    wanted = processor(images=picture, return_tensors="np")["pixel_values"]
+    yield close(CASE, "pixels", pipe.pixels([picture] * len(pipe.manifest.pictures))[0][:1], wanted, 1e-6)
