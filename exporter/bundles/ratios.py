@@ -118,7 +118,8 @@ def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:
     if "keep_ratio" not in manifest.method_config:
         raise UsageError(f"{folder}: its method, {manifest.method}, has no keep ratio; export with --method fastv")
     if keep_ratio in manifests.keep_ratios(folder):
-        raise UsageError(f"{folder}: holds keep ratio {keep_ratio:g} already; run it with --keep-ratio {keep_ratio:g}")
+        ratio = manifests.ratio_text(keep_ratio)
+        raise UsageError(f"{folder}: holds keep ratio {ratio} already; run it with --keep-ratio {ratio}")
     plan, places = _plan(folder, manifest, keep_ratio)
     with atomic.inside(folder) as partial:
         made = _trace(partial, manifest, plan, places, progress or (lambda *_: None))
@@ -175,7 +176,7 @@ def _place(
     for name in [path.name for path in partial.iterdir()]:
         if made.files[name] != manifest.files.get(name):
             stem, _, end = name.rpartition(".")
-            renamed[name] = f"{stem}.keep-{keep_ratio:g}.{end}"
+            renamed[name] = f"{stem}.keep-{manifests.ratio_text(keep_ratio)}.{end}"
             shutil.move(partial / name, folder / renamed[name])
     entry = _renamed(made, renamed)
     manifests.save_manifest(partial, entry)

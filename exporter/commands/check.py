@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, FROM_0, JSON, KEEP_RATIO
-from lvlm_edge.exporter.commands.output import show, table
-from lvlm_edge.runtime.errors import UsageError
+from lvlm_edge.exporter.commands.output import show, table, visible
+from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
 
 @click.command()
@@ -67,6 +67,8 @@ def check(
         click.echo(json.dumps(found, indent=1))
     else:
         _print_verdict(verdict)
+    if verdict.unwritten:
+        raise LvlmEdgeError(verdict.unwritten)
     if not verdict.passed:
         sys.exit(1)
 
@@ -80,16 +82,19 @@ def _question(images: tuple[Path, ...], prompt: str | None) -> tuple[str, tuple[
 
 
 def _print_verdict(verdict: Any) -> None:
+    from rich.text import Text
+
     rows = table("prompt", "stage", "error", "bound", "", "")
     for row in verdict.rows:
-        mark = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+        mark = Text("ok", "green") if row.passed else Text("FAILED", "red")
         told = ("", "") if row.bound is None else (f"{row.bound:.1e}", mark)
         rows.add_row(row.case, row.stage, f"{row.figure:.2e}", *told, row.note)
     show(rows)
     for what in verdict.not_judged:
         show(f"not judged: {what}")
+    written = verdict.unwritten or "certificate.json written"
     if verdict.passed:
-        show(f"[green]PASSED[/]: {len(verdict.rows)} comparisons; certificate.json written")
+        show(Text.assemble(("PASSED", "green"), f": {len(verdict.rows)} comparisons; {visible(written)}"))
     else:
         row = verdict.first_failure
-        show(f"[red]FAILED[/]: first at {row.stage} (prompt {row.case}); certificate.json written")
+        show(Text.assemble(("FAILED", "red"), f": first at {row.stage} (prompt {row.case}); {visible(written)}"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Any
 
 import click
 
+from lvlm_edge.exporter.commands.output import visible
 from lvlm_edge.runtime.errors import LvlmEdgeError, nearest
 
 
@@ -14,6 +17,9 @@ class Errors(click.Group):
     """A group that prints every error a user can act on as one line and exits with its code."""
 
     def main(self, args: Any = None, prog_name: Any = None, *_: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another, and no traceback
+                stream.reconfigure(errors="replace")
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
@@ -35,6 +41,12 @@ class Errors(click.Group):
         except KeyboardInterrupt:
             print_error("stopped; nothing was left half-written")
             ctx.exit(1)
+        except OSError as error:
+            where = error.filename or "standard output"
+            print_error(f"{where}: cannot be read or written ({error.strerror or error}); see its mode and the disk")
+            with contextlib.suppress(OSError, ValueError):  # what Python still holds is not to be written either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
@@ -43,7 +55,8 @@ class Errors(click.Group):
 
 
 def print_error(message: str) -> None:
-    click.echo(f"lvlm-edge: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"lvlm-edge: {visible(' '.join(message.split()))}", err=True)
 
 
 def _usage(error: click.ClickException) -> str:

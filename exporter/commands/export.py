@@ -88,6 +88,7 @@ def export(
 
 def _add_keep_ratio(bundle: Path, keep_ratio: float, quiet: bool, as_json: bool) -> None:
     from lvlm_edge.exporter.bundles import ratios
+    from lvlm_edge.runtime.bundle import ratio_text
 
     context = click.get_current_context()
     known = {"checkpoint", "add_keep_ratio", "quiet", "as_json"}
@@ -99,6 +100,5 @@ def _add_keep_ratio(bundle: Path, keep_ratio: float, quiet: bool, as_json: bool)
     if as_json:
         click.echo(written.read_text("utf-8"))
     elif not quiet:
-        click.echo(
-            f"{bundle}: keep ratio {keep_ratio:g} added; next: lvlm-edge run {bundle} --keep-ratio {keep_ratio:g}"
-        )
+        ratio = ratio_text(keep_ratio)
+        click.echo(f"{bundle}: keep ratio {ratio} added; next: lvlm-edge run {bundle} --keep-ratio {ratio}")

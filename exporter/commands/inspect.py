@@ -83,10 +83,12 @@ def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: b
 
 
 def _print_shared(shared: dict[str, Any]) -> None:
+    from lvlm_edge.runtime.bundle import ratio_text
+
     files = table("file", "bytes", "sha256", "keep ratios")
     for name, entry in shared["files"].items():
         files.add_row(
-            name, f"{entry['size']:,}", entry["sha256"][:16], ", ".join(f"{r:g}" for r in entry["keep_ratios"])
+            name, f"{entry['size']:,}", entry["sha256"][:16], ", ".join(map(ratio_text, entry["keep_ratios"]))
         )
     show(files)
     for ratio, size in shared["beyond_weights"].items():

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
+def visible(text: str) -> str:
+    r"""A text that a terminal only shows: control characters but line ends and tabs are written out, as in `\x1b`."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def table(*columns: str) -> Any:
+    """A table whose cells are shown as they are; styles are given as `rich.text.Text`."""
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    class Plain(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+    return Plain(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def show(*things: Any) -> None:
+    """Print texts as they are, tables and styled texts."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, soft_wrap=False, markup=False)
     for thing in things:
-        console.print(thing)
+        console.print(visible(thing) if isinstance(thing, str) else thing)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.output import visible
 from lvlm_edge.runtime.errors import UsageError
 
 
@@ -87,7 +88,8 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         fit=o["fit"],
     ):
         if not as_json:  # many tokenizers begin an answer with the space that separates it from the prompt
-            click.echo(piece if begun else piece.lstrip(), nl=False)
+            text = piece if begun else piece.lstrip()
+            click.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
             sys.stdout.flush()
         begun = begun or bool(piece.strip())
     if not as_json:

@@ -33,10 +33,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All rows, whether every one passed, and what the checkpoint gave nothing to judge by."""
+    """All rows, and whether every one passed.
+
+    Attributes:
+        not_judged: what the checkpoint gave nothing to judge by.
+        unwritten: why the certificate could not be written; empty if it was, or was not to be.
+    """
 
     rows: tuple[Row, ...]
     not_judged: tuple[str, ...] = ()
+    unwritten: str = ""
 
     @property
     def passed(self) -> bool:

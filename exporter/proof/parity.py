@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import Bundle, WeightFormats
 from lvlm_edge.runtime.bundle.kv_cache import PRESENT
+from lvlm_edge.runtime.errors import UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
 from lvlm_edge.runtime.pipeline.inputs import media
 
@@ -83,7 +84,7 @@ def check(
         options: fields of `Settings`.
 
     Raises:
-        UsageError: an option that is not known.
+        UsageError: an option that is not known, or no cases.
         InputError: the question does not fit the bundle.
         BundleError: the bundle is damaged or altered.
         CheckpointError: transformers cannot load the checkpoint, or it is not the bundle's.
@@ -98,6 +99,8 @@ def check(
     model = references.load(folder)
     around, not_judged = host.compare(pipe, folder, model, seed)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
+    if not cases and question is None:
+        raise UsageError("check: no cases are given, expected at least one; leave `cases` out for made-up ones")
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None
@@ -114,7 +117,11 @@ def check(
         rows += as_run.compare(quick, model, cases, steps)
     verdict = Verdict(rows=tuple(rows), not_judged=tuple(not_judged))
     if store:
-        certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
+        try:
+            certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
+        except OSError as error:
+            reason = f"{pipe.bundle.folder}: the certificate cannot be written ({error.strerror or error})"
+            verdict = replace(verdict, unwritten=f"{reason}; free some space, or correct the folder's mode")
     return verdict
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,9 +53,15 @@ def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | 
     return bundle
 
 
+def ratio_text(keep_ratio: float) -> str:
+    """A keep ratio as names and messages have it: short where that says all of it."""
+    short = f"{keep_ratio:g}"
+    return short if float(short) == keep_ratio else repr(keep_ratio)
+
+
 def manifest_name(keep_ratio: float) -> str:
     """File of the manifest of a keep ratio that was added to a bundle."""
-    return f"manifest.keep-{keep_ratio:g}.json"
+    return f"manifest.keep-{ratio_text(keep_ratio)}.json"
 
 
 def certificate_name(manifest: str) -> str:
@@ -71,12 +76,12 @@ def keep_ratios(folder: Path) -> list[float]:
         return []
     names = [path.name for path in folder.glob("manifest.keep-*.json")]
     added = [name.removeprefix("manifest.keep-").removesuffix(".json") for name in names]
-    return [own, *sorted((float(name) for name in added if _is_number(name)), reverse=True)]
+    return [own, *sorted((float(name) for name in added if _is_ratio(name)), reverse=True)]
 
 
-def _is_number(text: str) -> bool:
+def _is_ratio(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return 0 < float(text) <= 1 and ratio_text(float(text)) == text
     except ValueError:
         return False
 
@@ -85,10 +90,10 @@ def _held(folder: Path, keep_ratio: float) -> str:
     """The manifest's file of a keep ratio."""
     found = keep_ratios(folder)
     if keep_ratio not in found:
-        held = f"holds keep ratio {', '.join(f'{r:g}' for r in found)}" if found else "keeps every visual token"
+        held = f"holds keep ratio {', '.join(map(ratio_text, found))}" if found else "keeps every visual token"
         raise UsageError(
-            f"{folder}: {held}, not {keep_ratio:g}; choose one of them, or add it with lvlm-edge export "
-            f"--add-keep-ratio {keep_ratio:g} {folder}"
+            f"{folder}: {held}, not {ratio_text(keep_ratio)}; choose one of them, or add it with lvlm-edge export "
+            f"--add-keep-ratio {ratio_text(keep_ratio)} {folder}"
         )
     return manifest_name(keep_ratio)
 
@@ -188,7 +193,7 @@ def shared_files(folder: Path, ratios: Iterable[float]) -> dict[str, Any]:
     for ratio in ratios:
         manifest = open_bundle(folder, verify=False, keep_ratio=ratio).manifest
         new = [name for name in manifest.files if name not in files]
-        beyond[f"{ratio:g}"] = sum(manifest.files[name].size for name in new if name != manifest.weights)
+        beyond[ratio_text(ratio)] = sum(manifest.files[name].size for name in new if name != manifest.weights)
         for name, info in manifest.files.items():
             files.setdefault(name, {**dataclasses.asdict(info), "keep_ratios": []})["keep_ratios"].append(ratio)
     return {"files": files, "beyond_weights": beyond}
