@@ -75,7 +75,8 @@ def _partial(place: Path, work: Path) -> Iterator[Path]:
     old = work / "old"
     if old.is_dir() and not place.exists():  # killed between two renames
         old.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
     for partial in _emptied(work / "partial"):
         yield partial
         for path in partial.rglob("*"):
