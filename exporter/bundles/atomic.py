@@ -65,8 +65,8 @@ def inside(place: Path) -> Iterator[Path]:
         LvlmEdgeError: no room, or the folder cannot be written.
     """
     try:
-        with _on_signals(_interrupt), _alone(place.resolve()) as work:
-            yield from _emptied(work / "partial")
+        with _on_signals(_interrupt), _alone(place.resolve()) as work, _emptied(work / "partial") as partial:
+            yield partial
     except OSError as error:
         raise LvlmEdgeError(f"{place}: cannot be written ({error}); free some space, or correct its mode") from error
 
@@ -77,7 +77,7 @@ def _partial(place: Path, work: Path) -> Iterator[Path]:
         old.rename(place)
     if old.exists():
         shutil.rmtree(old)
-    for partial in _emptied(work / "partial"):
+    with _emptied(work / "partial") as partial:
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
@@ -86,6 +86,7 @@ def _partial(place: Path, work: Path) -> Iterator[Path]:
             take_place(partial, place, old)
 
 
+@contextmanager
 def _emptied(partial: Path) -> Iterator[Path]:
     """A new folder, which is removed in the end."""
     try:

@@ -119,10 +119,12 @@ def _check_overlay(manifest: Any, target: Path) -> None:
 
 def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
     """The picture (side by side where there are several) with the kept patches clear and the others dark."""
+    from lvlm_edge.runtime.bundle.replacing import replacing
     from lvlm_edge.runtime.pictures import overlay
 
     try:
-        overlay.save(overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual), target)
+        with replacing(target) as partial:
+            overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual).save(partial)
     except (OSError, ValueError) as error:
         raise UsageError(f"{target}: cannot be written ({error}); give another path") from error
 

@@ -21,8 +21,8 @@ from lvlm_edge.runtime.backends.cuda.engines import ENGINES as ENGINES
 from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA
 from lvlm_edge.runtime.backends.cuda.engines import PORTABLE as PORTABLE
 from lvlm_edge.runtime.bundle import kv_cache
+from lvlm_edge.runtime.bundle.replacing import replacing
 from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError, UnsupportedError, UsageError
-from lvlm_edge.runtime.replacing import replacing
 
 WORKSPACE = 1 << 30  # bytes
 Progress = Callable[[str, int, int], None]
@@ -74,7 +74,7 @@ def build(
     opened = manifests.open_bundle(bundle, keep_ratio=keep_ratio)
     version = _version(settings.backend)
     wanted = _chosen(opened.manifest, graphs)
-    out = _made(folder_of(opened.folder, settings.backend), opened.folder)
+    out = _made(folder_of(opened.folder, settings.backend))
     common = {
         "schema": SCHEMA,
         "flavour": MODULES[settings.backend],
@@ -97,10 +97,10 @@ def build(
     return out
 
 
-def _made(out: Path, bundle: Path) -> Path:
+def _made(out: Path) -> Path:
     """The folder of the engines, made inside the bundle and not where a link leads to."""
     for path in (out.parent, out):
-        if path != bundle and path.is_symlink():
+        if path.is_symlink():
             raise BundleError(f"{path}: is a link, expected a folder inside the bundle; remove it and build again")
         path.mkdir(exist_ok=True)
     for left in out.glob(".*.lvlm-edge*"):  # by a killed build

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_edge.runtime.bundle import certificate_name, sha256
-from lvlm_edge.runtime.replacing import replacing
+from lvlm_edge.runtime.bundle.replacing import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

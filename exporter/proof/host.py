@@ -43,19 +43,13 @@ def compare(pipe: Pipeline, folder: Path, model: Any, seed: int) -> tuple[list[R
         _ends(pipe, folder),
         _embedding(pipe, model),
     ]
-    missing = []
-    for part, reason in ((_prompt(pipe, of, plan), "prompt"), (_pixels(pipe, of, plan, seed), "pixels")):
-        found = list(part)
-        rows += found
-        if not found:
-            missing.append(reason)
-    return rows, [REASONS[reason] for reason in missing]
+    prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, plan, seed))
+    missing = [what for what, found in ((NO_PROMPT, prompt), (NO_PIXELS, pixels)) if not found]
+    return rows + prompt + pixels, missing
 
 
-REASONS = {
-    "prompt": "prompt: the checkpoint has no tokenizer.json",
-    "pixels": "pixels: transformers has no image processor that makes this checkpoint's pictures; settings were judged",
-}
+NO_PROMPT = "prompt: the checkpoint has no tokenizer.json"
+NO_PIXELS = "pixels: transformers has no image processor that makes this checkpoint's pictures; settings were judged"
 
 
 def _equal(stage: str, found: Any, wanted: Any, note: str = "") -> Row:

@@ -19,21 +19,9 @@ from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.exporter.proof import as_run, certificate, host
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
-from lvlm_edge.exporter.proof.judge import (
-    SCORE_TOLERANCE,
-    TOLERANCE,
-    answers,
-    apart,
-    close,
-    error_of,
-    kept_set,
-)
-from lvlm_edge.exporter.proof.judge import (
-    Row as Row,
-)
-from lvlm_edge.exporter.proof.judge import (
-    Verdict as Verdict,
-)
+from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, kept_set
+from lvlm_edge.exporter.proof.judge import Row as Row
+from lvlm_edge.exporter.proof.judge import Verdict as Verdict
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
@@ -91,6 +79,8 @@ def check(
         UnsupportedError: it is not for the bundle's method.
     """
     settings = fold_all(Settings, options, "check")
+    if cases is not None and not cases and question is None:
+        raise UsageError("check: no cases are given, expected at least one; leave `cases` out for made-up ones")
     backend, keep_ratio, seed = settings.backend, settings.keep_ratio, settings.seed
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
@@ -99,8 +89,6 @@ def check(
     model = references.load(folder)
     around, not_judged = host.compare(pipe, folder, model, seed)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
-    if not cases and question is None:
-        raise UsageError("check: no cases are given, expected at least one; leave `cases` out for made-up ones")
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None

@@ -70,9 +70,10 @@ def save(report: Mapping[str, Any], target: Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    from lvlm_edge.runtime.pictures import overlay
+    from lvlm_edge.runtime.bundle.replacing import replacing
 
     try:
-        overlay.save(draw(report), target)
+        with replacing(target) as partial:
+            draw(report).save(partial)
     except OSError as error:
         raise UsageError(f"{target}: cannot be written ({error}); give another path") from error

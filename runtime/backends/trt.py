@@ -18,8 +18,8 @@ from lvlm_edge.runtime.backends import Buffer, Session
 from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
+from lvlm_edge.runtime.bundle.replacing import replacing
 from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
-from lvlm_edge.runtime.replacing import replacing
 
 INSTALL = {
     "trt": "pip install tensorrt cuda-bindings (on a Jetson: TensorRT comes with JetPack)",

@@ -174,7 +174,7 @@ def _upright(picture: Image, where: str) -> Image:
     try:
         with warnings.catch_warnings():  # of damaged EXIF
             warnings.simplefilter("ignore")
-            return Image.fromarray(_rgb(ImageOps.exif_transpose(picture)))
+            return _on_white(ImageOps.exif_transpose(picture))
     except Exception as error:
         raise InputError(
             f"{where}: the picture is truncated or damaged ({_one_line(error)}), expected a complete picture; "
@@ -197,12 +197,17 @@ def _one_line(message: object) -> str:
 
 def _rgb(image: Image) -> NDArray[np.uint8]:
     """[H, W, 3], uint8; transparent pixels are laid on white."""
+    return np.array(_on_white(image))
+
+
+def _on_white(image: Image) -> Image:
+    """The picture as RGB, transparent pixels on white."""
     from PIL import Image
 
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def _as_is(image: Image) -> NDArray[np.uint8]:

@@ -10,11 +10,8 @@ import numpy as np
 
 from lvlm_edge.runtime.pictures import image as images
 from lvlm_edge.runtime.pictures import views
-from lvlm_edge.runtime.replacing import replacing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -91,14 +88,3 @@ def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Im
     for left, top, right, bottom in inside:
         pen.rectangle((left, top, right - 1, bottom - 1), outline=(255, 210, 0))
     return shown
-
-
-def save(sheet: Image, target: Path) -> None:
-    """Write a picture; an error leaves nothing half-written and what was there before.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: Pillow cannot write this format or size.
-    """
-    with replacing(target) as partial:
-        sheet.save(partial)

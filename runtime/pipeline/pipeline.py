@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ class Pipeline:
         stop: Sequence[str] = (),
         system: str | None = None,
         fit: bool = False,
-    ) -> Iterator[str]:
-        """The answer in pieces of whole characters; `self.last` holds the whole result once it has ended.
+    ) -> Generator[str, None, Result]:
+        """The answer in pieces of whole characters; the generator returns the result, which `self.last` holds too.
 
         Arguments are checked by the call. Only the stream of the newest prompt can go on.
 
@@ -92,22 +92,6 @@ class Pipeline:
             UsageError: while iterating: another prompt was begun.
             LvlmEdgeError: while iterating: the model's logits are not finite.
         """
-        result, pieces = self._begin(prompt, images, max_new_tokens, sampling, stop=stop, system=system, fit=fit)
-        self.last = result
-        return pieces
-
-    def _begin(
-        self,
-        prompt: str,
-        images: Sequence[Any] = (),
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        *,
-        stop: Sequence[str] = (),
-        system: str | None = None,
-        fit: bool = False,
-    ) -> tuple[Result, Iterator[str]]:
-        """An answer that is still empty, and the pieces of text that fill it."""
         began = time.perf_counter()
         stops = StopStrings(stop)
         ids, pixels = self.prepare(prompt, images, system=system, fit=fit)
@@ -115,10 +99,10 @@ class Pipeline:
         media = inputs.media(self.manifest, pixels)
         limit = inputs.limit(self.manifest, max_new_tokens)
         inputs.check_prompt(self.manifest, ids, len(media))
-        turn = Turn(ids, media, limit, sampling or Sampling(), began=began)
-        return result, self._pieces(result, turn, stops)
+        self.last = result
+        return self._pieces(result, Turn(ids, media, limit, sampling or Sampling(), began=began), stops)
 
-    def _pieces(self, result: Result, turn: Turn, stops: StopStrings) -> Iterator[str]:
+    def _pieces(self, result: Result, turn: Turn, stops: StopStrings) -> Generator[str, None, Result]:
         pieces = self._load_text().stream()
         for token in self._decoder.tokens(result, turn):
             if token in self.manifest.eos_token_ids:
@@ -129,12 +113,13 @@ class Pipeline:
                 yield piece
             if stopped:
                 result.finish = "stop"
-                return
+                return result
         piece, stopped = stops.push(pieces.flush())
         piece += "" if stopped else stops.flush()
         result.text += piece
         if piece:
             yield piece
+        return result
 
     def prepare(
         self,
@@ -175,10 +160,13 @@ class Pipeline:
 
     def generate(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Result:
         """`stream` to its end; options as there."""
-        result, pieces = self._begin(prompt, images, **options)
+        pieces = self.stream(prompt, images, **options)
         with self._decoder.lock:
-            for _ in pieces:
-                pass
+            try:
+                while True:
+                    next(pieces)
+            except StopIteration as end:
+                result: Result = end.value
             self.last = result
         return result
 

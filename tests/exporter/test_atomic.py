@@ -6,15 +6,17 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from lvlm_edge.exporter.bundles import atomic
+from lvlm_edge.exporter.commands import run
 from lvlm_edge.exporter.devices import engine
+from lvlm_edge.runtime.bundle.replacing import replacing
 from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.pictures import overlay
-from lvlm_edge.runtime.replacing import replacing
 from tests.tiny import tree
 
 
@@ -92,10 +94,12 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
 
 
-def test_an_overlay_leaves_the_picture_named_like_its_partial_file(tmp_path):
+def test_an_overlay_leaves_the_picture_named_like_its_partial_file(tmp_path, monkeypatch):
     (tmp_path / "kept.partial.png").write_bytes(b"mine")
+    monkeypatch.setattr(overlay, "draw", lambda *_: Image.new("RGB", (4, 4)))
+    answered = SimpleNamespace(last=SimpleNamespace(pictures=(), kept_visual=None))
 
-    overlay.save(Image.new("RGB", (4, 4)), tmp_path / "kept.png")
+    run._write_overlay(answered, (), tmp_path / "kept.png")
 
     assert (tmp_path / "kept.partial.png").read_bytes() == b"mine"
     assert Image.open(tmp_path / "kept.png").size == (4, 4)
@@ -109,7 +113,7 @@ def test_linked_engines_are_refused(tmp_path, name):
     (bundle / name).symlink_to(home)
 
     with pytest.raises(BundleError, match="is a link, expected a folder inside the bundle"):
-        engine._made(bundle / "engines" / "trt-rtx", bundle)
+        engine._made(bundle / "engines" / "trt-rtx")
 
     assert not os.listdir(home)
 
