@@ -28,6 +28,7 @@ from lvlm_edge.exporter.graphs.parts import Parts
 from lvlm_edge.exporter.lowerings import modern
 from lvlm_edge.exporter.planning import GraphSpec, Plan
 from lvlm_edge.runtime.backends.ort import OrtBackend
+from lvlm_edge.runtime.errors import BundleError
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int64": ir.DataType.INT64}
@@ -127,7 +128,10 @@ class Session:
         inputs = {info.name: torch.from_numpy(self.buffers[info.name].array) for info in of.graph.inputs}
         with mistaken(of.mistake) as patch, torch.no_grad():
             patch.setattr(modern, "onnx_op", onnx_op)
-            found = of.graph.body(modules, of.plan, inputs)
+            try:
+                found = of.graph.body(modules, of.plan, inputs)
+            except IndexError as error:
+                raise BundleError(f"{self.path}: cannot be run ({error})") from error
         values = {name: value.clone() for name, value in found.items()}  # outputs may lie where inputs do
         for info in of.graph.outputs:
             value, target = values[info.name], self.buffers[info.name].array

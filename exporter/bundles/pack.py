@@ -77,10 +77,10 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
-        sources = _sources(of, model)
-        formats = _formats(sources, settings)
+        found = sources(of, model)
+        formats = _formats(found, settings)
         plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
-        _Writer(of, plan, partial, progress or (lambda *_: None)).write(sources, provenance, ort=ort)
+        _Writer(of, plan, partial, progress or (lambda *_: None)).write(found, provenance, ort=ort)
     return output
 
 
@@ -101,7 +101,7 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def _sources(of: Checkpoint, model: Model) -> dict[str, Source]:
+def sources(of: Checkpoint, model: Model) -> dict[str, Source]:
     """Sources of weights by the names of `Parts`; a tied lm_head reads the embedding."""
     found = dict(model.family.weights(of, model.spec, model.pictures))
     if model.spec.decoder.tied:

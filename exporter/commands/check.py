@@ -28,7 +28,11 @@ from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 )
 @click.option("--prompt", help="Question of an additional comparison, about the files given with --image.")
 @click.option(
-    "--steps", type=AT_LEAST_1, default=16, show_default=True, help="Number of greedily decoded tokens to compare."
+    "--steps",
+    type=AT_LEAST_1,
+    default=16,
+    show_default=True,
+    help="Number of decoded tokens to compare; behind the longest prompt, all that the bundle has room for.",
 )
 @BACKEND
 @click.option("--seed", type=FROM_0, default=0, show_default=True, help="Seed of the random prompts and images.")

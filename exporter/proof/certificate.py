@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
 
 
-def write(pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict, *, steps: int, seed: int) -> None:
+def write(
+    pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict, *, steps: Sequence[int], seed: int
+) -> None:
     """Write the certificate of a bundle beside its manifest; it replaces an earlier one as a whole.
 
     Args:
         pipe: the bundle as it was run.
         against: folder of the checkpoint that it was compared with.
-        steps: tokens that were decoded.
+        steps: tokens that were decoded of every case.
         seed: of the random prompts and images.
     """
     bundle = pipe.bundle.folder
@@ -47,7 +49,7 @@ def write(pipe: Pipeline, against: Path, cases: Sequence[Case], verdict: Verdict
         "against_config_sha256": sha256(against / "config.json"),
         "backend": pipe.backend.name,
         "machine": platform.machine(),
-        "steps": steps,
+        "steps": list(steps),
         "seed": seed,
         "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
         "not_judged": verdict.not_judged,

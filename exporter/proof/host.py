@@ -11,37 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.exporter import references
 from lvlm_edge.exporter.bundles import graph_set, plans, ratios
 from lvlm_edge.exporter.checkpoints import text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, read_json
 from lvlm_edge.exporter.planning import Plan
-from lvlm_edge.exporter.proof.judge import Row, close
+from lvlm_edge.exporter.proof.judge import CHECKPOINT, Row, close
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import sha256
 from lvlm_edge.runtime.pipeline.inputs import user_turn
 
-CASE = "checkpoint"  # named instead of a prompt
 QUESTION = "What is shown here? 1 <2> déjà vu"
 SIZE = (301, 207)  # of the made-up picture, in pixels
-ROWS = 4096  # of the embedding, compared at a time
 
 
-def compare(pipe: Pipeline, folder: Path, model: Any, seed: int) -> tuple[list[Row], list[str]]:
+def compare(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> tuple[list[Row], list[str]]:
     """Rows, and what could not be judged.
 
     Args:
-        folder: of the checkpoint.
-        model: the reference, whose embedding is the checkpoint's own.
+        of: the checkpoint.
+        plan: of the bundle, made from it.
         seed: of the made-up picture.
     """
-    of = Checkpoint.open(folder)
-    plan = _planned(pipe, of)
+    folder = of.folder
     rows = [
         _equal("config", pipe.manifest.provenance.config_sha256, sha256(folder / "config.json")),
         *(_equal(stage, found, wanted) for stage, found, wanted in _settings(pipe, plan)),
         _ends(pipe, folder),
-        _embedding(pipe, model),
     ]
     prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, plan, seed))
     missing = [what for what, found in ((NO_PROMPT, prompt), (NO_PIXELS, pixels)) if not found]
@@ -54,7 +49,7 @@ NO_PIXELS = "pixels: transformers has no image processor that makes this checkpo
 
 def _equal(stage: str, found: Any, wanted: Any, note: str = "") -> Row:
     same = _plain(found) == _plain(wanted)
-    return Row(case=CASE, stage=stage, figure=float(not same), bound=0, passed=same, note="" if same else note)
+    return Row(case=CHECKPOINT, stage=stage, figure=float(not same), bound=0, passed=same, note="" if same else note)
 
 
 def _plain(value: Any) -> Any:
@@ -62,7 +57,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=asdict, sort_keys=True))
 
 
-def _planned(pipe: Pipeline, of: Checkpoint) -> Plan:
+def planned(pipe: Pipeline, of: Checkpoint) -> Plan:
     """The plan of the export made again from the checkpoint, with what the bundle was asked for."""
     folder, manifest = pipe.bundle.folder, pipe.manifest
     capacity = ratios.capacity(folder)
@@ -98,22 +93,6 @@ def _ends(pipe: Pipeline, folder: Path) -> Row:
     more = set(text.turn_end(pipe.bundle.folder)) if pipe.manifest.text is not None else set()
     note = f"{sorted(found)}, the checkpoint has {sorted(wanted)}"
     return _equal("end of sequence", sorted(found), sorted(wanted | more), note)
-
-
-def _embedding(pipe: Pipeline, model: Any) -> Row:
-    """Every row of the token embedding, equal to the checkpoint's in the bundle's precision."""
-    import torch
-
-    m, wrong, first = references.view(model), 0, ""
-    dtype, vocab = getattr(torch, pipe.manifest.embedding.dtype), pipe.manifest.embedding.vocab
-    for start in range(0, vocab, ROWS):
-        ids = range(start, min(start + ROWS, vocab))
-        with torch.no_grad():
-            wanted = m.embed(ids).to(dtype).float().numpy()
-        differ = np.flatnonzero((pipe.embed(np.array(ids)).astype(np.float32) != wanted).any(1))
-        first = first or (f"first in row {start + differ[0]}" if len(differ) else "")
-        wrong += len(differ)
-    return Row(case=CASE, stage="embedding", figure=wrong, bound=0, passed=wrong == 0, note=first)
 
 
 def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
@@ -164,4 +143,4 @@ def _pixels(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> Iterator[R
     picture = Image.fromarray(noise)
     processor = AutoImageProcessor.from_pretrained(of.folder, backend="pil", local_files_only=True)
     wanted = processor(images=picture, return_tensors="np")["pixel_values"]
-    yield close(CASE, "pixels", pipe.pixels([picture] * len(pipe.manifest.pictures))[0][:1], wanted, 1e-6)
+    yield close(CHECKPOINT, "pixels", pipe.pixels([picture] * len(pipe.manifest.pictures))[0][:1], wanted, 1e-6)

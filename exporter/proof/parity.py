@@ -16,10 +16,10 @@ from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.proof import as_run, certificate, host
+from lvlm_edge.exporter.proof import as_run, certificate, host, tensors
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
-from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, kept_set
+from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, judged, kept_set
 from lvlm_edge.exporter.proof.judge import Row as Row
 from lvlm_edge.exporter.proof.judge import Verdict as Verdict
 from lvlm_edge.exporter.references import Reference
@@ -41,7 +41,7 @@ class Settings:
     """How to compare; keyword options of `check`.
 
     Attributes:
-        steps: greedy tokens per prompt, at most the bundle's capacity.
+        steps: tokens per prompt, at most the bundle's capacity; behind the longest prompt it is the whole capacity.
         backend: what runs the bundle.
         keep_ratio: one of those that the bundle holds; that of its export by default.
         seed: of the made-up prompts and pictures.
@@ -87,19 +87,22 @@ def check(
     folder = checkpoint.resolve(against)
     check_fits(pipe.bundle, folder)
     model = references.load(folder)
-    around, not_judged = host.compare(pipe, folder, model, seed)
+    of = checkpoint.Checkpoint.open(folder)
+    plan = host.planned(pipe, of)
+    around, not_judged = host.compare(pipe, of, plan, seed)
+    around = tensors.compare(pipe, of, plan, model) + around
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
-    steps = min(settings.steps, pipe.manifest.counts.new_tokens)
+    steps = _steps(pipe, cases, settings.steps)
     rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.quantized else WeightFormats()
-    given = [_run(pipe, model, case, steps) for case in cases] if rounded.quantized else []
+    given = [_run(pipe, model, case, n) for case, n in zip(cases, steps, strict=True)] if rounded.quantized else []
     if given:
         references.quantised.apply(model, rounded, pipe.manifest.dtype)
-    rows = around + [row for case in cases for row in compare(pipe, model, case, steps)]
-    rows += _losses(pipe, cases, given, steps)
+    rows = around + [row for case, n in zip(cases, steps, strict=True) for row in judged(compare, pipe, model, case, n)]
+    rows += _losses(pipe, cases, given)
     if backend in pipe.manifest.variants or (exact and pipe.manifest.formats.quantized):
         quick = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, verify=False)
         rows += as_run.compare(quick, model, cases, steps)
@@ -148,16 +151,22 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     rows = _vision(pipe, case, expected) + _image_kv(pipe, case, expected)
     inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected))
     rows += _caches(pipe, case, expected, inputs)
-    pipe.forget_images()  # caches may hold what PyTorch made of them
-    answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
     if expected.kept is not None:
         selected, kept = _selection(pipe, case, expected, inputs)
         rows += selected
         if not np.array_equal(kept, expected.kept.numpy()) and all(row.passed for row in rows):
             expected = run(model, manifest.method_config, case.prompt, pixels, steps, kept=torch.from_numpy(kept))
-    assert answer.logits is not None
-    bound = TOLERANCE[manifest.dtype]
-    return rows + answers(case.name, expected, answer.token_ids, answer.logits, bound)
+    pipe.forget_images()  # caches may hold what PyTorch made of them
+    forced = pipe.score_tokens(case.prompt, case.pixels, expected.tokens)
+    answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
+    return rows + answers(case.name, expected, forced, answer.token_ids, TOLERANCE[manifest.dtype])
+
+
+def _steps(pipe: Pipeline, cases: Sequence[Case], most: int) -> list[int]:
+    """Tokens of every case: as asked, and the whole capacity behind the longest prompt."""
+    capacity = pipe.manifest.counts.new_tokens
+    longest = max(cases, key=lambda case: len(case.prompt))
+    return [capacity if case is longest else min(most, capacity) for case in cases]
 
 
 def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
@@ -168,10 +177,11 @@ def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
     return found
 
 
-def _losses(pipe: Pipeline, cases: Sequence[Case], given: Sequence[Reference], steps: int) -> list[Row]:
+def _losses(pipe: Pipeline, cases: Sequence[Case], given: Sequence[Reference]) -> list[Row]:
     """What rounded weights cost: answers against the checkpoint's own weights, told and not judged."""
     rows = []
     for case, expected in zip(cases, given, strict=False):
+        steps = len(expected.tokens)
         answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
         error, same = apart(answer.token_ids, answer.logits, expected.tokens, expected.logits.numpy())
         note = f"{same} of {steps} tokens are the checkpoint's"

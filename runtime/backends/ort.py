@@ -40,13 +40,18 @@ class HostBuffer:
 
 @dataclass(frozen=True)
 class OrtSession:
-    """A graph and its binding."""
+    """A graph's file, its session and its binding."""
 
+    path: Path
     session: onnxruntime.InferenceSession
     binding: Any
 
     def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # the bindings raise their own types; the first line says what is wrong
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"{self.path}: ONNX Runtime cannot run it ({reason}); export the bundle again") from error
 
 
 class OrtBackend:
@@ -73,25 +78,34 @@ class OrtBackend:
         """A graph bound to its buffers; graphs of one file share its session, and with it the weights.
 
         Raises:
-            BundleError: ONNX Runtime cannot load the graph, or the graph is not the one the manifest describes.
+            BundleError: the graph was altered, reads other files than the bundle's weights, or is not the one the
+                manifest describes; or ONNX Runtime cannot load it.
         """
         path = bundle.path(graph.file)
         if path not in self._sessions:
-            self._sessions[path] = load(self._runtime, path, threads=self._threads, exact=self._exact)
+            content = self.content(bundle, graph.file)
+            self._sessions[path] = load(self._runtime, path, content, threads=self._threads, exact=self._exact)
         session = self._sessions[path]
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for info in infos:
                 array = _array(path, info, buffers)
                 bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return OrtSession(session, binding)
+        return OrtSession(path, session, binding)
+
+    def content(self, bundle: Bundle, file: str) -> bytes:
+        """The graph that is opened for a file."""
+        return bundle.graph(file)
 
 
-def load(runtime: ModuleType, path: Path, *, threads: int = 0, exact: bool = False) -> onnxruntime.InferenceSession:
+def load(
+    runtime: ModuleType, path: Path, content: bytes | None = None, *, threads: int = 0, exact: bool = False
+) -> onnxruntime.InferenceSession:
     """The session of a graph.
 
     Args:
         runtime: the module `onnxruntime`.
+        content: of the file; read here where it is not given. Weights are read from the folder of `path`.
         threads: threads to compute with; 0 lets ONNX Runtime take the physical cores.
         exact: multiply weights of small integers as the floating-point numbers they stand for.
 
@@ -107,10 +121,11 @@ def load(runtime: ModuleType, path: Path, *, threads: int = 0, exact: bool = Fal
     options.add_session_config_entry("session.x64quantprecision", "1")
     # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         # its fallback prints to stdout, which belongs to the answer
         return runtime.InferenceSession(
-            path,
+            path if content is None else content,
             options,
             providers=["CPUExecutionProvider"],
             enable_fallback=0,

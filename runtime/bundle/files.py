@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lvlm_edge.runtime.bundle import external
 from lvlm_edge.runtime.bundle.manifest import SCHEMA, WIDTHS, FileInfo, Manifest, problems
 from lvlm_edge.runtime.bundle.schema import parse
 from lvlm_edge.runtime.errors import BundleError, UsageError
@@ -18,16 +20,54 @@ MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 
 
+Stamp = tuple[int, ...]  # device, inode, size and times of a file: another one if it is written or exchanged
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, its checked manifest, and the name of the manifest's file."""
+    """An opened bundle.
+
+    Attributes:
+        name: of the manifest's file.
+        verified: every file was hashed.
+        stamps: of every file, as it was checked.
+    """
 
     folder: Path
     manifest: Manifest
     name: str = MANIFEST
+    verified: bool = False
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def graph(self, file: str) -> bytes:
+        """A graph's bytes, which are the listed ones where the bundle is verified, and refer to the weights alone.
+
+        Raises:
+            BundleError: altered, no ONNX, or it reads a file that is not the bundle's file of weights.
+        """
+        path = self.path(file)
+        try:
+            content = path.read_bytes()
+            read = external.locations(content)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: cannot be read as ONNX ({error}); export or copy the bundle again") from error
+        if self.verified and hashlib.sha256(content).hexdigest() != self.manifest.files[file].sha256:
+            raise _altered(path)
+        for name in read - {self.manifest.weights}:
+            raise BundleError(
+                f"{path}: reads weights from {name!r}, expected {self.manifest.weights} alone; do not use this bundle"
+            )
+        return content
+
+    def check_unchanged(self) -> None:
+        """Raise BundleError for a file that was written or exchanged since it was checked."""
+        for name, stamp in self.stamps.items():
+            path = self.path(name)
+            if not path.is_file() or _stamp(path.stat()) != stamp:
+                raise BundleError(f"{path}: changed while the bundle was being opened; open it again")
 
 
 def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | None = None) -> Bundle:
@@ -43,12 +83,12 @@ def open_bundle(folder: str | Path, *, verify: bool = True, keep_ratio: float | 
         UsageError: it does not hold the ratio.
     """
     folder = Path(folder)
-    bundle = Bundle(folder, load_manifest(folder))
-    if keep_ratio is not None and bundle.manifest.method_config.get("keep_ratio") != keep_ratio:
+    name, manifest = MANIFEST, load_manifest(folder)
+    if keep_ratio is not None and manifest.method_config.get("keep_ratio") != keep_ratio:
         name = _held(folder, keep_ratio)
-        bundle = Bundle(folder, load_manifest(folder, name), name)
-    for name, info in bundle.manifest.files.items():
-        _check_file(folder, name, info, verify)
+        manifest = load_manifest(folder, name)
+    stamps = {file: _check_file(folder, file, info, verify) for file, info in manifest.files.items()}
+    bundle = Bundle(folder, manifest, name, verify, stamps)
     _check_references(bundle)
     return bundle
 
@@ -150,17 +190,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> None:
+def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> Stamp:
+    """The stamp of a file that is there, has the listed size and, where it is to be hashed, the listed content."""
     path = folder / safe_name(name)
     if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{path}: is a link, expected a file inside the bundle; export or copy the bundle again")
     if not path.is_file():
         raise BundleError(f"{path}: is missing; export or copy the bundle again")
-    size = path.stat().st_size
-    if size != info.size:
-        raise BundleError(f"{path}: has {size} bytes, the manifest says {info.size}; export or copy the bundle again")
+    found = path.stat()
+    if found.st_size != info.size:
+        raise BundleError(
+            f"{path}: has {found.st_size} bytes, the manifest says {info.size}; export or copy the bundle again"
+        )
     if verify and sha256(path) != info.sha256:
-        raise BundleError(f"{path}: was altered (its sha256 is not the manifest's); export or copy the bundle again")
+        raise _altered(path)
+    return _stamp(found)
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _altered(path: Path) -> BundleError:
+    return BundleError(f"{path}: was altered (its sha256 is not the manifest's); export or copy the bundle again")
 
 
 def safe_name(name: str) -> str:

@@ -61,7 +61,9 @@ class Pipeline:
             DeviceError: the GPU cannot be used.
         """
         opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
-        return cls(opened, load(backend, **options), portable=portable)
+        pipe = cls(opened, load(backend, **options), portable=portable)
+        opened.check_unchanged()
+        return pipe
 
     def stream(
         self,

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from tests.cases import some
-from tests.tiny import read_json, write_json
+from tests.tiny import read_json, sign, write_json
 
 pytestmark = pytest.mark.export
 
@@ -90,6 +90,35 @@ def test_check_finds_graphs_that_run_and_are_wrong(gqa, export_once, tmp_path, n
     assert all(row.stage.startswith("as run") for row in verdict.rows if not row.passed)
 
 
+def steps_of_64(graph: onnx.GraphProto) -> None:
+    """Half the steps: activations rounded to 7 bits."""
+    for tensor in graph.initializer:
+        if tensor.name.endswith(".step"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 2, tensor.name))
+
+
+def one_scale_for_all(graph: onnx.GraphProto) -> None:
+    """The scale of all rows is that of the largest."""
+    graph.initializer.append(numpy_helper.from_array(np.array([-2, -1]), "both"))
+    for node in graph.node:
+        if node.op_type == "ReduceMax":
+            node.input[1] = "both"
+
+
+@pytest.mark.parametrize("wrong", [steps_of_64, one_scale_for_all])
+def test_check_finds_graphs_that_round_in_another_way(gqa, export_once, tmp_path, wrong):
+    bundle = Path(shutil.copytree(export_once(gqa, **FASTV, **FORMATS["int8"]), tmp_path / "bundle"))
+    for path in bundle.glob("*.onnxruntime"):
+        model = onnx.load(path, load_external_data=False)
+        wrong(model.graph)
+        path.write_bytes(model.SerializeToString())
+    sign(bundle)
+
+    verdict = parity.check(bundle, gqa, steps=2, store=False)
+
+    assert "as run, unrounded: rounding" in {row.stage for row in verdict.rows if not row.passed}
+
+
 @pytest.mark.parametrize("name", some([(name,) for name in FORMATS], {("float32",), ("int8",)}))
 def test_graphs_that_run_are_judged_in_every_format(gqa, export_once, name):
     bundle = export_once(gqa, **FASTV, **FORMATS[name])
@@ -99,5 +128,9 @@ def test_graphs_that_run_are_judged_in_every_format(gqa, export_once, name):
 
         assert verdict.passed, verdict.first_failure
         found = {row.stage for row in verdict.rows if row.stage.startswith("as run")}
-        assert found == {f"as run: {s}" for s in ("scores", "kept set", "prefill logits", "decode logits", "tokens")}
+        kinds = ["as run"] if name.startswith("float") else ["as run", "as run, unrounded"]
+        assert found - {"as run, unrounded: rounding"} == {
+            f"{k}: {s}" for k in kinds for s in ("scores", "kept set", "prefill logits", "decode logits", "tokens")
+        }
+        assert ("as run, unrounded: rounding" in found) == (len(kinds) == 2)
         assert all(row.bound is not None for row in verdict.rows if row.stage != "loss")

@@ -641,4 +641,6 @@ def test_check_finds_a_wrong_position_of_the_next_token(method, offset, original
 
     verdict = parity.check(bundle, checkpoint, steps=4, store=False)
 
-    assert verdict.first_failure is not None and verdict.first_failure.stage == "decode logits"
+    assert verdict.first_failure is not None
+    # behind the longest prompt, 10 positions on is behind the last rotary row
+    assert verdict.first_failure.stage == "decode logits" or (offset, verdict.first_failure.stage) == (10, "runs")
