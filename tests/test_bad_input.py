@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -657,7 +658,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     signal.signal(number, handler)  # whoever runs the tests in the background has them ignored
 pack.export(*sys.argv[1:])  # everything is imported now
 PLACES = {
-    "before": (pack, "_sources", False),
+    "before": (pack, "sources", False),
     "tracing": (trace, "trace", True),
     "writing": (weights_file, "write", False),
     "manifest": (pack.manifests, "save_manifest", True),
@@ -829,7 +830,7 @@ def test_every_command_refuses_a_damaged_bundle(damage, arguments, none, good, p
     elif damage == "newer":
         change_json(manifest, schema=SCHEMA + 1)
     elif damage == "outside":
-        manifest.write_text(manifest.read_text().replace('"decode.onnx"', '"../decode.onnx"'))
+        write_json(manifest, json.loads(manifest.read_text().replace('"decode.onnx"', '"../decode.onnx"')))
     else:
         weights.unlink()
         if damage == "link":

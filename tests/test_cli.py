@@ -236,16 +236,25 @@ def test_export_shows_its_progress_on_a_terminal(good, tmp_path):
 def test_check_passes_and_leaves_a_certificate_that_inspect_reads(good, fastv, tmp_path):
     bundle = Path(shutil.copytree(fastv, tmp_path / "bundle"))
     assert document("inspect", bundle)["certificate"] is None
+    asked = ["run", bundle, "--image", tiny.picture(tmp_path / "picture.png"), "--prompt", "w5"]
+    assert "certificate.json is missing" in tiny.refused(5, *asked, "--certified")
 
     verdict = document("check", bundle, "--against", good, "--steps", "4")
 
     assert verdict["passed"] is True
     assert {"vision", "head", "scores", "kept set", "tokens"} <= {row["stage"] for row in verdict["rows"]}
-    assert document("inspect", bundle)["certificate"] == {"passed": True, "of_this_bundle": True}
-    assert "certificate: passed" in cli("inspect", bundle).stdout
+    said = {"passed": True, "of_this_bundle": True, "cases": 3, "steps": 8, "not_judged": []}
+    assert document("inspect", bundle)["certificate"] == said
+    assert "certificate: passed; 3 prompts, up to 8 tokens" in cli("inspect", bundle).stdout
+    assert (cli(*asked, "--certified").exit_code, cli(*asked).stderr) == (0, "")
     with (bundle / "manifest.json").open("a") as file:
         file.write("\n")
-    assert document("inspect", bundle)["certificate"] == {"passed": True, "of_this_bundle": False}
+    assert document("inspect", bundle)["certificate"] == said | {"of_this_bundle": False}
+    assert "passed, but of another manifest" in tiny.refused(5, *asked, "--certified")
+    warned = cli(*asked)
+    assert warned.exit_code == 0
+    assert "certificate.json says: passed, but of another manifest; check the bundle" in warned.stderr
+    assert len(warned.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"passed": true}'])
@@ -253,7 +262,8 @@ def test_inspect_survives_a_damaged_certificate(content, none, tmp_path):
     bundle = Path(shutil.copytree(none, tmp_path / "bundle"))
     (bundle / "certificate.json").write_text(content)
 
-    assert document("inspect", bundle)["certificate"] == {"passed": None, "of_this_bundle": False}
+    said = document("inspect", bundle)["certificate"]
+    assert (said["passed"], said["of_this_bundle"]) == (None, False)
     assert "certificate: damaged" in cli("inspect", bundle).stdout
 
 
@@ -275,7 +285,8 @@ def test_check_ends_with_1_when_the_bundle_says_something_else(checkpoint_once, 
 
     assert done.exit_code == 1
     assert json.loads(done.stdout)["passed"] is False
-    assert document("inspect", bundle)["certificate"] == {"passed": False, "of_this_bundle": True}
+    said = document("inspect", bundle)["certificate"]
+    assert (said["passed"], said["of_this_bundle"]) == (False, True)
 
 
 @pytest.mark.parametrize("verify", [[], ["--verify"]])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.runtime.bundle import sha256
+from lvlm_edge.runtime.bundle import digest, sha256
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 
@@ -74,6 +74,9 @@ def dumps(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write JSON; a bundle's manifest with the right digest."""
+    if isinstance(content, dict) and "digest" in content:
+        content = content | {"digest": digest(content)}
     path.write_text(json.dumps(content), "utf-8")
 
 

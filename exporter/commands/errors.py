@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Any
+import warnings
+from typing import Any, TextIO
 
 import click
 
 from lvlm_edge.exporter.commands.output import visible
-from lvlm_edge.runtime.errors import LvlmEdgeError, nearest
+from lvlm_edge.runtime.errors import LvlmEdgeError, LvlmEdgeWarning, nearest
 
 
 class Errors(click.Group):
@@ -23,7 +24,9 @@ class Errors(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **extra)
+            with warnings.catch_warnings():
+                _print_own_warnings()
+                code = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 error.show()
@@ -52,6 +55,27 @@ class Errors(click.Group):
         if args and args[0] not in self.commands:
             raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _print_own_warnings() -> None:
+    """Print this tool's warnings on one line each; those of others stay as they are."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, LvlmEdgeWarning):
+            print_error(str(message))
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.simplefilter("always", LvlmEdgeWarning)
+    warnings.showwarning = show
 
 
 def print_error(message: str) -> None:

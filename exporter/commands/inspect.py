@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO
 from lvlm_edge.exporter.commands.output import show, table
+
+if TYPE_CHECKING:
+    from lvlm_edge.runtime.bundle.certificate import Certificate
 
 
 @click.command()
@@ -37,14 +40,15 @@ def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool)
     certificate.json   result of the last check
     engines/           TensorRT engines that build made
     """
-    from lvlm_edge.exporter.proof import certificate as certificates
+    from lvlm_edge.runtime.bundle import certificate as certificates
     from lvlm_edge.runtime.bundle import keep_ratios, open_bundle, shared_files
 
     opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
     certificate, ratios = certificates.read(bundle, opened.name), keep_ratios(bundle)
     shared = shared_files(bundle, ratios)
     if as_json:
-        content = dataclasses.asdict(opened.manifest) | {"certificate": certificate, "verified": verify}
+        said = None if certificate is None else dataclasses.asdict(certificate)
+        content = dataclasses.asdict(opened.manifest) | {"certificate": said, "verified": verify}
         click.echo(json.dumps(content | {"keep_ratios": ratios, "shared": shared}, indent=1))
     else:
         _print_bundle(opened.manifest, certificate, verify)
@@ -52,7 +56,7 @@ def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool)
             _print_shared(shared)
 
 
-def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: bool) -> None:
+def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool) -> None:
     counts = manifest.counts
     tensors = table("graph", "", "tensor", "dtype", "shape")
     for graph in manifest.graphs:
@@ -75,11 +79,10 @@ def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: b
     )
     if certificate is None:
         show("no certificate; lvlm-edge check makes one")
-    elif certificate["passed"] is None:
-        show("certificate: damaged; lvlm-edge check makes a new one")
-    else:
-        state = "passed" if certificate["passed"] else "FAILED"
-        show(f"certificate: {state}" + ("" if certificate["of_this_bundle"] else ", but of another export"))
+        return
+    show(f"certificate: {certificate.state()}; {certificate.cases} prompts, up to {certificate.steps} tokens")
+    for what in certificate.not_judged:
+        show(f"not judged: {what}")
 
 
 def _print_shared(shared: dict[str, Any]) -> None:

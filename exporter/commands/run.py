@@ -60,6 +60,7 @@ from lvlm_edge.runtime.errors import UsageError
 @BACKEND
 @click.option("--threads", type=AT_LEAST_1, help="CPU threads of the backend ort.  [default: ONNX Runtime's]")
 @click.option("--no-verify", is_flag=True, help="Skip verifying the bundle's files by their hashes.")
+@click.option("--certified", is_flag=True, help="Refuse a bundle that has not passed `lvlm-edge check` as it is now.")
 @click.option("--stats", is_flag=True, help="Print times and the number of kept visual tokens to stderr.")
 @JSON
 def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
@@ -74,6 +75,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         seed=o["seed"],
     )
     options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
+    options["certified"] = o["certified"]
     pipe = Pipeline.load(bundle, o["backend"], **options)
     if overlay is not None:
         _check_overlay(pipe.manifest, overlay)

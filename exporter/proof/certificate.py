@@ -1,4 +1,4 @@
-"""The certificate of a bundle: `certificate.json`, written by `check` and read by `inspect`; needs no PyTorch.
+"""The certificate of a bundle: `certificate.json`, written by `check`; `runtime.bundle.certificate` reads it.
 
 It holds what was compared (prompts, the hash of the pixels, the checkpoint), every figure found, the versions of the
 packages, and the hash of the manifest, so that a certificate of another export is recognised.
@@ -59,26 +59,6 @@ def write(
     name = certificate_name(pipe.bundle.name)
     with replacing(bundle / name) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
-def read(bundle: Path, manifest: str) -> dict[str, Any] | None:
-    """The verdict of the last check of a bundle, or None if there was none.
-
-    Args:
-        manifest: name of the manifest's file, of which there is one per keep ratio.
-
-    Returns:
-        `passed`, None if the certificate is damaged, and `of_this_bundle`: whether it names this manifest's hash.
-    """
-    path = bundle / certificate_name(manifest)
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        passed, hashed = bool(stored["passed"]), stored["manifest_sha256"]
-    except (OSError, RecursionError, ValueError, TypeError, KeyError):
-        return {"passed": None, "of_this_bundle": False}
-    return {"passed": passed, "of_this_bundle": hashed == sha256(bundle / manifest)}
 
 
 def _digest(values: NDArray[Any] | Sequence[NDArray[Any]]) -> str:

@@ -1,7 +1,7 @@
 """Bundles: a folder that an export writes and a device runs; the manifest, and the files that it lists.
 
 - `manifest.json`: counts, every graph's inputs and outputs, cache layout by layer, preprocessing, provenance, sha256 of
-  every file.
+  every file, and a digest of all of these.
 - `vision.onnx`: `pixel_values` of one view to `image_features` and, where there is a projector, `image_embeds`. One per
   image size where images have several: `vision.0.onnx`, `vision.1.onnx`.
 - `image_kv.onnx`: HiMix; image features to keys and values of every layer, once per image.
@@ -27,6 +27,7 @@ from lvlm_edge.runtime.bundle.files import (
     MANIFEST,
     Bundle,
     certificate_name,
+    digest,
     keep_ratios,
     load_manifest,
     manifest_name,
@@ -72,6 +73,7 @@ __all__ = [
     "TensorInfo",
     "WeightFormats",
     "certificate_name",
+    "digest",
     "keep_ratios",
     "load_manifest",
     "manifest_name",

@@ -162,6 +162,8 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         raise BundleError(
             f"{path}: schema is {schema!r}, expected {SCHEMA}; make a new bundle: lvlm-edge export CHECKPOINT -o BUNDLE"
         )
+    if content.pop("digest", None) != digest(content):
+        raise BundleError(f"{path}: was altered (its digest is not that of its content); export or copy it again")
     try:
         manifest: Manifest = parse(Manifest, content, "manifest")
     except (TypeError, ValueError) as error:
@@ -172,9 +174,16 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into a folder."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    """Write `manifest.json` into a folder, with a digest of its fields."""
+    content = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    text = json.dumps(content | {"digest": digest(content)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """Hexadecimal sha256 of the fields of a manifest but `digest`, as JSON with sorted keys and without spaces."""
+    fields = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _refuse(constant: str) -> None:

@@ -11,7 +11,7 @@ from lvlm_edge.runtime.pictures.layout import Picture, is_complete, positions_of
 from lvlm_edge.runtime.pictures.views import RULES, view_size
 from lvlm_edge.runtime.prompt import TextConfig
 
-SCHEMA = 4
+SCHEMA = 5
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of what weights, activations and caches are made of
 FORMATS = ("as-is", "int8", "int4")  # of matrices
 ROLES = frozenset({"image", "prefill", "decode"})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, load
-from lvlm_edge.runtime.bundle import Bundle, open_bundle
+from lvlm_edge.runtime.bundle import Bundle, certificate, open_bundle
 from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.pictures.layout import Picture, lay_out
 from lvlm_edge.runtime.pipeline import inputs
@@ -41,26 +41,33 @@ class Pipeline:
         *,
         keep_ratio: float | None = None,
         verify: bool = True,
+        certified: bool = False,
         portable: bool = False,
         **options: Any,
     ) -> Pipeline:
         """Open a bundle for running.
+
+        Warns (`LvlmEdgeWarning`) where the bundle's certificate speaks of another manifest, cannot be read, or says
+        that the last check failed.
 
         Args:
             bundle: folder made by `lvlm-edge export`.
             backend: `ort`, `trt` or `trt-rtx`.
             keep_ratio: one of those that the bundle holds; None for that of its export.
             verify: hash every file first.
+            certified: refuse a bundle that has not passed `lvlm-edge check` as it is now. The certificate lies in the
+                bundle: it guards against accidents, and not against who can write there.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
             options: the backend's own (`ort`: `threads`, `exact`).
 
         Raises:
-            BundleError: the bundle is damaged, altered, or not for this version.
+            BundleError: the bundle is damaged, altered, not for this version, or not certified.
             UsageError: the bundle does not hold the keep ratio.
             UnsupportedError: unknown backend, or its packages are missing.
             DeviceError: the GPU cannot be used.
         """
         opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
+        certificate.consult(opened.folder, opened.name, required=certified)
         pipe = cls(opened, load(backend, **options), portable=portable)
         opened.check_unchanged()
         return pipe

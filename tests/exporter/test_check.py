@@ -23,7 +23,7 @@ from lvlm_edge.exporter.methods import fastv
 from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime.bundle import sha256
 from lvlm_edge.runtime.pipeline import decoder
-from tests import eager
+from tests import eager, tiny
 from tests.cases import some
 
 MUTANT = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.6, "max_text_tokens": 48, "max_new_tokens": 8}
@@ -422,9 +422,9 @@ def test_check_names_the_stage_of_a_mistake_in_traced_graphs(wrong, grouped, tmp
 def altered(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a bundle with another manifest."""
     shutil.copytree(bundle, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = tiny.read_json(folder / "manifest.json")
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tiny.write_json(folder / "manifest.json", manifest)
     return folder
 
 
