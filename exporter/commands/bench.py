@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lvlm_edge.exporter.commands.options import AT_LEAST_1, FROM_0, JSON
+from lvlm_edge.exporter.commands.options import AT_LEAST_1, ENGINES, FROM_0, JSON
 from lvlm_edge.exporter.commands.output import progress_bar, show, table
 
 
@@ -35,6 +35,7 @@ from lvlm_edge.exporter.commands.output import progress_bar, show, table
 @click.option("--against", help="Checkpoint of the first bundle, to time PyTorch with too: folder or Hugging Face id.")
 @click.option("--rounds", type=AT_LEAST_1, default=7, show_default=True, help="Number of measured rounds.")
 @click.option("--warm-up", type=FROM_0, default=1, show_default=True, help="Number of warm-up rounds, not measured.")
+@ENGINES
 @click.option("--threads", type=AT_LEAST_1, help="CPU threads.  [default: all that this process may use]")
 @click.option("--text-tokens", type=int, help="Text tokens of a prompt, at least 1.  [default: the smallest capacity]")
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO, device_option
+from lvlm_edge.exporter.commands.options import ENGINES, JSON, KEEP_RATIO, device_option
 from lvlm_edge.exporter.commands.output import progress_bar
 
 
@@ -40,6 +40,7 @@ class DeviceCommand(click.Command):
     type=click.IntRange(0, 5),
     help="TensorRT's builder optimization level, from 0 (builds fast) to 5 (runs fast).  [default: TensorRT's]",
 )
+@ENGINES
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @JSON
 def build(
@@ -49,12 +50,14 @@ def build(
     targets: tuple[str, ...],
     graphs: tuple[str, ...],
     optimisation_level: int | None,
+    engines: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Build TensorRT engines of a bundle for a device.
 
-    Engines that are up to date are kept: a build that was interrupted goes on where it stopped.
+    Engines are put into this user's cache folder and not into the bundle. Those that are up to date are kept: a build
+    that was interrupted goes on where it stopped.
     """
     from lvlm_edge.exporter.devices import engine, profiles
 
@@ -66,7 +69,9 @@ def build(
         optimisation_level=optimisation_level,
     )
     with progress_bar(quiet) as progress:
-        out = engine.build(bundle, settings, graphs=graphs or None, keep_ratio=keep_ratio, progress=progress)
+        out = engine.build(
+            bundle, settings, graphs=graphs or None, keep_ratio=keep_ratio, engines=engines, progress=progress
+        )
     record = json.loads((out / engine.ENGINES).read_text("utf-8"))
     if as_json:
         click.echo(json.dumps(record, indent=1))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, FROM_0, JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, ENGINES, FROM_0, JSON, KEEP_RATIO
 from lvlm_edge.exporter.commands.output import show, table, visible
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
@@ -35,6 +35,7 @@ from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
     help="Number of decoded tokens to compare; behind the longest prompt, all that the bundle has room for.",
 )
 @BACKEND
+@ENGINES
 @click.option("--seed", type=FROM_0, default=0, show_default=True, help="Seed of the random prompts and images.")
 @JSON
 def check(
@@ -45,6 +46,7 @@ def check(
     prompt: str | None,
     steps: int,
     backend: str,
+    engines: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -61,6 +63,7 @@ def check(
         against,
         steps=steps,
         backend=backend,
+        engines=engines,
         keep_ratio=keep_ratio,
         seed=seed,
         question=_question(images, prompt),

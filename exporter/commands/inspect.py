@@ -38,7 +38,6 @@ def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool)
     weights.bin        every weight once, shared by all graphs
     tokenizer.json     with chat_template.jinja, if the checkpoint has them
     certificate.json   result of the last check
-    engines/           TensorRT engines that build made
     """
     from lvlm_edge.runtime.bundle import certificate as certificates
     from lvlm_edge.runtime.bundle import keep_ratios, open_bundle, shared_files

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,6 +61,13 @@ BACKEND = click.option(
     default="ort",
     show_default=True,
     help="Backend that runs the graphs: ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT-RTX).",
+)
+
+ENGINES = click.option(
+    "--engines",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of TensorRT engines, which are code that will be run.  [default: ~/.cache/lvlm-edge/engines]",
 )
 
 REVISION = click.option("--revision", help="Branch, tag or commit, if CHECKPOINT is a Hugging Face id.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, JSON, KEEP_RATIO
+from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, ENGINES, JSON, KEEP_RATIO
 from lvlm_edge.exporter.commands.output import visible
 from lvlm_edge.runtime.errors import UsageError
 
@@ -58,6 +58,7 @@ from lvlm_edge.runtime.errors import UsageError
     "darkened. Needs a method that selects tokens, like fastv.",
 )
 @BACKEND
+@ENGINES
 @click.option("--threads", type=AT_LEAST_1, help="CPU threads of the backend ort.  [default: ONNX Runtime's]")
 @click.option("--no-verify", is_flag=True, help="Skip verifying the bundle's files by their hashes.")
 @click.option("--certified", is_flag=True, help="Refuse a bundle that has not passed `lvlm-edge check` as it is now.")
@@ -76,6 +77,8 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     )
     options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
     options["certified"] = o["certified"]
+    if o["engines"] is not None:
+        options["engines"] = o["engines"]
     pipe = Pipeline.load(bundle, o["backend"], **options)
     if overlay is not None:
         _check_overlay(pipe.manifest, overlay)

@@ -1,7 +1,7 @@
 """Bundle to TensorRT engines, one graph after the other, each in a process of its own so that its memory comes back.
 
 Runs where the engines are needed, or for TensorRT-RTX anywhere; never imports torch. A plan is executable code: it is
-built from the bundle's graphs, listed with its hash in `engines.json`, and never shipped.
+built from the bundle's graphs, listed with its hash in `engines.json` in this user's cache folder, and never shipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES as ENGINES
-from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA
+from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA, folder
 from lvlm_edge.runtime.backends.cuda.engines import PORTABLE as PORTABLE
 from lvlm_edge.runtime.bundle import kv_cache
 from lvlm_edge.runtime.bundle.replacing import replacing
@@ -44,17 +44,13 @@ class Settings:
     optimisation_level: int | None = None
 
 
-def folder_of(bundle: Path, backend: str) -> Path:
-    """Where a bundle's engines for a backend lie."""
-    return bundle / "engines" / backend
-
-
 def build(
     bundle: str | Path,
     settings: Settings,
     *,
     graphs: Iterable[str] | None = None,
     keep_ratio: float | None = None,
+    engines: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build a bundle's engines. What is up to date stays; after a kill the same call goes on where it stopped.
@@ -62,6 +58,7 @@ def build(
     Args:
         graphs: names of graphs to build; all by default.
         keep_ratio: one of those that the bundle holds; that of its export by default.
+        engines: folder of all engines; by default this user's own (`runtime.backends.cuda.engines.home`).
 
     Returns:
         The folder with the engines and `engines.json`.
@@ -74,7 +71,7 @@ def build(
     opened = manifests.open_bundle(bundle, keep_ratio=keep_ratio)
     version = _version(settings.backend)
     wanted = _chosen(opened.manifest, graphs)
-    out = _made(folder_of(opened.folder, settings.backend))
+    out = _made(folder(opened, settings.backend, engines))
     common = {
         "schema": SCHEMA,
         "flavour": MODULES[settings.backend],
@@ -83,6 +80,8 @@ def build(
         "settings": json.loads(json.dumps(asdict(settings))),
         "weights_sha256": opened.manifest.files[opened.manifest.weights].sha256,
     }
+    for file in wanted:
+        opened.graph(file)  # which reads the bundle's weights alone
     record = _read(out / ENGINES)
     if {key: record.get(key) for key in common} != common:
         record = {**common, "engines": {}}
@@ -98,11 +97,16 @@ def build(
 
 
 def _made(out: Path) -> Path:
-    """The folder of the engines, made inside the bundle and not where a link leads to."""
+    """The folder of the engines, which this user alone can read and write, and not where a link leads to."""
     for path in (out.parent, out):
         if path.is_symlink():
-            raise BundleError(f"{path}: is a link, expected a folder inside the bundle; remove it and build again")
-        path.mkdir(exist_ok=True)
+            raise BundleError(f"{path}: is a link, expected a folder of engines; remove it and build again")
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be made ({error.strerror}); choose another folder with --engines"
+            ) from error
     for left in out.glob(".*.lvlm-edge*"):  # by a killed build
         left.unlink()
     return out
@@ -223,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    with replacing(path) as partial:
+    with replacing(path, 0o600) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

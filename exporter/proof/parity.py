@@ -44,12 +44,14 @@ class Settings:
     Attributes:
         steps: tokens per prompt, at most the bundle's capacity; behind the longest prompt it is the whole capacity.
         backend: what runs the bundle.
+        engines: folder of TensorRT engines; by default this user's own.
         keep_ratio: one of those that the bundle holds; that of its export by default.
         seed: of the made-up prompts and pictures.
     """
 
     steps: int = 16
     backend: str = "ort"
+    engines: Path | None = None
     keep_ratio: float | None = None
     seed: int = 0
 
@@ -84,7 +86,8 @@ def check(
         raise UsageError("check: no cases are given, expected at least one; leave `cases` out for made-up ones")
     backend, keep_ratio, seed = settings.backend, settings.keep_ratio, settings.seed
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
-    pipe = _load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
+    own: dict[str, Any] = {} if settings.engines is None else {"engines": settings.engines}
+    pipe = _load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact, **own)
     folder = checkpoint.resolve(against)
     check_fits(pipe.bundle, folder)
     model = references.load(folder)
@@ -105,7 +108,7 @@ def check(
     rows = around + [row for case, n in zip(cases, steps, strict=True) for row in judged(compare, pipe, model, case, n)]
     rows += _losses(pipe, cases, given)
     if backend in pipe.manifest.variants or (exact and pipe.manifest.formats.quantized):
-        quick = _load(bundle, backend, keep_ratio=keep_ratio, verify=False)
+        quick = _load(bundle, backend, keep_ratio=keep_ratio, verify=False, **own)
         rows += as_run.compare(quick, model, cases, steps)
     verdict = Verdict(rows=tuple(rows), not_judged=tuple(not_judged))
     if store:

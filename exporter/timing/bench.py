@@ -114,6 +114,7 @@ class Settings:
         new_tokens: of an answer, at least 2; by default 16, or the smallest capacity.
         seed: of the images and prompts.
         verify: hash the bundles' files first.
+        engines: folder of TensorRT engines; by default this user's own.
     """
 
     backends: Sequence[str] = ("ort",)
@@ -126,6 +127,7 @@ class Settings:
     new_tokens: int | None = None
     seed: int = 0
     verify: bool = True
+    engines: Path | None = None
 
 
 def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
@@ -160,9 +162,19 @@ def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **
         "text_tokens": text,
         "new_tokens": new,
     }
+    engines = "" if settings.engines is None else str(settings.engines)
     names = _names([Path(folder) for folder in bundles], keep_ratios, backends)
     contenders = [
-        Contender(name=name, kind="bundle", folder=str(f), bundle=str(f), keep_ratio=ratio, backend=backend, **common)
+        Contender(
+            name=name,
+            kind="bundle",
+            folder=str(f),
+            bundle=str(f),
+            keep_ratio=ratio,
+            backend=backend,
+            engines=engines,
+            **common,
+        )
         for (f, ratio, backend), name in names.items()
     ]
     if against is not None:

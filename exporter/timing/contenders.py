@@ -46,6 +46,7 @@ class Contender:
         keep_ratio: one of those that the bundle holds; None for that of its export.
         text_tokens: of each prompt.
         new_tokens: of each answer.
+        engines: folder of TensorRT engines; empty for this user's own.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Contender:
     threads: int = 1
     text_tokens: int = 1
     new_tokens: int = 2
+    engines: str = ""
 
 
 class Runner(Protocol):
@@ -114,12 +116,11 @@ class _BundleRunner:
     """A bundle on a backend."""
 
     def __init__(self, contender: Contender) -> None:
+        options: dict[str, Any] = {"engines": contender.engines} if contender.engines else {}
+        if contender.backend == "ort":  # a GPU has threads of its own
+            options["threads"] = contender.threads
         self._pipe = Pipeline.load(
-            contender.folder,
-            contender.backend,
-            keep_ratio=contender.keep_ratio,
-            verify=False,
-            threads=contender.threads,
+            contender.folder, contender.backend, keep_ratio=contender.keep_ratio, verify=False, **options
         )
         self._contender = contender
         manifest = self._pipe.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo, kv_cache
-from lvlm_edge.runtime.errors import UnsupportedError, nearest
+from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
 
 Array = NDArray[Any]
 
@@ -55,13 +56,20 @@ class Backend(Protocol):
 def load(name: str, **options: Any) -> Backend:
     """A backend by name.
 
+    Args:
+        options: the backend's own (`ort`: `threads`, `exact`; `trt`, `trt-rtx`: `engines`).
+
     Raises:
         UnsupportedError: unknown, or its packages are not installed.
+        UsageError: an option that it does not have.
     """
     known = {m.name.replace("_", "-"): m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg}
     if name not in known:
         raise UnsupportedError(f"backend: {name!r} is not known; {nearest(name, known)}")
-    backend: Backend = importlib.import_module(f"{__name__}.{known[name]}").create(**options)
+    create = importlib.import_module(f"{__name__}.{known[name]}").create
+    for option in options.keys() - inspect.signature(create).parameters.keys():
+        raise UsageError(f"{name}: takes no {option}; leave it out")
+    backend: Backend = create(**options)
     return backend
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lvlm_edge.runtime.backends import Buffer, Session
 from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
-from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of
+from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of, folder
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.bundle.replacing import replacing
 from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
@@ -108,8 +108,8 @@ class Log:
 class TrtBackend:
     """Engines of one flavour on the current CUDA device."""
 
-    def __init__(self, name: str, module: Any, runtime: Any) -> None:
-        self.name, self._module = name, module
+    def __init__(self, name: str, module: Any, runtime: Any, base: Path | None) -> None:
+        self.name, self._module, self._base = name, module, base
         self._cuda = Cuda(runtime)
         self._scratch = Scratch(self._cuda)
         self._log = _logger(module)
@@ -130,7 +130,7 @@ class TrtBackend:
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """The engine of a graph, bound to its buffers; graphs of one file share their engine, and with it the weights.
 
-        The engine of `NAME.onnx` is in `engines/<backend>/` beside it.
+        The engine of `NAME.onnx` is in the folder that `cuda.engines.folder` names.
 
         Raises:
             BundleError: there is no engine of this graph that was built here, or it is not what was built.
@@ -159,8 +159,9 @@ class TrtBackend:
     def _engine(self, bundle: Bundle, file: str, wrong: Wrong) -> tuple[Any, Path, dict[str, str]]:
         """The engine of a file, the path of its plan, and which outputs it writes over which inputs."""
         version, capability = self._module.__version__, self._cuda.capability
-        entry = entry_of(bundle, file, self.name, version, capability, wrong)
-        plan = bundle.folder / "engines" / self.name / entry["file"]
+        place = folder(bundle, self.name, self._base)
+        entry = entry_of(bundle, file, place, version, capability, wrong)
+        plan = place / entry["file"]
         with checked_plan(plan, entry, wrong) as content:
             if self._runtime is None:
                 self._runtime = self._module.Runtime(self._log.logger)
@@ -252,11 +253,12 @@ def _logger(module: Any) -> Log:
     return Log(messages, Logger())
 
 
-def create(threads: int | None = None, *, backend: str = "trt") -> TrtBackend:
+def create(threads: int | None = None, *, engines: str | Path | None = None, backend: str = "trt") -> TrtBackend:
     """The backend.
 
     Args:
         threads: must be None; the GPU has its own.
+        engines: folder of all engines, where it is not this user's own; what is in it is code that will be run.
         backend: `trt` or `trt-rtx`.
 
     Raises:
@@ -266,7 +268,8 @@ def create(threads: int | None = None, *, backend: str = "trt") -> TrtBackend:
     """
     if threads is not None:
         raise UsageError(f"{backend}: takes no number of threads, since it runs on the GPU; leave --threads out")
-    return TrtBackend(backend, _load(backend, MODULES[backend]), _load(backend, "cuda.bindings.runtime"))
+    base = None if engines is None else Path(engines)
+    return TrtBackend(backend, _load(backend, MODULES[backend]), _load(backend, "cuda.bindings.runtime"), base)
 
 
 def _load(backend: str, module: str) -> Any:

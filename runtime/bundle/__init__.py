@@ -16,10 +16,10 @@
 - `weights.bin`: every weight once, shared by all graphs. The runtime looks the token embedding up in it.
 - `tokenizer.json`, `chat_template.jinja`: if the checkpoint has a tokenizer.
 - `certificate.json`: what `lvlm-edge check` found: inputs, figures, versions, hashes.
-- `engines/BACKEND/`: TensorRT engines that `lvlm-edge build` made, and `engines.json`, their hashes.
 
-Nothing is pickled. A bundle is written next to its place and then renamed. Loading hashes every file first, unless
-`verify=False` or `--no-verify` is given.
+TensorRT engines are code and not part of a bundle: `lvlm-edge build` puts them into the user's cache folder. Nothing is
+pickled. A bundle is written next to its place and then renamed. Loading hashes every file first, unless `verify=False`
+or `--no-verify` is given.
 """
 
 from lvlm_edge.runtime.bundle.files import (

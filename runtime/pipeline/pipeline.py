@@ -58,7 +58,7 @@ class Pipeline:
             certified: refuse a bundle that has not passed `lvlm-edge check` as it is now. The certificate lies in the
                 bundle: it guards against accidents, and not against who can write there.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
-            options: the backend's own (`ort`: `threads`, `exact`).
+            options: the backend's own (`ort`: `threads`, `exact`; `trt` and `trt-rtx`: `engines`, a folder).
 
         Raises:
             BundleError: the bundle is damaged, altered, not for this version, or not certified.

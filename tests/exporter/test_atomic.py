@@ -105,17 +105,23 @@ def test_an_overlay_leaves_the_picture_named_like_its_partial_file(tmp_path, mon
     assert Image.open(tmp_path / "kept.png").size == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["engines", "engines/trt-rtx"])
+@pytest.mark.parametrize("name", ["key", "key/trt-rtx"])
 def test_linked_engines_are_refused(tmp_path, name):
-    bundle, home = tmp_path / "bundle", tmp_path / "home"
+    home, engines = tmp_path / "home", tmp_path / "engines"
     home.mkdir()
-    (bundle / name).parent.mkdir(parents=True)
-    (bundle / name).symlink_to(home)
+    (engines / name).parent.mkdir(parents=True)
+    (engines / name).symlink_to(home)
 
-    with pytest.raises(BundleError, match="is a link, expected a folder inside the bundle"):
-        engine._made(bundle / "engines" / "trt-rtx")
+    with pytest.raises(BundleError, match="is a link, expected a folder of engines"):
+        engine._made(engines / "key" / "trt-rtx")
 
     assert not os.listdir(home)
+
+
+def test_engines_are_for_their_user_alone(tmp_path):
+    made = engine._made(tmp_path / "cache" / "key" / "trt-rtx")
+
+    assert [made.stat().st_mode & 0o777, made.parent.stat().st_mode & 0o777] == [0o700] * 2
 
 
 def test_the_mode_of_a_file_is_that_of_the_umask(tmp_path):

@@ -17,6 +17,7 @@ from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import PORTABLE, Settings
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
+from tests import tiny
 
 pytestmark = pytest.mark.export
 
@@ -43,8 +44,9 @@ def gqa(checkpoint_once):
 
 
 @pytest.fixture
-def own(gqa, export_once, tmp_path):
-    """A bundle of its own, to be spoilt."""
+def own(gqa, export_once, tmp_path, monkeypatch):
+    """A bundle of its own, to be spoilt, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = export_once(gqa, dtype="float16", max_text_tokens=32, max_new_tokens=8, ort=False, **FASTV)
     return shutil.copytree(made, tmp_path / "bundle")
 
@@ -120,7 +122,8 @@ def test_what_is_up_to_date_is_not_built_again(own):
     out = engine.build(own, settings)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.engine")}
     damaged = out / "select.engine"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\0")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
     engine.build(own, settings)
 
@@ -143,7 +146,7 @@ from lvlm_edge.exporter.devices import engine
 engine.build({str(own)!r}, engine.Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 """
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    out = engine.folder_of(own, "trt-rtx")
+    out = engine.folder(open_bundle(own), "trt-rtx")
     while not (out / engine.ENGINES).exists():
         assert child.poll() is None
         time.sleep(0.01)
@@ -165,6 +168,18 @@ def test_a_plan_can_be_read_by_its_owner_only(own):
     out = engine.build(own, Settings(backend="trt-rtx"), graphs=["select"])
 
     assert (out / "select.engine").stat().st_mode & 0o777 == 0o600
+    assert (out / engine.ENGINES).stat().st_mode & 0o777 == 0o600
+
+
+def test_engines_are_not_put_into_the_bundle(own, tmp_path):
+    before = tiny.tree(Path(own))
+
+    out = engine.build(own, Settings(backend="trt-rtx"), graphs=["select"])
+    elsewhere = engine.build(own, Settings(backend="trt-rtx"), graphs=["select"], engines=tmp_path / "mine")
+
+    assert tiny.tree(Path(own)) == before
+    assert out.is_relative_to(tmp_path / "cache/lvlm-edge/engines")
+    assert elsewhere == tmp_path / "mine" / out.relative_to(tmp_path / "cache/lvlm-edge/engines")
 
 
 def test_what_cannot_be_built_says_why(own):

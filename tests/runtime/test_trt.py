@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file
 
 from lvlm_edge.runtime import Pipeline, backends
 from lvlm_edge.runtime.backends import trt
-from lvlm_edge.runtime.bundle import kv_cache, load_manifest, sha256
+from lvlm_edge.runtime.backends.cuda import engines
+from lvlm_edge.runtime.bundle import kv_cache, load_manifest, open_bundle, sha256
 from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
 from tests import fake_tensorrt, tiny
 from tests.cases import some
@@ -35,11 +37,16 @@ def aliases(graph):
     }
 
 
+def place(bundle: Path, backend: str = "trt-rtx") -> Path:
+    """Where a bundle's engines are."""
+    return engines.folder(open_bundle(bundle, verify=False), backend)
+
+
 def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None = None, **record) -> Path:
     """Engines for the double, in the form that `engine.py` writes; each asks for 1000 bytes more scratch."""
     manifest = load_manifest(bundle)
-    out = bundle / "engines" / backend
-    out.mkdir(parents=True, exist_ok=True)
+    out = place(bundle, backend)
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
     entries = {}
     for i, file in enumerate({g.file: None for g in manifest.graphs}):
         graph, *others = manifest.graphs_of(file)
@@ -50,6 +57,7 @@ def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None
         )
         path = (out / file).with_suffix(".engine")
         path.write_bytes(content)
+        path.chmod(0o600)
         entries[file] = {
             "file": path.name,
             "size": len(content),
@@ -70,6 +78,7 @@ def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None
         "engines": entries,
     }
     tiny.write_json(out / "engines.json", common | record)
+    (out / "engines.json").chmod(0o600)
     return bundle
 
 
@@ -81,7 +90,6 @@ def with_engines(tmp_path_factory):
     def copied(bundle: Path) -> Path:
         if bundle not in made:
             made[bundle] = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("engines") / "bundle"))
-            shutil.rmtree(made[bundle] / "engines", ignore_errors=True)
             write_engines(made[bundle], "trt-rtx")
             write_engines(made[bundle], "trt")
         return made[bundle]
@@ -106,8 +114,9 @@ def legacy(checkpoint_once, export_once, with_engines) -> Path:
 
 
 @pytest.fixture
-def own(modern, tmp_path) -> Path:
+def own(modern, tmp_path, monkeypatch) -> Path:
     """A bundle with engines, to be spoilt."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_engines(Path(shutil.copytree(modern, tmp_path / "bundle")))
 
 
@@ -477,7 +486,7 @@ def test_engines_for_this_gpu_run_and_portable_ones_run_from_ampere_on(own, monk
 
 
 def test_a_stale_graph_hash_is_refused(own, monkeypatch):
-    path = own / "engines" / "trt-rtx" / "engines.json"
+    path = place(own) / "engines.json"
     record = tiny.read_json(path)
     record["engines"]["vision.onnx"]["graph_sha256"] = "0" * 64
     tiny.write_json(path, record)
@@ -489,10 +498,46 @@ def test_a_stale_graph_hash_is_refused(own, monkeypatch):
     "text", [None, "", "[]", "{", "null", "\x00\xff", "[" * 100_000], ids=lambda text: str(text)[:3]
 )
 def test_no_readable_list_of_engines_is_refused(own, monkeypatch, text):
-    path = own / "engines" / "trt-rtx" / "engines.json"
+    path = place(own) / "engines.json"
     path.unlink() if text is None else path.write_text(text, "latin-1")
 
     refused(own, monkeypatch, "is not there" if text is None else "cannot be read|schema is None")
+
+
+def test_engines_that_come_with_a_bundle_are_not_opened(own, monkeypatch, tmp_path):
+    """Wherever in it: in today's layout, and where earlier versions kept them."""
+    for inside in ("engines", place(own).parent.name):
+        shutil.copytree(place(own).parent, own / inside)
+    shutil.rmtree(tmp_path / "cache")
+
+    refused(own, monkeypatch, r"engines\.json: is not there, so no engine was built")
+
+
+def test_engines_of_another_folder_run_where_they_are_asked_for(own, monkeypatch, tmp_path):
+    machine = Machine().install(monkeypatch, "tensorrt_rtx")
+    expected = generate(Pipeline.load(own, "trt-rtx")).token_ids
+    (tmp_path / "cache/lvlm-edge/engines").rename(tmp_path / "elsewhere")
+    seen = machine.calls["deserialize_cuda_engine"]
+    with pytest.raises(BundleError, match="is not there"):
+        Pipeline.load(own, "trt-rtx")
+    assert machine.calls["deserialize_cuda_engine"] == seen
+
+    assert generate(Pipeline.load(own, "trt-rtx", engines=tmp_path / "elsewhere")).token_ids == expected
+    with pytest.raises(UsageError, match="ort: takes no engines"):
+        Pipeline.load(own, "ort", engines=tmp_path / "elsewhere")
+
+
+def test_engines_that_others_can_write_are_refused(own, monkeypatch):
+    for path in (place(own), place(own) / "engines.json", place(own) / "vision.engine"):
+        mode = path.stat().st_mode
+        for more in (0o020, 0o002):
+            path.chmod(mode | more)
+            refused(own, monkeypatch, r"can be written by others \(mode \d{3}\), and an engine is code")
+        path.chmod(mode)
+
+    wrong = engines.Wrong(own, "trt-rtx")
+    with pytest.raises(BundleError, match="belongs to user 54321, and an engine is code"):
+        engines._check_own(own, SimpleNamespace(st_uid=54321, st_mode=0o600), wrong)
 
 
 def flipped(plan: Path) -> None:
@@ -525,13 +570,13 @@ SPOILT = {
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_spoilt_plan_never_reaches_tensorrt(own, monkeypatch, how):
     spoil, said = SPOILT[how]
-    spoil(own / "engines" / "trt-rtx" / "vision.engine")
+    spoil(place(own) / "vision.engine")
 
     refused(own, monkeypatch, rf"vision\.engine: .*({said})")
 
 
 def test_an_alias_that_is_not_the_engines_is_found(own, monkeypatch):
-    path = own / "engines" / "trt-rtx" / "engines.json"
+    path = place(own) / "engines.json"
     record = tiny.read_json(path)
     Machine().install(monkeypatch, "tensorrt_rtx")
     found = record["engines"]["decode.onnx"]["aliases"]
@@ -548,7 +593,7 @@ def test_an_alias_that_is_not_the_engines_is_found(own, monkeypatch):
 
 
 def test_an_alias_that_the_bundle_keeps_apart_is_found_without_tensorrts_word(own, monkeypatch):
-    path = own / "engines" / "trt-rtx" / "engines.json"
+    path = place(own) / "engines.json"
     record = tiny.read_json(path)
     record["engines"]["decode.onnx"]["aliases"]["present.0.key"] = "past_key_values.1.key"
     tiny.write_json(path, record)
@@ -559,7 +604,7 @@ def test_an_alias_that_the_bundle_keeps_apart_is_found_without_tensorrts_word(ow
 
 
 def test_an_engine_of_other_tensors_than_the_manifests_is_found(own, modern, monkeypatch):
-    path = own / "engines" / "trt-rtx"
+    path = place(own)
     record = tiny.read_json(path / "engines.json")
     plan = path / "decode.engine"
     plan.write_bytes(fake_tensorrt.plan(own / "vision.onnx"))
@@ -578,7 +623,7 @@ def test_compiled_kernels_are_kept_beside_the_engines(own, monkeypatch):
     machine = Machine(jit=True).install(monkeypatch, "tensorrt_rtx")
     first = generate(Pipeline.load(own, "trt-rtx"))
     assert machine.jit_loaded == []
-    kept = own / "engines" / "trt-rtx" / "decode.jit"
+    kept = place(own) / "decode.jit"
     assert kept.read_bytes() == b"kernels" and kept.stat().st_mode & 0o777 == 0o600
 
     again = generate(Pipeline.load(own, "trt-rtx"))

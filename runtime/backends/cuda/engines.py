@@ -1,7 +1,8 @@
-"""The record of a bundle's engines, `engines.json`, and the proof that a plan is the one that was built.
+"""Where a bundle's engines are, their record `engines.json`, and the proof that a plan is the one that was built.
 
-A plan is executable code. One is opened only if `lvlm-edge build` listed it beside the bundle for this machine and its
-bytes are still the listed ones.
+A plan is executable code. Engines are in this user's cache folder and not in the bundle, so that none of a bundle that
+arrives with engines is opened. One is opened only if `lvlm-edge build` listed it there for this machine and bundle, its
+bytes are still the listed ones, and nobody else can write it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,34 @@ import json
 import mmap
 import os
 import platform
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.runtime.bundle import Bundle
+from lvlm_edge.runtime.bundle import MANIFEST, Bundle, sha256
 from lvlm_edge.runtime.errors import BundleError
 
 SCHEMA = 2  # of engines.json, which the builder writes
 ENGINES = "engines.json"
 PORTABLE = "portable"  # one plan for every GPU from Ampere on (TensorRT-RTX)
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # backend to Python package
+
+
+def home() -> Path:
+    """The folder of all engines of this user: `lvlm-edge/engines` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvlm-edge" / "engines"
+
+
+def folder(bundle: Bundle, backend: str, base: Path | None = None) -> Path:
+    """Where the engines of a bundle for a backend lie: a folder named after the hash of its `manifest.json`.
+
+    Args:
+        base: folder of all engines; `home()` by default.
+    """
+    return (base or home()) / sha256(bundle.path(MANIFEST))[:32] / backend
 
 
 @dataclass(frozen=True)
@@ -42,11 +58,17 @@ class Wrong:
 
 
 def entry_of(
-    bundle: Bundle, file: str, backend: str, version: str, capability: tuple[int, int], wrong: Wrong
+    bundle: Bundle, file: str, place: Path, version: str, capability: tuple[int, int], wrong: Wrong
 ) -> dict[str, Any]:
-    """What `engines.json` says of a file's engine, once everything it says of this machine and bundle is true."""
-    manifest = bundle.manifest
-    record = _record(bundle.folder / "engines" / backend / ENGINES, wrong)
+    """What `engines.json` says of a file's engine, once everything it says of this machine and bundle is true.
+
+    Args:
+        place: folder of the engines.
+        version: of TensorRT.
+        capability: of the GPU.
+    """
+    manifest, backend = bundle.manifest, wrong.backend
+    record = _record(place / ENGINES, wrong)
     here = f"{sys.platform}-{platform.machine()}"
     weights, source = manifest.files[manifest.weights].sha256, manifest.files[file].sha256
     for key, what, mine in (
@@ -75,8 +97,18 @@ def entry_of(
     return entry
 
 
+def _check_own(path: Path, found: os.stat_result, wrong: Wrong) -> None:
+    """Raise unless nobody but this user, and root, can have written a file."""
+    if found.st_uid not in (os.geteuid(), 0):
+        raise wrong(str(path), f"belongs to user {found.st_uid}, and an engine is code")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise wrong(str(path), f"can be written by others (mode {found.st_mode & 0o777:o}), and an engine is code")
+
+
 def _record(path: Path, wrong: Wrong) -> dict[str, Any]:
     try:
+        for one in (path.parent, path):
+            _check_own(one, one.stat(), wrong)
         record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise wrong(str(path), "is not there, so no engine was built") from None
@@ -95,6 +127,7 @@ def checked_plan(path: Path, entry: dict[str, Any], wrong: Wrong) -> Iterator[me
         if path.is_symlink():
             raise wrong(path.name, "is a link, expected the file that was built")
         with path.open("rb") as file:
+            _check_own(path, os.fstat(file.fileno()), wrong)
             size = os.fstat(file.fileno()).st_size
             if size != entry.get("size") or size == 0:
                 raise wrong(path.name, f"has {size} bytes, {ENGINES} says {entry.get('size')}")
