@@ -21,9 +21,17 @@ from lvlm_edge.runtime.errors import UsageError
     "--image",
     "images",
     multiple=True,
-    help="Image file, given once per image that the bundle is for. Bundles of the methods none and fastv also take "
-    "fewer images, or none.",
+    help="Image file, data URL, or - for standard input; given once per image that the bundle is for. Bundles of the "
+    "methods none and fastv also take fewer images, or none.",
 )
+@click.option(
+    "--max-megapixels",
+    type=float,
+    default=25.0,
+    show_default=True,
+    help="Largest image, in millions of pixels; a larger JPEG is decoded at a fraction of its size.",
+)
+@click.option("--allow-url", is_flag=True, help="Fetch images that are given as http:// or https:// URLs.")
 @click.option("--fit", is_flag=True, help="Resize pictures that belong on another canvas to the bundle's.")
 @click.option("--prompt", required=True, help="Text of the prompt, such as a question about the images.")
 @click.option("--system", help="System message, if the chat template takes one.")
@@ -68,6 +76,10 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     """Answer a prompt, with images or without, streaming to stdout."""
     from lvlm_edge.runtime import Pipeline, Sampling
 
+    if images.count("-") > 1:
+        raise UsageError("run: --image - is given several times, and standard input is one image; give files")
+    sources = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+
     sampling = Sampling(
         temperature=o["temperature"],
         top_k=o["top_k"],
@@ -76,7 +88,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         seed=o["seed"],
     )
     options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
-    options["certified"] = o["certified"]
+    options |= {name: o[name] for name in ("certified", "max_megapixels", "allow_url")}
     if o["engines"] is not None:
         options["engines"] = o["engines"]
     pipe = Pipeline.load(bundle, o["backend"], **options)
@@ -85,7 +97,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     begun = False
     for piece in pipe.stream(
         prompt,
-        images,
+        sources,
         max_new_tokens=o["max_new_tokens"],
         sampling=sampling,
         stop=o["stop"],
@@ -100,7 +112,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     if not as_json:
         click.echo()
     if overlay is not None:
-        _write_overlay(pipe, images, overlay)
+        _write_overlay(pipe, sources, overlay)
     if as_json:
         click.echo(json.dumps(_answer(pipe), indent=1))
     elif o["stats"]:
@@ -122,14 +134,14 @@ def _check_overlay(manifest: Any, target: Path) -> None:
         )
 
 
-def _write_overlay(pipe: Any, images: tuple[str, ...], target: Path) -> None:
+def _write_overlay(pipe: Any, sources: list[Any], target: Path) -> None:
     """The picture (side by side where there are several) with the kept patches clear and the others dark."""
     from lvlm_edge.runtime.bundle.replacing import replacing
     from lvlm_edge.runtime.pictures import overlay
 
     try:
         with replacing(target) as partial:
-            overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual).save(partial)
+            overlay.draw(pipe.last.pictures, sources, pipe.last.kept_visual, pipe.reading).save(partial)
     except (OSError, ValueError) as error:
         raise UsageError(f"{target}: cannot be written ({error}); give another path") from error
 

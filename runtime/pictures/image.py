@@ -38,7 +38,10 @@ class Preprocessing:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 
 
-def open_image(source: str | os.PathLike[str] | bytes | Image) -> Image:
+MEGAPIXELS = 25.0  # of a picture, and of what it is resized to
+
+
+def open_image(source: str | os.PathLike[str] | bytes | Image, *, megapixels: float = MEGAPIXELS) -> Image:
     """A picture as RGB, turned upright by its EXIF orientation and decoded completely.
 
     The first frame is taken. Transparent pixels are laid on white, as image processors of transformers do with a Pillow
@@ -46,18 +49,20 @@ def open_image(source: str | os.PathLike[str] | bytes | Image) -> Image:
 
     Args:
         source: a path, the content of a file, or a Pillow picture, which is left as it is.
+        megapixels: most pixels, in millions. A JPEG file of more is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
         InputError: the picture is missing, not a picture, truncated or damaged, has 16 or 32 bits per channel, or is
-            larger than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`.
+            too large.
     """
     from PIL import Image
 
     where = _name(source)
     if isinstance(source, Image.Image):
-        return _upright(source, where)
+        return _upright(source, where, megapixels)
     with _open(source, where) as picture:  # a picture of several frames keeps its file open otherwise
-        return _upright(picture, where)
+        _reduce(picture, megapixels)
+        return _upright(picture, where, megapixels)
 
 
 def preprocess(image: Image, how: Preprocessing) -> NDArray[np.float32]:
@@ -138,8 +143,8 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
         raise InputError(f"{where}: not a picture in a format that is read, expected one of {known}") from error
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{where}: the picture is too large ({_one_line(error)}), expected at most {Image.MAX_IMAGE_PIXELS} "
-            f"pixels; scale it down"
+            f"{where}: the picture is too large ({_one_line(error)}), expected at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; scale it down"
         ) from error
     except OSError as error:
         raise InputError(
@@ -153,18 +158,26 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
         ) from error
 
 
-def _upright(picture: Image, where: str) -> Image:
+def _reduce(picture: Image, megapixels: float) -> None:
+    """Have a large JPEG decoded at a fraction of its size, which takes as little memory as that."""
+    width, height = picture.size
+    parts = [part for part in (1, 2, 4, 8) if -(-width // part) * -(-height // part) <= megapixels * 1e6]
+    if picture.format == "JPEG" and parts[:1] != [1]:
+        part = min(parts, default=8)
+        picture.draft(picture.mode, (max(1, width // part), max(1, height // part)))
+
+
+def _upright(picture: Image, where: str, megapixels: float) -> Image:
     """The picture as `open_image` returns it; its size is checked before anything is decoded."""
     import warnings
 
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     width, height = picture.size
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+    if width * height > megapixels * 1e6:
         raise InputError(
-            f"{where}: the picture is {width}x{height}, {width * height} pixels, expected at most {limit}; "
-            f"scale it down"
+            f"{where}: the picture is {width}x{height}, {width * height / 1e6:.1f} megapixels, expected at most "
+            f"{megapixels:g}; scale it down, or raise --max-megapixels (max_megapixels)"
         )
     if picture.mode.startswith(("I", "F")):
         raise InputError(
@@ -245,12 +258,11 @@ def _resized_size(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
 def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: int) -> NDArray[np.uint8]:
     from PIL import Image
 
-    limit = Image.MAX_IMAGE_PIXELS
     # Only the middle of a long, thin picture is used, but cropping before resizing changes the last bits.
-    if limit is not None and size[0] * size[1] > 2 * limit:
+    if size[0] * size[1] > MEGAPIXELS * 1e6:
         raise InputError(
             f"picture: {pixels.shape[1]}x{pixels.shape[0]} is too long and thin, it would be resized to "
-            f"{size[1]}x{size[0]}, expected at most {2 * limit} pixels; crop it first"
+            f"{size[1]}x{size[0]}, expected at most {MEGAPIXELS:g} megapixels; crop it first"
         )
     return np.array(Image.fromarray(pixels).resize((size[1], size[0]), resample=Image.Resampling(resample)))
 

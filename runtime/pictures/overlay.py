@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_edge.runtime.pictures import image as images
 from lvlm_edge.runtime.pictures import views
+from lvlm_edge.runtime.pictures.sources import Reading, listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,20 +32,21 @@ def cells(kept: Any, run: Run, start: int) -> list[int]:
     return [int(i) for i in mine - run.leading + run.missing if i >= 0]
 
 
-def draw(pictures: Sequence[Picture], sources: Sequence[Any], kept: Any) -> Image:
+def draw(pictures: Sequence[Picture], sources: Any, kept: Any, reading: Reading | None = None) -> Image:
     """The pictures side by side, small ones enlarged: kept cells clear, the others dark.
 
     Args:
         pictures: what each image stood for (`Result.pictures`).
-        sources: the images: paths, bytes or PIL images.
+        sources: the images, as the pipeline got them.
         kept: ascending indices among the visual tokens of all pictures (`Result.kept_visual`).
+        reading: how the pipeline reads pictures (`Pipeline.reading`).
     """
     from PIL import Image
 
-    drawn, start = [], 0
-    for planned, source in zip(pictures, sources, strict=True):
+    drawn, start, reading = [], 0, reading or Reading()
+    for planned, source in zip(pictures, listed(sources), strict=True):
         visual = [run for run in planned.runs if run.kind == "visual"]
-        picture = images.open_image(source)
+        picture = reading.open(source)
         boxes = views.boxes(picture.size, planned.views, [run.grid for run in visual if run.grid is not None])
         shown, first = [], 0
         for run in visual:  # one without a grid has visual tokens, and no cells to draw

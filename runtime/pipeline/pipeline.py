@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lvlm_edge.runtime.backends import Array, Backend, Buffer, load
 from lvlm_edge.runtime.bundle import Bundle, certificate, open_bundle
 from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.pictures.layout import Picture, lay_out
+from lvlm_edge.runtime.pictures.sources import Reading, listed
 from lvlm_edge.runtime.pipeline import inputs
 from lvlm_edge.runtime.pipeline.decoder import Decoder, Result, Turn
 from lvlm_edge.runtime.pipeline.sampling import Sampling, StopStrings
@@ -29,6 +31,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, *, portable: bool = False) -> None:
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest if portable else bundle.manifest.for_backend(backend.name)
+        self.reading = Reading()
         self._decoder = Decoder(bundle, self.manifest, backend)
         self._text: Text | None = None
         self.last: Result | None = None
@@ -58,7 +61,8 @@ class Pipeline:
             certified: refuse a bundle that has not passed `lvlm-edge check` as it is now. The certificate lies in the
                 bundle: it guards against accidents, and not against who can write there.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
-            options: the backend's own (`ort`: `threads`, `exact`; `trt` and `trt-rtx`: `engines`, a folder).
+            options: fields of `Reading` (`max_megapixels`, `bgr`, `allow_url`), and the backend's own (`ort`:
+                `threads`, `exact`; `trt` and `trt-rtx`: `engines`, a folder).
 
         Raises:
             BundleError: the bundle is damaged, altered, not for this version, or not certified.
@@ -68,14 +72,16 @@ class Pipeline:
         """
         opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
         certificate.consult(opened.folder, opened.name, required=certified)
+        reading = Reading(**{f.name: options.pop(f.name) for f in fields(Reading) if f.name in options})
         pipe = cls(opened, load(backend, **options), portable=portable)
+        pipe.reading = reading
         opened.check_unchanged()
         return pipe
 
     def stream(
         self,
         prompt: str,
-        images: Sequence[Any] = (),
+        images: Any = (),
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
@@ -89,7 +95,8 @@ class Pipeline:
 
         Args:
             prompt: the user's text; an image placeholder typed in it stays text.
-            images: paths, bytes or PIL images, as many as the bundle is planned for; fewer, where the method allows it.
+            images: as many as the bundle is planned for; fewer, where the method allows it. Paths, bytes, Pillow
+                pictures, arrays uint8 [H, W, 3] or data URLs; one alone needs no list.
             max_new_tokens: at most the bundle's capacity, which is the default.
             stop: strings that end the answer and are not part of it.
             system: a system message, for templates that take one.
@@ -133,7 +140,7 @@ class Pipeline:
     def prepare(
         self,
         prompt: str | None = None,
-        images: Sequence[Any] = (),
+        images: Any = (),
         *,
         system: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
@@ -143,7 +150,7 @@ class Pipeline:
 
         Args:
             prompt: the text of one user turn, which the images precede.
-            images: paths, bytes or PIL images.
+            images: see `stream`.
             system: a system message, for templates that take one.
             messages: instead of `prompt` and `system`, a conversation of `{"role": ..., "content": ...}`, whose
                 content is a string or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`; images in
@@ -157,6 +164,7 @@ class Pipeline:
         Raises:
             InputError: see `stream`; or the messages name another number of images.
         """
+        images = listed(images)
         if messages is None:
             messages = inputs.user_turn(prompt or "", len(images), system)
         elif prompt is not None or system is not None:
@@ -164,10 +172,10 @@ class Pipeline:
         named = inputs.count_images(messages)
         if named != len(images):
             raise InputError(f"messages: name {named} image(s), {len(images)} given; give one for each")
-        text, pixels = self._load_text(), inputs.read_images(self.manifest, images, fit=fit)
+        text, pixels = self._load_text(), inputs.read_images(self.manifest, images, self.reading, fit=fit)
         return text.encode_chat(list(messages)), pixels
 
-    def generate(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Result:
+    def generate(self, prompt: str, images: Any = (), **options: Any) -> Result:
         """`stream` to its end; options as there."""
         pieces = self.stream(prompt, images, **options)
         with self._decoder.lock:
@@ -252,13 +260,13 @@ class Pipeline:
         """
         return self._load_text().encode_chat(list(messages))
 
-    def pixels(self, images: Sequence[Any], *, fit: bool = False) -> list[Array]:
+    def pixels(self, images: Any, *, fit: bool = False) -> list[Array]:
         """Pixels of pictures, float32 [views, 3, H, W] each; see `prepare`.
 
         Raises:
             InputError: a picture is unreadable or belongs on another canvas, or there are too many.
         """
-        found = inputs.read_images(self.manifest, images, fit=fit)
+        found = inputs.read_images(self.manifest, images, self.reading, fit=fit)
         return [media.pixels for media in inputs.media(self.manifest, found)]
 
     def embed(self, ids: Array) -> Array:

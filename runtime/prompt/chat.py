@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.prompt.chat_template import compile_template, one_line
+from lvlm_edge.runtime.prompt.chat_template import compile_template, endless, one_line, render
 from lvlm_edge.runtime.prompt.escaping import Escaping, map_texts
 from lvlm_edge.runtime.prompt.streams import ByteStream, TextStream, TokenStream, is_byte_level
+from lvlm_edge.runtime.prompt.time_limit import TimeLimitError
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -86,6 +87,7 @@ class Text:
         Raises:
             InputError: a text is not Unicode, the template refuses the messages, or it writes another number of image
                 tokens.
+            BundleError: the template does not end.
         """
         plain = [plain_value(message) for message in messages]
         map_texts(plain, _check_text)
@@ -145,15 +147,17 @@ class Text:
         return sample.ids[:first], sample.ids[last:]
 
     def _render(self, messages: list[Any], add_generation_prompt: bool) -> str:
-        variables = {"bos_token": self._config.bos_token, "eos_token": self._config.eos_token}
+        tokens = {"bos_token": self._config.bos_token, "eos_token": self._config.eos_token}
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in variables.items() if token},
-            )
+            return render(self._template, variables | {name: token for name, token in tokens.items() if token})
+        except TimeLimitError as error:
+            raise endless("chat template") from error
         except Exception as error:
             raise InputError(
                 f"chat template: it refuses these messages ({one_line(error)}), expected a conversation in the "

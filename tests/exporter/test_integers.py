@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from lvlm_edge.exporter import export, plan
 from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import integers as prequantised
-from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
+from lvlm_edge.exporter.checkpoints.integers import compressed
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import Settings
 from lvlm_edge.exporter.proof import parity
@@ -664,3 +665,12 @@ def random_integers(source: Path, out: Path, scheme: packed.Scheme) -> Path:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tiny.change_json(folder / "config.json", quantization_config=scheme.config)
     return folder
+
+
+def test_a_pattern_that_does_not_end_is_refused(monkeypatch):
+    monkeypatch.setattr(compressed, "SECONDS", 0.2)
+    name = "model.layers.0.self_attn." + "a" * 60
+
+    assert compressed._named("re:.*self_attn.*", [name])
+    with pytest.raises(CheckpointError, match=r"the pattern '\(x\+x\+\)\+y' takes longer than 0\.2 s on 'xxx"):
+        compressed._named("re:(x+x+)+y", ["x" * 60])

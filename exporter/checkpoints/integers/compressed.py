@@ -5,9 +5,10 @@ Source: `pack_to_int32` and `NaiveQuantizationCompressor` of compressed-tensors 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import regex  # whose matches can be given a time limit
 
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
@@ -30,6 +31,7 @@ from lvlm_edge.runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+SECONDS = 2.0  # that a pattern may take on a name
 LAYOUTS = {"pack-quantized": "packed", "int-quantized": "plain", "naive-quantized": "plain"}  # by `format`
 # Modules as checkpoints name them, to ask a config's patterns about the parts that are not the decoder's layers.
 ASKED = {
@@ -101,8 +103,23 @@ def _targeted(names: Iterable[str], targets: Iterable[str], ignored: Iterable[st
 def _named(entry: str, names: Iterable[str]) -> bool:
     """Whether an entry of compressed-tensors, a name, a module above it or a `re:` pattern, means one of the names."""
     if entry.startswith("re:"):
-        return any(re.match(entry[3:], name) for name in names)
+        return any(_matches(entry[3:], name) for name in names)
     return any(name == entry or name.startswith(f"{entry}.") for name in names)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern, which came with a download, matches the beginning of a name.
+
+    Raises:
+        CheckpointError: it does not come to an end.
+    """
+    try:
+        return regex.match(pattern, name, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config: the pattern {pattern!r:.60} takes longer than {SECONDS:g} s on "
+            f"{name!r}, expected a name or a simple pattern; correct it"
+        ) from error
 
 
 def packed_size(module: str, pieces: Pieces, how: Prequantised) -> tuple[int, int]:

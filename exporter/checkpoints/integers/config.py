@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import regex
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.runtime.errors import UnsupportedError
@@ -36,8 +37,8 @@ def names(where: str, config: Mapping[str, Any], key: str) -> list[str]:
 
 def _compiles(entry: str) -> bool:
     try:
-        re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
-    except re.error:
+        regex.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+    except regex.error:
         return False
     return True
 
