@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.graphs.parts import Weight
 
 WEIGHTS = "weights.bin"
-TABLE = "embed.weight"  # the token embedding, which no graph reads
+HEAD, TABLE = "lm_head.weight", "embed.weight"  # no graph reads the token embedding
+ROWS = 4096  # of a matrix, compared at a time
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 _VERSIONS = ("lvlm-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
 
@@ -77,7 +81,7 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
-        sources = _sources(of, model)
+        model, sources = _with_weights(of, model)
         formats = _formats(sources, settings)
         plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
         _Writer(of, plan, partial, progress or (lambda *_: None)).write(sources, provenance, ort=ort)
@@ -101,12 +105,36 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def _sources(of: Checkpoint, model: Model) -> dict[str, Source]:
-    """Sources of weights by the names of `Parts`; a tied lm_head reads the embedding."""
+def _with_weights(of: Checkpoint, model: Model) -> tuple[Model, dict[str, Source]]:
+    """The model as its tensors show it, and their sources by the names of `Parts`.
+
+    A config that ties lm_head to the embedding holds for tensors that are equal, or where one of them is not stored.
+    Of others transformers uses both, since 5.0.
+    """
     found = dict(model.family.weights(of, model.spec, model.pictures))
-    if model.spec.decoder.tied:
-        found.pop("lm_head.weight", None)
-    return found
+    if not model.spec.decoder.tied:
+        return model, found
+    head, table = found.get(HEAD), found.get(TABLE)
+    if head is not None and table is not None and not _equal(head, table):
+        log.warning(
+            f"{of.folder}: tie_word_embeddings is true, but {head.key} and {table.key} hold other values; the stored "
+            "head is used, as transformers does; set tie_word_embeddings to false"
+        )
+        decoder = replace(model.spec.decoder, tied=False)
+        return model._replace(spec=replace(model.spec, decoder=decoder)), found
+    if table is None and head is not None:
+        found[TABLE] = head
+    found.pop(HEAD, None)
+    return model, found
+
+
+def _equal(one: Source, other: Source) -> bool:
+    """Whether two tensors hold the same values, in whatever precision."""
+    if one.shape != other.shape:
+        return False
+    left, right = one.read(), other.read()
+    pieces = (slice(start, start + ROWS) for start in range(0, one.shape[0], ROWS))
+    return all(bool((left[rows].float() == right[rows].float()).all()) for rows in pieces)
 
 
 def _formats(sources: Mapping[str, Source], settings: Settings) -> manifests.WeightFormats:
@@ -154,7 +182,7 @@ class _Writer:
                 files[path.name] = manifests.FileInfo(path.stat().st_size, manifests.sha256(path))
         embedding = manifests.Embedding(
             file=WEIGHTS,
-            offset=places["lm_head.weight" if head_is_table else TABLE].offset,
+            offset=places[HEAD if head_is_table else TABLE].offset,
             vocab=d.vocab,
             hidden=d.hidden,
             dtype=plan.dtype,
@@ -190,10 +218,10 @@ class _Writer:
         wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
         wanted[TABLE] = (d.vocab, d.hidden)
         if d.tied:
-            del wanted["lm_head.weight"]
+            del wanted[HEAD]
         found = checkpoint.match(sources, wanted, self.plan.family.unused, self.of.folder)
         if d.tied:
-            found["lm_head.weight"] = found[TABLE]
+            found[HEAD] = found[TABLE]
         return found
 
 

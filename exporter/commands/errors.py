@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import Any
@@ -22,6 +23,8 @@ class Errors(click.Group):
                 stream.reconfigure(errors="replace")
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        notices = Notices()
+        logging.getLogger("lvlm_edge").addHandler(notices)
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
@@ -30,6 +33,8 @@ class Errors(click.Group):
             else:
                 print_error(_usage(error))
             code = error.exit_code
+        finally:
+            logging.getLogger("lvlm_edge").removeHandler(notices)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -52,6 +57,15 @@ class Errors(click.Group):
         if args and args[0] not in self.commands:
             raise click.UsageError(f"command {args[0]!r} is not known; {nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+class Notices(logging.Handler):
+    """Prints what a user should know of, one line each, unless `--quiet` is given."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        context = click.get_current_context(silent=True)
+        if context is None or not context.params.get("quiet"):
+            print_error(record.getMessage())
 
 
 def print_error(message: str) -> None:
