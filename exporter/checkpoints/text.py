@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
-from lvlm_edge.exporter.checkpoints.templates import ENDS, PLACEHOLDER, TEMPLATES
+from lvlm_edge.exporter.checkpoints.templates import BRACKETS, ENDS, PLACEHOLDER, PUBLISHED
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 
@@ -37,11 +37,15 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
             "use the tokenizer that belongs to this checkpoint"
         )
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
-    if image_token_id < 0 and own is not None and PLACEHOLDER not in own:
-        own = None
-    template = own or published
+    template = _chosen(own, published, image_token_id)
     if template is None:
         raise CheckpointError(f"{folder}: has no chat template; add the chat_template.json that belongs to it")
+    lost = [token for token in BRACKETS if token in template and token not in _added(tokenizer)]
+    if lost:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: has no added token {lost[0]!r}, but config.json's mm_use_im_start_end puts it "
+            "around images; use the tokenizer that was saved with this checkpoint"
+        )
     (out / TEMPLATE).write_text(template, "utf-8")
     text = TextConfig(
         tokenizer=TOKENIZER,
@@ -83,11 +87,18 @@ def turn_end(out: Path) -> tuple[int, ...]:
     A language model's own end-of-sequence is not always it: Phi-3's answers end with `<|end|>`.
     """
     template = (out / TEMPLATE).read_text("utf-8")
-    if template not in TEMPLATES.values():
+    if template not in PUBLISHED:
         return ()
-    added = read_json(out / TOKENIZER).get("added_tokens")
-    known: dict[Any, Any] = {t.get("content"): t.get("id") for t in added or [] if isinstance(t, dict)}
+    known = _added(read_json(out / TOKENIZER))
     return tuple(known[end] for end in ENDS if end in template and type(known.get(end)) is int)
+
+
+def _chosen(own: str | None, published: str | None, image_token_id: int) -> str | None:
+    """The checkpoint's own template, unless it is its language model's and knows no images as the model does."""
+    if own is None or image_token_id >= 0 or published is None:
+        return own or published
+    marks = (PLACEHOLDER, *(token for token in BRACKETS if token in published))
+    return own if all(mark in own for mark in marks) else published
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -108,11 +119,14 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _token(tokenizer: dict[str, Any], token_id: int) -> str | None:
+    return next((content for content, known in _added(tokenizer).items() if known == token_id), None)
+
+
+def _added(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Ids of added tokens by what they are written as."""
     added = tokenizer.get("added_tokens")
-    for token in added if isinstance(added, list) else []:
-        if isinstance(token, dict) and token.get("id") == token_id:
-            return str(token.get("content"))
-    return None
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return {str(token.get("content")): token.get("id") for token in tokens}
 
 
 def _content(token: Any) -> str:
