@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.bundles import atomic, plans
-from lvlm_edge.exporter.checkpoints import checkpoint, text
+from lvlm_edge.exporter.checkpoints import checkpoint, generation, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.exporter.planning.report import model as dimensions
@@ -167,6 +167,9 @@ class _Writer:
         ends = text.eos_token_ids(self.of.folder)
         if text_config is not None:
             ends += tuple(i for i in text.turn_end(out) if i not in ends)
+        drawn, skipped = generation.read(self.of.folder), generation.not_applied(self.of.folder)
+        if skipped:
+            log.warning(f"{self.of.folder / generation.FILE}: {', '.join(skipped)} has no effect on a bundle's answers")
         traced = graph_set.trace_graphs(plan, self.progress, ort=ort)
         used, head_is_table = traced.used(known), d.tied and plan.formats.head == "as-is"
         order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
@@ -203,6 +206,7 @@ class _Writer:
             fewer_pictures=plan.method.fewer_pictures,
             text=text_config,
             eos_token_ids=ends,
+            generation=drawn,
             weights=WEIGHTS,
             formats=plan.formats,
             provenance=provenance,

@@ -1,4 +1,4 @@
-"""What the host does around the graphs, against the checkpoint: plan, pictures, prompts, end of answers, embedding."""
+"""What the host does around the graphs, against the checkpoint: plan, pictures, prompts, answers, embedding."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def compare(pipe: Pipeline, folder: Path, model: Any, seed: int) -> tuple[list[R
         _equal("config", pipe.manifest.provenance.config_sha256, sha256(folder / "config.json")),
         *(_equal(stage, found, wanted) for stage, found, wanted in _settings(pipe, plan)),
         _ends(pipe, folder),
+        _generation(pipe, folder),
         _embedding(pipe, model),
     ]
     prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, plan, seed))
@@ -98,6 +99,18 @@ def _ends(pipe: Pipeline, folder: Path) -> Row:
     more = set(text.turn_end(pipe.bundle.folder)) if pipe.manifest.text is not None else set()
     note = f"{sorted(found)}, the checkpoint has {sorted(wanted)}"
     return _equal("end of sequence", sorted(found), sorted(wanted | more), note)
+
+
+def _generation(pipe: Pipeline, folder: Path) -> Row:
+    """What answers are drawn with by default: that of generation_config.json, by transformers' rules."""
+    path = folder / "generation_config.json"
+    given = {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+    wanted = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": given.get("repetition_penalty", 1)}
+    if given.get("do_sample"):
+        drawn = (("temperature", 1), ("top_k", 50), ("top_p", 1))
+        wanted |= {name: given.get(name, default) for name, default in drawn}
+    found = asdict(pipe.manifest.generation)
+    return _equal("generation defaults", found, wanted, f"{found}, the checkpoint has {wanted}")
 
 
 def _embedding(pipe: Pipeline, model: Any) -> Row:

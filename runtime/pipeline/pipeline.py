@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,7 @@ class Pipeline:
             prompt: the user's text; an image placeholder typed in it stays text.
             images: paths, bytes or PIL images, as many as the bundle is planned for; fewer, where the method allows it.
             max_new_tokens: at most the bundle's capacity, which is the default.
+            sampling: how tokens are drawn; by default as the checkpoint says, which `self.sampling` holds.
             stop: strings that end the answer and are not part of it.
             system: a system message, for templates that take one.
             fit: resize pictures that belong on another canvas to the bundle's.
@@ -100,7 +102,7 @@ class Pipeline:
         limit = inputs.limit(self.manifest, max_new_tokens)
         inputs.check_prompt(self.manifest, ids, len(media))
         self.last = result
-        return self._pieces(result, Turn(ids, media, limit, sampling or Sampling(), began=began), stops)
+        return self._pieces(result, Turn(ids, media, limit, sampling or self.sampling, began=began), stops)
 
     def _pieces(self, result: Result, turn: Turn, stops: StopStrings) -> Generator[str, None, Result]:
         pieces = self._load_text().stream()
@@ -229,6 +231,11 @@ class Pipeline:
         limit = inputs.limit(self.manifest, len(tokens))
         turn = Turn(prompt_token_ids, inputs.media(self.manifest, pixel_values), limit, Sampling())
         return self._decoder.score(turn, tokens)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the checkpoint says that tokens are drawn: the default of `stream` and `generate`."""
+        return Sampling(**dataclasses.asdict(self.manifest.generation))
 
     def forget_images(self) -> None:
         """Clear the cache of image features: the next prompt runs the vision encoder."""

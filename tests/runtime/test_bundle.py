@@ -161,7 +161,7 @@ def test_a_manifest_that_is_none_is_refused(content, folder):
 
 @pytest.mark.parametrize(
     ("schema", "said"),
-    [(5, "newer"), (10**30, "newer"), (3, "expected 4"), (-1, "expected 4"), ("4", "expected 4"), (None, "expected 4")],
+    [(6, "newer"), (10**30, "newer"), (4, "expected 5"), (-1, "expected 5"), ("5", "expected 5"), (None, "expected 5")],
 )
 def test_another_schema_is_refused(schema, said, folder):
     content = tiny.read_json(folder / MANIFEST) | {"schema": schema}
