@@ -81,7 +81,7 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
-        model, sources = _with_weights(of, model)
+        model, sources = _sources(of, model)
         formats = _formats(sources, settings)
         plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
         _Writer(of, plan, partial, progress or (lambda *_: None)).write(sources, provenance, ort=ort)
@@ -105,7 +105,7 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def _with_weights(of: Checkpoint, model: Model) -> tuple[Model, dict[str, Source]]:
+def _sources(of: Checkpoint, model: Model) -> tuple[Model, dict[str, Source]]:
     """The model as its tensors show it, and their sources by the names of `Parts`.
 
     A config that ties lm_head to the embedding holds for tensors that are equal, or where one of them is not stored.
@@ -165,7 +165,9 @@ class _Writer:
         published = plan.family.chat_template(self.of)
         text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id)
         ends = text.eos_token_ids(self.of.folder)
-        if text_config is not None:
+        if text_config is None:
+            log.warning(f"{self.of.folder}: has no tokenizer, so the bundle takes token ids alone (generate_tokens)")
+        else:
             ends += tuple(i for i in text.turn_end(out) if i not in ends)
         drawn, skipped = generation.read(self.of.folder), generation.not_applied(self.of.folder)
         if skipped:

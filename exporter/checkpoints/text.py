@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lvlm_edge.exporter.checkpoints import conversion
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.checkpoints.templates import BRACKETS, ENDS, PLACEHOLDER, PUBLISHED
 from lvlm_edge.runtime.errors import BundleError
@@ -15,7 +17,9 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
 def copy(folder: Path, out: Path, published: str | None, image_token_id: int) -> TextConfig | None:
-    """Copy tokenizer and chat template into a bundle; None for a checkpoint without tokenizer.json.
+    """Copy tokenizer and chat template into a bundle; None for a checkpoint without a tokenizer.
+
+    A tokenizer in older files, such as sentencepiece's, is converted.
 
     Args:
         published: template for a checkpoint that has none, or one that is its language model's and knows no images;
@@ -24,26 +28,35 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
 
     Raises:
         CheckpointError: a file is damaged, or the tokenizer does not know the image token's id.
+        UnsupportedError: a package is missing that converting the tokenizer takes.
     """
-    if not (folder / TOKENIZER).is_file():
-        return None
     config = _optional(folder / "tokenizer_config.json")
     special = _optional(folder / "special_tokens_map.json") | config
-    tokenizer, own = read_json(folder / TOKENIZER), _template(folder, config)
+    where = folder / TOKENIZER
+    if where.is_file():
+        tokenizer = read_json(where)
+        shutil.copyfile(where, out / TOKENIZER)
+    else:
+        converted = conversion.convert(folder)
+        if converted is None:
+            return None
+        where, tokenizer = converted.source, json.loads(converted.content)
+        (out / TOKENIZER).write_text(converted.content, "utf-8")
+        special = {"bos_token": converted.bos_token, "eos_token": converted.eos_token} | special
+    own = _template(folder, config)
     image_token = PLACEHOLDER if image_token_id < 0 else _token(tokenizer, image_token_id)
     if image_token is None:
         raise CheckpointError(
-            f"{folder / TOKENIZER}: has no added token with the id {image_token_id} that config.json gives to images; "
+            f"{where}: has no added token with the id {image_token_id} that config.json gives to images; "
             "use the tokenizer that belongs to this checkpoint"
         )
-    shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     template = _chosen(own, published, image_token_id)
     if template is None:
         raise CheckpointError(f"{folder}: has no chat template; add the chat_template.json that belongs to it")
     lost = [token for token in BRACKETS if token in template and token not in _added(tokenizer)]
     if lost:
         raise CheckpointError(
-            f"{folder / TOKENIZER}: has no added token {lost[0]!r}, but config.json's mm_use_im_start_end puts it "
+            f"{where}: has no added token {lost[0]!r}, but config.json's mm_use_im_start_end puts it "
             "around images; use the tokenizer that was saved with this checkpoint"
         )
     (out / TEMPLATE).write_text(template, "utf-8")

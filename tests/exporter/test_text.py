@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+import sentencepiece
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lvlm_edge.exporter.checkpoints import text
+from lvlm_edge.exporter.checkpoints import conversion, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import llava_llama
+from lvlm_edge.runtime.errors import UnsupportedError
 from lvlm_edge.runtime.pipeline.inputs import user_turn
 from lvlm_edge.runtime.prompt import Text
 from tests import tiny
-from tests.runtime.test_prompt import small
+from tests.runtime.test_prompt import ORDINARY, WORDS, small
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -84,3 +88,111 @@ def test_a_template_without_the_two_tokens_gives_way_to_the_published_one(tmp_pa
 
     assert (tmp_path / "out" / "chat_template.jinja").read_text("utf-8") == llava_llama.chat_template(of)
     assert text.turn_end(tmp_path / "out") == (2,)
+
+
+# Tokenizers in older files.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer.model`, and one named `bytes` in it with `vocab.json` and `merges.txt`."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "words").write_text("\n".join(WORDS * 50), "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "words"), model_prefix=str(folder / "m"), model_type="bpe", vocab_size=310,
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "m.model").rename(folder / "tokenizer.model")
+    (folder / "bytes").mkdir()
+    plain = ByteLevelBPETokenizer()
+    plain.train_from_iterator(WORDS, vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    plain.save_model(str(folder / "bytes"))
+    return folder
+
+
+def older(trained: Path, folder: Path, kind: str, config: dict[str, object] | None) -> Checkpoint:
+    """A checkpoint of LLaVA's original layout with a tokenizer in older files."""
+    for name in ("tokenizer.model",) if kind == "sentencepiece" else ("bytes/vocab.json", "bytes/merges.txt"):
+        (folder / Path(name).name).write_bytes((trained / name).read_bytes())
+    if config is not None:
+        tiny.write_json(folder / "tokenizer_config.json", config)
+    tiny.write_json(folder / "config.json", {"model_type": "llava_llama"})
+    return Checkpoint.open(folder)
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+QWEN = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None}
+OLDER = {
+    "LLaVA": ("sentencepiece", LLAMA | {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}),
+    "before 4.34": ("sentencepiece", LLAMA | {"legacy": True}),
+    "no first token": ("sentencepiece", LLAMA | {"add_bos_token": False}),
+    "Qwen": ("bytes", QWEN),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_tokenizer_in_older_files_is_converted(name, trained, tmp_path):
+    kind, config = OLDER[name]
+    of = older(trained, tmp_path, kind, config)
+    stock = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+
+    copied(of, tmp_path / "out")
+
+    found = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for line in (*ORDINARY, "USER: </s>x ASSISTANT: <|im_end|>\n"):
+        assert found.encode(line).ids == stock(line).input_ids, line
+    if kind == "sentencepiece":
+        pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+        for line in (line for line in ORDINARY if not line.startswith(" ")):  # there transformers has a space less
+            assert found.encode(line, add_special_tokens=False).ids == pieces.encode(line), line
+
+
+@pytest.mark.parametrize(("kind", "like"), [("sentencepiece", "LlamaTokenizer"), ("bytes", "Qwen2Tokenizer")])
+def test_without_a_config_the_files_say_which_tokenizer_it_is(kind, like, trained, tmp_path):
+    import transformers
+
+    of = older(trained, tmp_path, kind, None)
+    stock = getattr(transformers, like).from_pretrained(tmp_path, local_files_only=True)
+
+    found = copied(of, tmp_path / "out")
+
+    assert found._tokenizer.encode("A cat, 3 dogs").ids == stock("A cat, 3 dogs").input_ids
+    assert found._config.eos_token == stock.eos_token
+
+
+def test_the_prompt_of_a_released_llava_is_that_of_its_own_code(trained, tmp_path):
+    of = older(trained, tmp_path, "sentencepiece", OLDER["LLaVA"][1])
+    stock = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+
+    ids = copied(of, tmp_path / "out").encode_chat(user_turn("What is it?", 1, None))
+
+    assert ids == tokenizer_image_token(f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:", stock)
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+def test_a_missing_package_is_named_with_its_command(missing, trained, tmp_path, monkeypatch):
+    of, find = older(trained, tmp_path, "sentencepiece", LLAMA), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+
+    with pytest.raises(UnsupportedError, match=f"pip install {missing.rpartition('.')[2]}$"):
+        copied(of, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.model", "not a model", r"tokenizer.model: transformers cannot read this tokenizer \("),
+        ("tokenizer_config.json", json.dumps(LLAMA), "has tokenizer_config.json, but no tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_converted_is_refused(name, content, said, tmp_path):
+    tiny.write_json(tmp_path / "config.json", {"model_type": "llava_llama"})
+    (tmp_path / name).write_text(content, "utf-8")
+
+    with pytest.raises(CheckpointError, match=said):
+        conversion.convert(tmp_path)
+
+
+def test_a_folder_without_any_tokenizer_has_none(tmp_path):
+    assert conversion.convert(tmp_path) is None
