@@ -163,7 +163,8 @@ class _Writer:
         matched = self._matched(sources, known)
         _check_room(out, planning.weights_bytes(plan))
         published = plan.family.chat_template(self.of)
-        text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id)
+        chosen = plan.settings.chat_template
+        text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id, chosen)
         ends = text.eos_token_ids(self.of.folder)
         if text_config is None:
             log.warning(f"{self.of.folder}: has no tokenizer, so the bundle takes token ids alone (generate_tokens)")

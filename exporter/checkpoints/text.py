@@ -10,13 +10,16 @@ from typing import Any
 from lvlm_edge.exporter.checkpoints import conversion
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.checkpoints.templates import BRACKETS, ENDS, PLACEHOLDER, PUBLISHED
-from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
 
 
-def copy(folder: Path, out: Path, published: str | None, image_token_id: int) -> TextConfig | None:
+def copy(
+    folder: Path, out: Path, published: str | None, image_token_id: int, chosen: str = "checkpoint"
+) -> TextConfig | None:
     """Copy tokenizer and chat template into a bundle; None for a checkpoint without a tokenizer.
 
     A tokenizer in older files, such as sentencepiece's, is converted.
@@ -25,9 +28,11 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
         published: template for a checkpoint that has none, or one that is its language model's and knows no images;
             None where the family has no published one.
         image_token_id: below 0 where the tokenizer has no image token.
+        chosen: `published` takes that template even where the checkpoint has one.
 
     Raises:
-        CheckpointError: a file is damaged, or the tokenizer does not know the image token's id.
+        CheckpointError: a file is damaged, the tokenizer does not know the image token's id, or the template cannot ask
+            about a picture.
         UnsupportedError: a package is missing that converting the tokenizer takes.
     """
     config = _optional(folder / "tokenizer_config.json")
@@ -43,7 +48,7 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
         where, tokenizer = converted.source, json.loads(converted.content)
         (out / TOKENIZER).write_text(converted.content, "utf-8")
         special = {"bos_token": converted.bos_token, "eos_token": converted.eos_token} | special
-    own = _template(folder, config)
+    own = None if chosen == "published" else _template(folder, config)
     image_token = PLACEHOLDER if image_token_id < 0 else _token(tokenizer, image_token_id)
     if image_token is None:
         raise CheckpointError(
@@ -68,11 +73,27 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
         bos_token=_content(special.get("bos_token")),
         eos_token=_content(special.get("eos_token")),
     )
-    try:
-        Text.load(out, text)
-    except BundleError as error:  # found now, and not on the device
-        raise CheckpointError(f"{folder}: its tokenizer or chat template cannot be used ({error})") from error
+    _ask(folder, out, text, published if template != published else None)
     return text
+
+
+def _ask(folder: Path, out: Path, config: TextConfig, published: str | None) -> None:
+    """Render a question about one picture: what fails is found now, and not on the device.
+
+    Args:
+        published: another template that could be used; None where there is none.
+    """
+    try:
+        Text.load(out, config).encode_chat(QUESTION)
+    except BundleError as error:
+        raise CheckpointError(f"{folder}: its tokenizer or chat template cannot be used ({error})") from error
+    except InputError as error:
+        reason = str(error).partition(",")[0]
+        advice = "" if published is None else "export with --chat-template published, the format of its family, or "
+        raise CheckpointError(
+            f"{folder}: its chat template cannot ask about a picture, as a language model's own cannot ({reason}); "
+            f"{advice}put the template that belongs to this model into {TEMPLATE} beside its config.json"
+        ) from error
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:

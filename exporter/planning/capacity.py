@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLOAT = "float"  # matrices in the bundle's dtype, also where the checkpoint's are integers
 WEIGHTS = (*FORMATS, FLOAT)
+TEMPLATES = ("checkpoint", "published")
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 Size = tuple[int, int]
 
@@ -128,6 +129,12 @@ class Settings:
         WEIGHTS,
     )
     block_size: int = setting(128, "Input channels that share an INT4 scale: 128 where it divides them, or 32.")
+    chat_template: str = setting(
+        TEMPLATES[0],
+        "Chat template of the bundle: checkpoint (its own, or the published one of its family where it has none) or "
+        "published.",
+        TEMPLATES,
+    )
 
     def __post_init__(self) -> None:
         for name in ("dtype", "vision_dtype"):
@@ -142,6 +149,10 @@ class Settings:
                 raise UnsupportedError(f"{name}: {value!r} is not supported; {nearest(str(value), WEIGHTS)}")
         if self.block_size not in quantise.BLOCKS:
             raise PlanError(f"block_size: {self.block_size}, expected 32 or 128")
+        if self.chat_template not in TEMPLATES:
+            raise UnsupportedError(
+                f"chat_template: {self.chat_template!r} is not supported; {nearest(str(self.chat_template), TEMPLATES)}"
+            )
 
     @property
     def requested(self) -> WeightFormats:

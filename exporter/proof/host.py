@@ -134,7 +134,8 @@ def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
     found, folder = pipe.manifest.text, pipe.bundle.folder
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
-        wanted = text.copy(of.folder, out, plan.family.chat_template(of), plan.spec.image_token_id)
+        published, chosen = plan.family.chat_template(of), plan.settings.chat_template
+        wanted = text.copy(of.folder, out, published, plan.spec.image_token_id, chosen)
         if found is None or wanted is None:
             if found is not wanted:
                 yield _equal("tokenizer", found, wanted)

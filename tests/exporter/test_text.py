@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lvlm_edge.exporter.checkpoints import conversion, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.families import llava_llama
+from lvlm_edge.exporter.proof import parity
+from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import UnsupportedError
 from lvlm_edge.runtime.pipeline.inputs import user_turn
 from lvlm_edge.runtime.prompt import Text
-from tests import tiny
+from tests import eager, tiny
 from tests.runtime.test_prompt import ORDINARY, WORDS, small
 
 SYSTEM = (
@@ -196,3 +199,46 @@ def test_a_tokenizer_that_cannot_be_converted_is_refused(name, content, said, tm
 
 def test_a_folder_without_any_tokenizer_has_none(tmp_path):
     assert conversion.convert(tmp_path) is None
+
+
+# Templates that know no pictures.
+
+TEXT_ONLY = {
+    "joins the parts": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
+    "prints the parts": "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
+    "leaves pictures out": (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}"
+    ),
+    "refuses parts": "{% if messages[0]['content'] is not string %}{{ raise_exception('Only text!') }}{% endif %}",
+}
+
+
+@pytest.fixture
+def silent(checkpoint_once, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny.checkpoint(checkpoint_once), tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_a_template_that_cannot_ask_about_a_picture_is_refused_at_export(name, silent, tmp_path):
+    (silent / "chat_template.jinja").write_text(TEXT_ONLY[name], "utf-8")
+
+    message = tiny.refused(1, "export", silent, "-o", tmp_path / "bundle", *tiny.CAPACITY)
+
+    assert "its chat template cannot ask about a picture" in message
+    assert "--chat-template published" in message and "chat_template.jinja" in message
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_published_format_can_be_taken_in_its_place(silent, tmp_path, eager_once):
+    (silent / "chat_template.jinja").write_text(TEXT_ONLY["joins the parts"], "utf-8")
+    stock = PreTrainedTokenizerFast(tokenizer_file=str(silent / "tokenizer.json"))
+
+    bundle = eager.export(silent, tmp_path / "bundle", max_text_tokens=24, max_new_tokens=8, chat_template="published")
+
+    found = Pipeline.load(bundle).encode(user_turn("w5 w6", 1, None))
+    assert found == stock("USER: <image>\nw5 w6 ASSISTANT:").input_ids
+    assert parity.check(bundle, silent, steps=1, store=False).passed
+    assert "known: checkpoint, published" in tiny.refused(
+        3, "export", silent, "-o", tmp_path / "other", "--chat-template", "mine"
+    )
