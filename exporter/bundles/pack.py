@@ -167,7 +167,10 @@ class _Writer:
         text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id, chosen)
         ends = text.eos_token_ids(self.of.folder)
         if text_config is None:
-            log.warning(f"{self.of.folder}: has no tokenizer, so the bundle takes token ids alone (generate_tokens)")
+            log.warning(
+                f"{self.of.folder}: has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; the bundle "
+                "takes token ids alone (generate_tokens), and run needs one of them beside config.json"
+            )
         else:
             ends += tuple(i for i in text.turn_end(out) if i not in ends)
         drawn, skipped = generation.read(self.of.folder), generation.not_applied(self.of.folder)

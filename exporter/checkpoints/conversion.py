@@ -44,11 +44,6 @@ def convert(folder: Path) -> Converted | None:
     """
     kind = next((kind for kind in KINDS if all((folder / name).is_file() for name in kind[0])), None)
     if kind is None:
-        if (folder / CONFIG).is_file():
-            raise CheckpointError(
-                f"{folder}: has {CONFIG}, but no tokenizer.json, no tokenizer.model, and no vocab.json with "
-                "merges.txt; download the checkpoint again, or save its tokenizer with transformers"
-            )
         return None
     files, name = kind
     if "tokenizer.model" in files:
