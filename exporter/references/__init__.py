@@ -72,9 +72,20 @@ def load(folder: Path) -> Any:
         Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`: that of the file of
         `references/families` named as `model_type`, or LLaVA's original layouts.
 
+    An image token whose id is outside of the embedding is never looked up: features are put in by position.
+
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    model = _loaded(folder)
+    m = view(model)
+    table, image = m.decoder.embed_tokens, m.image_token_id
+    if image >= table.num_embeddings:
+        table.register_forward_pre_hook(lambda _, given: (given[0].masked_fill(given[0] == image, 0), *given[1:]))
+    return model
+
+
+def _loaded(folder: Path) -> Any:
     from transformers import LlavaForConditionalGeneration
     from transformers.utils import logging
 
