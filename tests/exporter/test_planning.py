@@ -11,7 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import plan, planning
+from lvlm_edge.exporter import families, plan, planning
 from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.commands.main import main
@@ -271,6 +271,43 @@ def test_a_sliding_window_shorter_than_the_prompt_is_refused(tmp_path):
 
     with pytest.raises(UnsupportedError, match=r"exceed the model's sliding window of 512"):
         plan(folder)
+
+
+def test_a_window_that_the_pictures_alone_exceed_is_refused_with_what_helps(tmp_path):
+    folder = written(tmp_path, TEXT | {"model_type": "mistral", "sliding_window": 577})
+
+    with pytest.raises(UnsupportedError, match=r"576 of them of pictures, .*smaller or fewer pictures .*another"):
+        plan(folder)
+
+
+SLIDING = {
+    "from the first": {"max_window_layers": 0},
+    "in the last": {"max_window_layers": 31},
+    "from a layer beyond the last": {"max_window_layers": 32},
+    "from 28 on, which is the default": {},
+    "in none of fewer": {"num_hidden_layers": 28},
+    "not asked for": {"use_sliding_window": False, "max_window_layers": 0},
+    "without a width": {"sliding_window": None, "max_window_layers": 0},
+    "in none by name": {"layer_types": ["full_attention"] * 32, "max_window_layers": 0},
+    "in one by name": {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen2_5_vl"])
+def test_layers_slide_that_slide_in_stock_transformers(kind, name, tmp_path):
+    from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2VLTextConfig
+
+    text = {"num_hidden_layers": 32, "use_sliding_window": True, "sliding_window": 512} | SLIDING[name]
+    stock = {"llava": Qwen2Config, "qwen2_vl": Qwen2VLTextConfig, "qwen2_5_vl": Qwen2_5_VLTextConfig}[kind](**text)
+    content = {"model_type": kind, "text_config": text | {"model_type": "qwen2"}}
+    if kind != "llava":
+        content["vision_config"] = {"hidden_size" if kind == "qwen2_vl" else "out_hidden_size": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    window = families.read(Checkpoint.open(tmp_path)).decoder.window
+
+    assert window == (stock.sliding_window if "sliding_attention" in stock.layer_types else None)
 
 
 @pytest.mark.parametrize(
