@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -210,7 +211,9 @@ def _sharded(folder: Path, name: str) -> dict[str, Stored]:
 
 def _headers(file: Path) -> dict[str, Stored]:
     if file.suffix == ".bin":
-        return {k: Stored(file, k, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in _pickled(file)}
+        return {
+            k: Stored(file, k, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in _pickled(file).items()
+        }
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -224,24 +227,49 @@ def _headers(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: is damaged or truncated ({error}); download it again") from error
 
 
-def _pickled(file: Path) -> Iterable[tuple[str, Tensor]]:
+def _pickled(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file by torch: mapped, or in memory where it is in torch's format of before 1.6."""
+    if zipfile.is_zipfile(file):
+        return _loaded(file, mapped=True)
+    found = file.stat()
+    return _older(file, (found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=1)
+def _older(file: Path, version: tuple[int, int]) -> Mapping[str, Tensor]:
+    """One file at a time, kept for its other tensors: reading any of them reads them all."""
+    return _loaded(file, mapped=False)
+
+
+def _loaded(file: Path, *, mapped: bool) -> Mapping[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle, zip and torch errors: all mean the same to a user
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file}: cannot be loaded safely ({reason}); convert it to safetensors") from error
+        raise CheckpointError(
+            f"{file}: cannot be loaded safely ({_reason(error)}); download it again, or convert it to safetensors"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
         raise CheckpointError(f"{file}: holds more than tensors; convert it to safetensors")
-    return list(content.items())
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of torch's error; of what it refused to unpickle, without its advice to unpickle it."""
+    said = str(error).strip()
+    if said.startswith("Weights only load failed"):
+        said = said.rpartition("WeightsUnpickler error:")[2].strip()
+        lines = (line for line in said.splitlines() if line and not line.startswith("Weights only load failed"))
+        said = next(lines, "it holds more than tensors")
+    return (said or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def read(stored: Stored) -> Tensor:
     """One tensor, mapped from its file; the mapping goes with the tensor."""
     rows = slice(*stored.rows) if stored.rows else slice(None)
     if stored.file.suffix == ".bin":
-        whole = dict(_pickled(stored.file))[stored.key]
+        whole = _pickled(stored.file)[stored.key]
         return whole[rows] if stored.rows else whole
     from safetensors import safe_open
 
