@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What training with TinyLLaVA Factory leaves: a folder for each part, and what the names in it lack.
+_PARTS = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.", "connector": "connector."}
+_ADAPTER, _PROJECTOR, _INSIDE_PEFT = "adapter_config.json", "mm_projector.bin", "base_model.model."
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -161,7 +164,8 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
+            advice = _what_else(folder) or "give the folder of a Hugging Face checkpoint"
+            raise CheckpointError(f"{folder}: has no config.json; {advice}")
         return folder
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: is no folder; give a checkpoint folder or a Hugging Face id (owner/name)")
@@ -184,12 +188,49 @@ def index(folder: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: no weights, a shard missing or truncated, or an index that names tensors its shards lack.
     """
+    found = _of_files(folder)
+    if found is None and all(_of_files(folder / part) for part in ("language_model", "vision_tower")):
+        if (folder / _ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: {_what_else(folder)}")
+        found = {}
+        for part, prefix in _PARTS.items():
+            found |= {prefix + name: tensor for name, tensor in (_of_files(folder / part) or {}).items()}
+    if found is None:
+        known = ", ".join((*_SAFETENSORS, *_PICKLED))
+        raise CheckpointError(f"{folder}: has no weights; {_what_else(folder) or f'expected {known}'}")
+    inside = next((name for name in found if name.startswith(_INSIDE_PEFT)), None)
+    if inside is not None:
+        raise CheckpointError(
+            f"{folder}: holds {inside}: its tensors have their names inside of peft, so the adapter was not merged, or "
+            "merged and not unloaded; save what merge_and_unload() returns, and export that"
+        )
+    return found
+
+
+def _of_files(folder: Path) -> dict[str, Stored] | None:
+    """Every tensor of the files in a folder by its name; None where it has none."""
     for single, sharded in (_SAFETENSORS, _PICKLED):
         if (folder / single).is_file():
             return _headers(folder / single)
         if (folder / sharded).is_file():
             return _sharded(folder, sharded)
-    raise CheckpointError(f"{folder}: has no weights; expected {', '.join((*_SAFETENSORS, *_PICKLED))}")
+    return None
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder holds instead of a model, and what to do with it; empty where that is not known."""
+    if (folder / _ADAPTER).is_file():
+        base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+        return (
+            f"it holds an adapter (LoRA) of {base}: load that model, add the adapter with peft, save what "
+            "merge_and_unload() returns, and export that"
+        )
+    if (folder / _PROJECTOR).is_file():
+        return (
+            f"it holds a projector alone ({_PROJECTOR}), as the first stage of LLaVA's training leaves it: export the "
+            "model of the second stage, or load the projector into its language model with LLaVA and save both"
+        )
+    return ""
 
 
 def _sharded(folder: Path, name: str) -> dict[str, Stored]:
