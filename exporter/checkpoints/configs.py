@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
@@ -35,6 +37,9 @@ KINDS = {
     "qwen3": Kind(window="asked", qk_norm=True),
 }
 DECODERS = ("llama", "mistral", "phi3", "qwen2")
+HOW_TO_ADD = (
+    "transformers has this model, but the exporter has no graphs for it: CONTRIBUTING.md says what a new family takes"
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their tables with the prompt's length
 
@@ -76,8 +81,21 @@ def completed(
     """
     kind = given.get("model_type") if kind is None else kind
     if not isinstance(kind, str) or kind not in known:
-        raise UnsupportedError(f"{where}.model_type is {kind!r}, not supported; {nearest(str(kind), known)}")
+        raise UnsupportedError(f"{where}.model_type is {kind!r}, not supported; {advice(str(kind), known)}")
     return {**defaults[kind], **given, "model_type": kind}
+
+
+def advice(kind: str, known: Collection[str]) -> str:
+    """A clause that names the known kinds: the nearest first, unless transformers has the kind, which is no typo then.
+
+    Looked up in the text of transformers' files, since importing it loads PyTorch.
+    """
+    package = importlib.util.find_spec("transformers")
+    for folder in (package.submodule_search_locations or ()) if package is not None else ():
+        files = sorted((Path(folder) / "models" / "auto").glob("*.py"))
+        if any(f'("{kind}", ' in file.read_text("utf-8") for file in files):
+            return f"known: {', '.join(sorted(known))}; {HOW_TO_ADD}"
+    return nearest(kind, known)
 
 
 def decoder(

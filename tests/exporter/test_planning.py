@@ -330,3 +330,17 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path):
 
     with pytest.raises(UnsupportedError, match=r"model_type is 'lava'.*did you mean llava"):
         plan(tmp_path)
+
+
+def test_a_family_that_transformers_has_is_no_spelling_mistake(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    ours = set(families.names()) | set(families.ALIASES)
+    for kind in sorted(set(CONFIG_MAPPING_NAMES) - ours):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+
+        with pytest.raises(UnsupportedError) as caught:
+            plan(tmp_path)
+
+        assert "did you mean" not in str(caught.value), kind
+        assert "known: " in str(caught.value) and "CONTRIBUTING.md" in str(caught.value)
