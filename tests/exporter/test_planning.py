@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from lvlm_edge.exporter import families, plan, planning
 from lvlm_edge.exporter.bundles import plans
-from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.exporter.planning import PlanError
@@ -255,6 +256,35 @@ def test_a_kept_count_that_the_picture_does_not_have_is_refused(count, llava_7b)
 def test_a_capacity_below_one_is_refused_with_its_flag(name, value, llava_7b):
     with pytest.raises(PlanError, match=rf"{name} is {value}, .*--{name.replace('_', '-')}"):
         plan(llava_7b, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["num_images", "max_text_tokens", "max_new_tokens"])
+def test_a_capacity_that_nothing_has_is_refused_with_its_flag(name, llava_7b):
+    with pytest.raises(PlanError, match=rf"{name} is {10**11}, expected at most .*lower --{name.replace('_', '-')}"):
+        plan(llava_7b, **{name: 10**11})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**7),
+        ("text_config", "hidden_size", 10**12),
+        ("text_config", "vocab_size", 10**12),
+        ("text_config", "max_position_embeddings", 10**30),
+        ("vision_config", "num_hidden_layers", 10**7),
+        ("vision_config", "image_size", 10**7),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(part, field, value, tmp_path):
+    content = BASE | {"text_config": dict(TEXT)}
+    content = content | {part: content[part] | {field: value}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    began = time.perf_counter()
+
+    with pytest.raises(CheckpointError, match=rf"config.json: {part} has .* {value}, expected at most"):
+        plan(tmp_path)
+
+    assert time.perf_counter() - began < 5
 
 
 def test_more_positions_than_the_model_has_are_refused(llava_7b):
