@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.bundles import atomic, plans
-from lvlm_edge.exporter.checkpoints import checkpoint, generation, text
+from lvlm_edge.exporter.checkpoints import adapter, checkpoint, generation, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.exporter.planning.report import model as dimensions
@@ -68,6 +68,8 @@ def export(
     _check_output(output, force)
     capacity, rest = fold(Capacity, options)
     settings, rest = fold(Settings, rest)
+    if settings.adapter is not None:
+        settings = replace(settings, adapter=str(Path(settings.adapter).resolve()))
     folder = checkpoint.resolve(source, revision)
     if folder.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output}: holds the checkpoint itself; choose another --output")
@@ -81,7 +83,7 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
-        model, sources = _sources(of, model)
+        model, sources = _sources(of, model, settings.adapter)
         formats = _formats(sources, settings)
         plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
         _Writer(of, plan, partial, progress or (lambda *_: None)).write(sources, provenance, ort=ort)
@@ -105,13 +107,23 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def _sources(of: Checkpoint, model: Model) -> tuple[Model, dict[str, Source]]:
+def _sources(of: Checkpoint, model: Model, merge: str | None = None) -> tuple[Model, dict[str, Source]]:
     """The model as its tensors show it, and their sources by the names of `Parts`.
 
     A config that ties lm_head to the embedding holds for tensors that are equal, or where one of them is not stored.
     Of others transformers uses both, since 5.0.
+
+    Args:
+        merge: folder of an adapter to add to them.
+
+    Raises:
+        UnsupportedError: an adapter of integers, or one that is not plain.
     """
     found = dict(model.family.weights(of, model.spec, model.pictures))
+    if merge is not None:
+        if model.spec.prequantised is not None:
+            raise UnsupportedError(f"{of.folder}: is quantised, so no adapter can be merged; give it in floats")
+        found = adapter.merged(found, Path(merge), model.family.rename)
     if not model.spec.decoder.tied:
         return model, found
     head, table = found.get(HEAD), found.get(TABLE)

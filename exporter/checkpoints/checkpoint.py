@@ -211,7 +211,7 @@ def _of_files(folder: Path) -> dict[str, Stored] | None:
     """Every tensor of the files in a folder by its name; None where it has none."""
     for single, sharded in (_SAFETENSORS, _PICKLED):
         if (folder / single).is_file():
-            return _headers(folder / single)
+            return headers(folder / single)
         if (folder / sharded).is_file():
             return _sharded(folder, sharded)
     return None
@@ -222,8 +222,8 @@ def _what_else(folder: Path) -> str:
     if (folder / _ADAPTER).is_file():
         base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
         return (
-            f"it holds an adapter (LoRA) of {base}: load that model, add the adapter with peft, save what "
-            "merge_and_unload() returns, and export that"
+            f"it holds an adapter (LoRA) of {base}: export that model with --adapter {folder}, or merge them with "
+            "peft, save what merge_and_unload() returns, and export that"
         )
     if (folder / _PROJECTOR).is_file():
         return (
@@ -243,14 +243,19 @@ def _sharded(folder: Path, name: str) -> dict[str, Stored]:
             raise CheckpointError(f"{folder / name}: names {file!r} outside the folder; do not use this checkpoint")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: is missing; download the checkpoint again")
-        found |= _headers(folder / file)
+        found |= headers(folder / file)
     lost = sorted(set(weight_map) - set(found))
     if lost:
         raise CheckpointError(f"{folder / name}: names {_some(lost)}, which its files do not hold; download again")
     return found
 
 
-def _headers(file: Path) -> dict[str, Stored]:
+def headers(file: Path) -> dict[str, Stored]:
+    """Every tensor of one file by its name.
+
+    Raises:
+        CheckpointError: the file is damaged, or cannot be loaded safely.
+    """
     if file.suffix == ".bin":
         return {
             k: Stored(file, k, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in _pickled(file).items()

@@ -135,6 +135,10 @@ class Settings:
         WEIGHTS,
     )
     block_size: int = setting(128, "Input channels that share an INT4 scale: 128 where it divides them, or 32.")
+    adapter: str | None = setting(
+        None,
+        "Folder of a LoRA adapter, as peft saves it, to merge into CHECKPOINT's matrices. `check` merges it too.",
+    )
     chat_template: str = setting(
         TEMPLATES[0],
         "Chat template of the bundle: checkpoint (its own, or the published one of its family where it has none) or "

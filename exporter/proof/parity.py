@@ -86,7 +86,7 @@ def check(
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact)
     folder = checkpoint.resolve(against)
     check_fits(pipe.bundle, folder)
-    model = references.load(folder)
+    model = references.load(folder, ratios.settings(pipe.bundle.folder).adapter)
     around, not_judged = host.compare(pipe, folder, model, seed)
     cases = synthetic(pipe, seed) if cases is None else list(cases)
     if question is not None:

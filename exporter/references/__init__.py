@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
-from lvlm_edge.exporter.references import families, original, quantised, stored
+from lvlm_edge.exporter.references import families, lora, original, quantised, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,11 @@ def pixels(values: Any) -> Any:
     return torch.cat(found) if len({part.shape[1:] for part in found}) == 1 else found
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, adapter: str | None = None) -> Any:
     """A checkpoint on transformers' modules, float32, eager attention.
+
+    Args:
+        adapter: folder of one to add to it.
 
     Returns:
         Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`: that of the file of
@@ -79,6 +82,8 @@ def load(folder: Path) -> Any:
     """
     model = _loaded(folder)
     m = view(model)
+    if adapter is not None:
+        lora.add(m, Path(adapter))
     table, image = m.decoder.embed_tokens, m.image_token_id
     if image >= table.num_embeddings:
         table.register_forward_pre_hook(lambda _, given: (given[0].masked_fill(given[0] == image, 0), *given[1:]))
