@@ -133,7 +133,10 @@ def index(of: Checkpoint) -> dict[str, Stored]:
             )
         eight = sorted(name for name, one in stored.items() if one.dtype.startswith(("F8_", "float8")))
         if eight:
-            raise UnsupportedError(f"{folder}: holds FP8 numbers ({eight[0]}), not supported; {UNQUANTISED}")
+            raise CheckpointError(
+                f"{folder}: is quantised to FP8 ({eight[0]} is {stored[eight[0]].dtype}), which no file there speaks "
+                f"of; {UNQUANTISED}"
+            )
         return stored
     layout = LAYOUTS[how.layout]
     modules = sorted(_modules(stored, layout))
