@@ -69,7 +69,7 @@ def _print_bundle(manifest: Any, certificate: dict[str, Any] | None, verified: b
         f"{counts.num_images} image(s), {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
         f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
         "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
-        f"answers: {_drawn(manifest.generation)}",
+        f"generation: {_drawn(manifest.generation)}",
         tensors,
         files,
         f"files {'verified by hash' if verified else 'present, sizes as listed; --verify hashes them'}",
@@ -88,7 +88,7 @@ def _drawn(generation: Any) -> str:
     found = dataclasses.asdict(generation)
     if generation.temperature == 0:
         found = {"repetition_penalty": generation.repetition_penalty}
-    ways = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in found.items())
+    ways = ", ".join(f"{name} {value:g}" for name, value in found.items())
     return f"{'sampled' if generation.temperature else 'greedy'}, {ways}"
 
 

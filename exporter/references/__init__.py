@@ -94,8 +94,9 @@ def _loaded(folder: Path) -> Any:
     from transformers import LlavaForConditionalGeneration
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
+    bar, told = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of, export has said in a line of its own
     try:
         config = read_json(folder / "config.json")
         if original.known(config):
@@ -112,6 +113,7 @@ def _loaded(folder: Path) -> Any:
     except Exception as error:  # transformers raises many types; the first line says what is wrong
         raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     finally:
+        logging.set_verbosity(told)
         if bar:
             logging.enable_progress_bar()
     return model.eval()

@@ -80,13 +80,13 @@ def test_an_answer_is_that_of_stock_generate_with_the_file(checkpoint, tmp_path,
         "run", bundle, "--image", picture, "--prompt", "w5 w6 w7", "--json", "--repetition-penalty", "1"
     )
     assert tiny.json.loads(overruled.stdout)["token_ids"] == greedy.token_ids
-    assert "greedy, repetition penalty 0.2" in tiny.cli("inspect", bundle).stdout
+    assert "generation: greedy, repetition_penalty 0.2" in tiny.cli("inspect", bundle).stdout
 
 
 def test_check_judges_what_the_manifest_says(checkpoint, tmp_path, eager_once):
     tiny.write_json(checkpoint / generation.FILE, FILES["Qwen3-VL"] | {"eos_token_id": 2})
     bundle = eager.export(checkpoint, tmp_path / "bundle", max_text_tokens=24, max_new_tokens=8)
-    assert "sampled, temperature 0.7, top k 20, top p 0.8" in tiny.cli("inspect", bundle).stdout
+    assert "generation: sampled, temperature 0.7, top_k 20, top_p 0.8" in tiny.cli("inspect", bundle).stdout
     assert parity.check(bundle, checkpoint, steps=1, store=False).passed
 
     for name, value in (("temperature", 0.8), ("top_k", 0), ("top_p", 0.9), ("repetition_penalty", 1.1)):

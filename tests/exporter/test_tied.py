@@ -59,7 +59,7 @@ def qwen2_vl(oracles: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("build", [hub, original, tinyllava, qwen2_vl])
-def test_every_family_and_its_reference_take_the_stored_head(build, oracles, tmp_path, caplog):
+def test_every_family_and_its_reference_take_the_stored_head(build, oracles, tmp_path, caplog, capsys):
     folder = build(oracles, tmp_path / "untied")
     stored = load_file(folder / "model.safetensors")
     table = next(key for key in stored if key.endswith("embed_tokens.weight"))
@@ -76,7 +76,9 @@ def test_every_family_and_its_reference_take_the_stored_head(build, oracles, tmp
     assert not model.spec.decoder.tied
     assert torch.equal(sources["lm_head.weight"].read().float(), head)
     assert "lm_head.weight" in caplog.text and "the stored head is used" in caplog.text
+    capsys.readouterr()
     assert torch.equal(references.view(references.load(of.folder)).language.lm_head.weight, head)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bundle_answers_like_stock_transformers(tmp_path, eager_once):
