@@ -44,10 +44,6 @@ class DeviceError(LvlmEdgeError):
     """The GPU, its driver or TensorRT failed at something it was asked to do."""
 
 
-class LvlmEdgeWarning(UserWarning):
-    """Something that a user should know and that stops nothing; the command line prints it on one line of stderr."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the known names, the closest first: `did you mean fastv? known: fastv, none`."""
     names = sorted(known)

@@ -179,7 +179,9 @@ def test_a_disk_that_is_full_leaves_the_old_overlay(fastv, picture, tmp_path, mo
 @pytest.mark.export
 def test_text_for_a_bundle_without_tokenizer_is_refused_and_says_what_else_works(folder, picture, tmp_path):
     (folder / "tokenizer.json").unlink()
-    assert tiny.cli("export", folder, "-o", tmp_path / "bundle", *CAPACITY).exit_code == 0
+    done = tiny.cli("export", folder, "-o", tmp_path / "bundle", *CAPACITY)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (0, 1)
+    assert "has no tokenizer.json" in done.stderr
 
     message = refused(5, "run", tmp_path / "bundle", "--image", picture, "--prompt", "w5")
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.bundles import atomic, plans
-from lvlm_edge.exporter.checkpoints import checkpoint, text
+from lvlm_edge.exporter.checkpoints import adapter, checkpoint, generation, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.exporter.planning.report import model as dimensions
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.graphs.parts import Weight
 
 WEIGHTS = "weights.bin"
-TABLE = "embed.weight"  # the token embedding, which no graph reads
+HEAD, TABLE = "lm_head.weight", "embed.weight"  # no graph reads the token embedding
+ROWS = 4096  # of a matrix, compared at a time
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 _VERSIONS = ("lvlm-edge", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
 
@@ -64,6 +68,8 @@ def export(
     _check_output(output, force)
     capacity, rest = fold(Capacity, options)
     settings, rest = fold(Settings, rest)
+    if settings.adapter is not None:
+        settings = replace(settings, adapter=str(Path(settings.adapter).resolve()))
     folder = checkpoint.resolve(source, revision)
     if folder.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output}: holds the checkpoint itself; choose another --output")
@@ -77,7 +83,7 @@ def export(
         versions=_versions(),
     )
     with atomic.folder(output) as partial:
-        found = sources(of, model)
+        model, found = sources(of, model, settings.adapter)
         formats = _formats(found, settings)
         plan = plans.make(model, capacity, settings, method=method, options=rest, formats=formats)
         _Writer(of, plan, partial, progress or (lambda *_: None)).write(found, provenance, ort=ort)
@@ -101,12 +107,46 @@ def _is_bundle(folder: Path) -> bool:
     return isinstance(content, dict) and {"schema", "graphs", "files"} <= set(content)
 
 
-def sources(of: Checkpoint, model: Model) -> dict[str, Source]:
-    """Sources of weights by the names of `Parts`; a tied lm_head reads the embedding."""
+def sources(of: Checkpoint, model: Model, merge: str | None = None) -> tuple[Model, dict[str, Source]]:
+    """The model as its tensors show it, and their sources by the names of `Parts`.
+
+    A config that ties lm_head to the embedding holds for tensors that are equal, or where one of them is not stored.
+    Of others transformers uses both, since 5.0.
+
+    Args:
+        merge: folder of an adapter to add to them.
+
+    Raises:
+        UnsupportedError: an adapter of integers, or one that is not plain.
+    """
     found = dict(model.family.weights(of, model.spec, model.pictures))
-    if model.spec.decoder.tied:
-        found.pop("lm_head.weight", None)
-    return found
+    if merge is not None:
+        if model.spec.prequantised is not None:
+            raise UnsupportedError(f"{of.folder}: is quantised, so no adapter can be merged; give it in floats")
+        found = adapter.merged(found, Path(merge), model.family.rename)
+    if not model.spec.decoder.tied:
+        return model, found
+    head, table = found.get(HEAD), found.get(TABLE)
+    if head is not None and table is not None and not _equal(head, table):
+        log.warning(
+            f"{of.folder}: tie_word_embeddings is true, but {head.key} and {table.key} hold other values; the stored "
+            "head is used, as transformers does; set tie_word_embeddings to false"
+        )
+        decoder = replace(model.spec.decoder, tied=False)
+        return model._replace(spec=replace(model.spec, decoder=decoder)), found
+    if table is None and head is not None:
+        found[TABLE] = head
+    found.pop(HEAD, None)
+    return model, found
+
+
+def _equal(one: Source, other: Source) -> bool:
+    """Whether two tensors hold the same values, in whatever precision."""
+    if one.shape != other.shape:
+        return False
+    left, right = one.read(), other.read()
+    pieces = (slice(start, start + ROWS) for start in range(0, one.shape[0], ROWS))
+    return all(bool((left[rows].float() == right[rows].float()).all()) for rows in pieces)
 
 
 def _formats(sources: Mapping[str, Source], settings: Settings) -> manifests.WeightFormats:
@@ -135,10 +175,19 @@ class _Writer:
         matched = self._matched(sources, known)
         _check_room(out, planning.weights_bytes(plan))
         published = plan.family.chat_template(self.of)
-        text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id)
+        chosen = plan.settings.chat_template
+        text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id, chosen)
         ends = text.eos_token_ids(self.of.folder)
-        if text_config is not None:
+        if text_config is None:
+            log.warning(
+                f"{self.of.folder}: has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; the bundle "
+                "takes token ids alone (generate_tokens), and run needs one of them beside config.json"
+            )
+        else:
             ends += tuple(i for i in text.turn_end(out) if i not in ends)
+        drawn, skipped = generation.read(self.of.folder), generation.not_applied(self.of.folder)
+        if skipped:
+            log.warning(f"{self.of.folder / generation.FILE}: {', '.join(skipped)} has no effect on a bundle's answers")
         traced = graph_set.trace_graphs(plan, self.progress, ort=ort)
         used, head_is_table = traced.used(known), d.tied and plan.formats.head == "as-is"
         order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
@@ -154,7 +203,7 @@ class _Writer:
                 files[path.name] = manifests.FileInfo(path.stat().st_size, manifests.sha256(path))
         embedding = manifests.Embedding(
             file=WEIGHTS,
-            offset=places["lm_head.weight" if head_is_table else TABLE].offset,
+            offset=places[HEAD if head_is_table else TABLE].offset,
             vocab=d.vocab,
             hidden=d.hidden,
             dtype=plan.dtype,
@@ -175,6 +224,7 @@ class _Writer:
             fewer_pictures=plan.method.fewer_pictures,
             text=text_config,
             eos_token_ids=ends,
+            generation=drawn,
             weights=WEIGHTS,
             formats=plan.formats,
             provenance=provenance,
@@ -190,10 +240,10 @@ class _Writer:
         wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
         wanted[TABLE] = (d.vocab, d.hidden)
         if d.tied:
-            del wanted["lm_head.weight"]
+            del wanted[HEAD]
         found = checkpoint.match(sources, wanted, self.plan.family.unused, self.of.folder)
         if d.tied:
-            found["lm_head.weight"] = found[TABLE]
+            found[HEAD] = found[TABLE]
         return found
 
 

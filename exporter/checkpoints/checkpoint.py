@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What training with TinyLLaVA Factory leaves: a folder for each part, and what the names in it lack.
+_PARTS = {"language_model": "language_model.", "vision_tower": "vision_tower._vision_tower.", "connector": "connector."}
+_ADAPTER, _PROJECTOR, _INSIDE_PEFT = "adapter_config.json", "mm_projector.bin", "base_model.model."
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -160,13 +164,14 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
+            advice = _what_else(folder) or "give the folder of a Hugging Face checkpoint"
+            raise CheckpointError(f"{folder}: has no config.json; {advice}")
         return folder
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: is no folder; give a checkpoint folder or a Hugging Face id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.npy", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.model", "merges.txt", "*.npy", *(["*.safetensors"] if weights else [])]
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
         if weights and not any((Path(found) / name).exists() for name in _SAFETENSORS):
@@ -183,12 +188,49 @@ def index(folder: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: no weights, a shard missing or truncated, or an index that names tensors its shards lack.
     """
+    found = _of_files(folder)
+    if found is None and all(_of_files(folder / part) for part in ("language_model", "vision_tower")):
+        if (folder / _ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: {_what_else(folder)}")
+        found = {}
+        for part, prefix in _PARTS.items():
+            found |= {prefix + name: tensor for name, tensor in (_of_files(folder / part) or {}).items()}
+    if found is None:
+        known = ", ".join((*_SAFETENSORS, *_PICKLED))
+        raise CheckpointError(f"{folder}: has no weights; {_what_else(folder) or f'expected {known}'}")
+    inside = next((name for name in found if name.startswith(_INSIDE_PEFT)), None)
+    if inside is not None:
+        raise CheckpointError(
+            f"{folder}: holds {inside}: its tensors have their names inside of peft, so the adapter was not merged, or "
+            "merged and not unloaded; save what merge_and_unload() returns, and export that"
+        )
+    return found
+
+
+def _of_files(folder: Path) -> dict[str, Stored] | None:
+    """Every tensor of the files in a folder by its name; None where it has none."""
     for single, sharded in (_SAFETENSORS, _PICKLED):
         if (folder / single).is_file():
-            return _headers(folder / single)
+            return headers(folder / single)
         if (folder / sharded).is_file():
             return _sharded(folder, sharded)
-    raise CheckpointError(f"{folder}: has no weights; expected {', '.join((*_SAFETENSORS, *_PICKLED))}")
+    return None
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder holds instead of a model, and what to do with it; empty where that is not known."""
+    if (folder / _ADAPTER).is_file():
+        base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+        return (
+            f"it holds an adapter (LoRA) of {base}: export that model with --adapter {folder}, or merge them with "
+            "peft, save what merge_and_unload() returns, and export that"
+        )
+    if (folder / _PROJECTOR).is_file():
+        return (
+            f"it holds a projector alone ({_PROJECTOR}), as the first stage of LLaVA's training leaves it: export the "
+            "model of the second stage, or load the projector into its language model with LLaVA and save both"
+        )
+    return ""
 
 
 def _sharded(folder: Path, name: str) -> dict[str, Stored]:
@@ -201,16 +243,23 @@ def _sharded(folder: Path, name: str) -> dict[str, Stored]:
             raise CheckpointError(f"{folder / name}: names {file!r} outside the folder; do not use this checkpoint")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: is missing; download the checkpoint again")
-        found |= _headers(folder / file)
+        found |= headers(folder / file)
     lost = sorted(set(weight_map) - set(found))
     if lost:
         raise CheckpointError(f"{folder / name}: names {_some(lost)}, which its files do not hold; download again")
     return found
 
 
-def _headers(file: Path) -> dict[str, Stored]:
+def headers(file: Path) -> dict[str, Stored]:
+    """Every tensor of one file by its name.
+
+    Raises:
+        CheckpointError: the file is damaged, or cannot be loaded safely.
+    """
     if file.suffix == ".bin":
-        return {k: Stored(file, k, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in _pickled(file)}
+        return {
+            k: Stored(file, k, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in _pickled(file).items()
+        }
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -224,24 +273,49 @@ def _headers(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: is damaged or truncated ({error}); download it again") from error
 
 
-def _pickled(file: Path) -> Iterable[tuple[str, Tensor]]:
+def _pickled(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file by torch: mapped, or in memory where it is in torch's format of before 1.6."""
+    if zipfile.is_zipfile(file):
+        return _loaded(file, mapped=True)
+    found = file.stat()
+    return _older(file, (found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=1)
+def _older(file: Path, version: tuple[int, int]) -> Mapping[str, Tensor]:
+    """One file at a time, kept for its other tensors: reading any of them reads them all."""
+    return _loaded(file, mapped=False)
+
+
+def _loaded(file: Path, *, mapped: bool) -> Mapping[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle, zip and torch errors: all mean the same to a user
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file}: cannot be loaded safely ({reason}); convert it to safetensors") from error
+        raise CheckpointError(
+            f"{file}: cannot be loaded safely ({_reason(error)}); download it again, or convert it to safetensors"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
         raise CheckpointError(f"{file}: holds more than tensors; convert it to safetensors")
-    return list(content.items())
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of torch's error; of what it refused to unpickle, without its advice to unpickle it."""
+    said = str(error).strip()
+    if said.startswith("Weights only load failed"):
+        said = said.rpartition("WeightsUnpickler error:")[2].strip()
+        lines = (line for line in said.splitlines() if line and not line.startswith("Weights only load failed"))
+        said = next(lines, "it holds more than tensors")
+    return (said or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def read(stored: Stored) -> Tensor:
     """One tensor, mapped from its file; the mapping goes with the tensor."""
     rows = slice(*stored.rows) if stored.rows else slice(None)
     if stored.file.suffix == ".bin":
-        whole = dict(_pickled(stored.file))[stored.key]
+        whole = _pickled(stored.file)[stored.key]
         return whole[rows] if stored.rows else whole
     from safetensors import safe_open
 

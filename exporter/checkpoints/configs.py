@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
@@ -16,7 +18,8 @@ class Kind:
     """What a kind of decoder has, beside what its config says.
 
     Attributes:
-        window: `no`, `always` (config's `sliding_window`), or `asked` (where `use_sliding_window` is true).
+        window: `no`, `always` (config's `sliding_window`), or `asked` (where `use_sliding_window` is true, in layers
+            from `max_window_layers` on, or in those that `layer_types` names).
         qkv_bias: queries, keys and values have biases and the output has none; else `attention_bias` says so of all.
         qk_norm: queries and keys are RMS-normalised per head.
     """
@@ -34,6 +37,10 @@ KINDS = {
     "qwen3": Kind(window="asked", qk_norm=True),
 }
 DECODERS = ("llama", "mistral", "phi3", "qwen2")
+HOW_TO_ADD = (
+    "transformers has this model, but the exporter has no graphs for it: CONTRIBUTING.md says what a new family takes"
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their tables with the prompt's length
 
 # What a field that config.json leaves out means: the defaults of transformers' config classes (tested against them).
@@ -48,7 +55,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "phi3": {**_DECODER, "hidden_size": 3072, "intermediate_size": 8192, "num_key_value_heads": None,
              "vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None},
     "qwen2": {**_DECODER, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936,
-              "max_position_embeddings": 32768, "sliding_window": 4096, "use_sliding_window": False},
+              "max_position_embeddings": 32768, "sliding_window": 4096, "use_sliding_window": False,
+              "max_window_layers": 28},
 }  # fmt: skip
 
 
@@ -73,8 +81,21 @@ def completed(
     """
     kind = given.get("model_type") if kind is None else kind
     if not isinstance(kind, str) or kind not in known:
-        raise UnsupportedError(f"{where}.model_type is {kind!r}, not supported; {nearest(str(kind), known)}")
+        raise UnsupportedError(f"{where}.model_type is {kind!r}, not supported; {advice(str(kind), known)}")
     return {**defaults[kind], **given, "model_type": kind}
+
+
+def advice(kind: str, known: Collection[str]) -> str:
+    """A clause that names the known kinds: the nearest first, unless transformers has the kind, which is no typo then.
+
+    Looked up in the text of transformers' files, since importing it loads PyTorch.
+    """
+    package = importlib.util.find_spec("transformers")
+    for folder in (package.submodule_search_locations or ()) if package is not None else ():
+        files = sorted((Path(folder) / "models" / "auto").glob("*.py"))
+        if any(f'("{kind}", ' in file.read_text("utf-8") for file in files):
+            return f"known: {', '.join(sorted(known))}; {HOW_TO_ADD}"
+    return nearest(kind, known)
 
 
 def decoder(
@@ -94,10 +115,9 @@ def decoder(
 
     Raises:
         UnsupportedError: rotary tables that are not fixed, or rotate a part of each head only.
-        CheckpointError: rotary parameters that are no object.
+        CheckpointError: rotary parameters that are no object, or layers that slide without a window.
     """
     kind, heads = KINDS[text["model_type"]], text["num_attention_heads"]
-    windowed = kind.window == "always" or (kind.window == "asked" and text["use_sliding_window"])
     bias = bool(text.get("attention_bias", False))
     return DecoderSpec(
         layers=text["num_hidden_layers"],
@@ -113,13 +133,37 @@ def decoder(
         o_bias=not kind.qkv_bias and bias,
         mlp_bias=bool(text.get("mlp_bias", False)),
         tied=bool(tied or text["tie_word_embeddings"]),
-        window=text["sliding_window"] if windowed else None,
+        window=_window(family, text, kind),
         max_positions=text["max_position_embeddings"],
         rope={"rope_parameters": _rope(family, text), "max_position_embeddings": text["max_position_embeddings"]},
         qk_norm=kind.qk_norm,
         rope_sections=sections,
         rope_interleaved=interleaved,
     )
+
+
+def _window(family: str, text: dict[str, Any], kind: Kind) -> int | None:
+    """Tokens that the layers which slide attend to; None where none does. Source: transformers' config classes."""
+    width = text["sliding_window"] if kind.window == "always" or text.get("use_sliding_window") else None
+    if kind.window == "no" or (kind.window == "always" and width is None):
+        return None
+    if kind.window == "asked":
+        types, first = text.get("layer_types"), text.get("max_window_layers", 0)
+        if type(first) is not int or not isinstance(types, list | None):
+            wrong = ("max_window_layers", first) if type(first) is not int else ("layer_types", types)
+            raise CheckpointError(f"config.json: {wrong[0]} is {wrong[1]!r}, of the wrong kind; correct it")
+        if types is None:
+            slides = width is not None and first < text["num_hidden_layers"]
+        else:
+            unknown = [name for name in types if name not in LAYER_TYPES]
+            if unknown:
+                raise UnsupportedError(f"{family}: layer_types has {unknown[0]!r}; known: {', '.join(LAYER_TYPES)}")
+            slides = "sliding_attention" in types
+        if not slides:
+            return None
+    if type(width) is not int or width < 1:
+        raise CheckpointError(f"config.json: sliding_window is {width!r}, expected a whole number above 0; correct it")
+    return width
 
 
 def _rope(family: str, text: dict[str, Any]) -> dict[str, Any]:

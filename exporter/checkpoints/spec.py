@@ -108,11 +108,19 @@ def check_kind(path: Path, name: str, value: Any, kind: type) -> None:
         raise CheckpointError(f"{path}: {name} is {value!r}, expected a {_KINDS[kind]}; correct it")
 
 
+# Sizes that no model has, far above those that some have: counting with them would not end, or overflow.
+LARGEST = {"layers": 1_000, "image_size": 1 << 14, "max_positions": 1 << 40}
+LARGEST_OTHER = 1 << 24
+
+
 def check_sizes(path: Path, part: str, sizes: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless sizes are whole numbers above 0."""
+    """Raise CheckpointError unless sizes are whole numbers above 0, and such as a model can have."""
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{path}: {part} has {name} {value!r}, expected a whole number above 0; correct it")
+        most = LARGEST.get(name, LARGEST_OTHER)
+        if value > most:
+            raise CheckpointError(f"{path}: {part} has {name} {value}, expected at most {most}; correct it")
 
 
 def check_shares(path: Path, name: str, whole: int, by: int) -> None:
@@ -131,6 +139,7 @@ def check(spec: ModelSpec[Any], path: Path) -> None:
     check_kind(path, "rope_parameters' rope_theta", theta, float)
     names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions")
     check_sizes(path, "text_config", {name: getattr(d, name) for name in names})
+    check_sizes(path, "text_config", {"heads times head_dim": d.heads * d.head_dim})
     check_shares(path, "heads by key-value heads", d.heads, d.kv_heads)
     check_shares(path, "head size by 2", d.head_dim, 2)
     if d.rope_sections and sum(d.rope_sections) != d.head_dim // 2:

@@ -14,6 +14,7 @@ SEES = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 PLACEHOLDER = "<image>"  # where an image stands in a prompt
+BRACKETS = ("<im_start>", "<im_end>")  # around it, in models of LLaVA that were trained with `mm_use_im_start_end`
 
 _IMAGES = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
@@ -105,3 +106,11 @@ TEMPLATES = {
     "llama-3": _vicuna("<|end_of_text|>"),
     "qwen2_base": _vicuna("<|endoftext|>"),
 }
+
+
+def bracketed(template: str) -> str:
+    """A template of `TEMPLATES` with a token before and after every image."""
+    return template.replace(PLACEHOLDER, PLACEHOLDER.join(BRACKETS))
+
+
+PUBLISHED = frozenset({*TEMPLATES.values(), *map(bracketed, TEMPLATES.values())})

@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lvlm_edge.exporter.checkpoints import conversion
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
-from lvlm_edge.exporter.checkpoints.templates import ENDS, PLACEHOLDER, TEMPLATES
-from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.exporter.checkpoints.templates import BRACKETS, ENDS, PLACEHOLDER, PUBLISHED
+from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.prompt import Text, TextConfig
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
 
 
-def copy(folder: Path, out: Path, published: str | None, image_token_id: int) -> TextConfig | None:
-    """Copy tokenizer and chat template into a bundle; None for a checkpoint without tokenizer.json.
+def copy(
+    folder: Path, out: Path, published: str | None, image_token_id: int, chosen: str = "checkpoint"
+) -> TextConfig | None:
+    """Copy tokenizer and chat template into a bundle; None for a checkpoint without a tokenizer.
+
+    A tokenizer in older files, such as sentencepiece's, is converted.
 
     Args:
         published: template for a checkpoint that has none, or one that is its language model's and knows no images;
             None where the family has no published one.
         image_token_id: below 0 where the tokenizer has no image token.
+        chosen: `published` takes that template even where the checkpoint has one.
 
     Raises:
-        CheckpointError: a file is damaged, or the tokenizer does not know the image token's id.
+        CheckpointError: a file is damaged, the tokenizer does not know the image token's id, or the template cannot ask
+            about a picture.
+        UnsupportedError: a package is missing that converting the tokenizer takes.
     """
-    if not (folder / TOKENIZER).is_file():
-        return None
     config = _optional(folder / "tokenizer_config.json")
     special = _optional(folder / "special_tokens_map.json") | config
-    tokenizer, own = read_json(folder / TOKENIZER), _template(folder, config)
+    where = folder / TOKENIZER
+    if where.is_file():
+        tokenizer = read_json(where)
+        shutil.copyfile(where, out / TOKENIZER)
+    else:
+        converted = conversion.convert(folder)
+        if converted is None:
+            return None
+        where, tokenizer = converted.source, json.loads(converted.content)
+        (out / TOKENIZER).write_text(converted.content, "utf-8")
+        special = {"bos_token": converted.bos_token, "eos_token": converted.eos_token} | special
+    own = None if chosen == "published" else _template(folder, config)
     image_token = PLACEHOLDER if image_token_id < 0 else _token(tokenizer, image_token_id)
     if image_token is None:
         raise CheckpointError(
-            f"{folder / TOKENIZER}: has no added token with the id {image_token_id} that config.json gives to images; "
+            f"{where}: has no added token with the id {image_token_id} that config.json gives to images; "
             "use the tokenizer that belongs to this checkpoint"
         )
-    shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
-    if image_token_id < 0 and own is not None and PLACEHOLDER not in own:
-        own = None
-    template = own or published
+    template = _chosen(own, published, image_token_id)
     if template is None:
         raise CheckpointError(f"{folder}: has no chat template; add the chat_template.json that belongs to it")
+    lost = [token for token in BRACKETS if token in template and token not in _added(tokenizer)]
+    if lost:
+        raise CheckpointError(
+            f"{where}: has no added token {lost[0]!r}, but config.json's mm_use_im_start_end puts it "
+            "around images; use the tokenizer that was saved with this checkpoint"
+        )
     (out / TEMPLATE).write_text(template, "utf-8")
     text = TextConfig(
         tokenizer=TOKENIZER,
@@ -51,11 +73,27 @@ def copy(folder: Path, out: Path, published: str | None, image_token_id: int) ->
         bos_token=_content(special.get("bos_token")),
         eos_token=_content(special.get("eos_token")),
     )
-    try:
-        Text.load(out, text)
-    except BundleError as error:  # found now, and not on the device
-        raise CheckpointError(f"{folder}: its tokenizer or chat template cannot be used ({error})") from error
+    _ask(folder, out, text, published if template != published else None)
     return text
+
+
+def _ask(folder: Path, out: Path, config: TextConfig, published: str | None) -> None:
+    """Render a question about one picture: what fails is found now, and not on the device.
+
+    Args:
+        published: another template that could be used; None where there is none.
+    """
+    try:
+        Text.load(out, config).encode_chat(QUESTION)
+    except BundleError as error:
+        raise CheckpointError(f"{folder}: its tokenizer or chat template cannot be used ({error})") from error
+    except InputError as error:
+        reason = str(error).partition(",")[0]
+        advice = "" if published is None else "export with --chat-template published, the format of its family, or "
+        raise CheckpointError(
+            f"{folder}: its chat template cannot ask about a picture, as a language model's own cannot ({reason}); "
+            f"{advice}put the template that belongs to this model into {TEMPLATE} beside its config.json"
+        ) from error
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
@@ -83,11 +121,18 @@ def turn_end(out: Path) -> tuple[int, ...]:
     A language model's own end-of-sequence is not always it: Phi-3's answers end with `<|end|>`.
     """
     template = (out / TEMPLATE).read_text("utf-8")
-    if template not in TEMPLATES.values():
+    if template not in PUBLISHED:
         return ()
-    added = read_json(out / TOKENIZER).get("added_tokens")
-    known: dict[Any, Any] = {t.get("content"): t.get("id") for t in added or [] if isinstance(t, dict)}
+    known = _added(read_json(out / TOKENIZER))
     return tuple(known[end] for end in ENDS if end in template and type(known.get(end)) is int)
+
+
+def _chosen(own: str | None, published: str | None, image_token_id: int) -> str | None:
+    """The checkpoint's own template, unless it is its language model's and knows no images as the model does."""
+    if own is None or image_token_id >= 0 or published is None:
+        return own or published
+    marks = (PLACEHOLDER, *(token for token in BRACKETS if token in published))
+    return own if all(mark in own for mark in marks) else published
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -108,11 +153,14 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _token(tokenizer: dict[str, Any], token_id: int) -> str | None:
+    return next((content for content, known in _added(tokenizer).items() if known == token_id), None)
+
+
+def _added(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Ids of added tokens by what they are written as."""
     added = tokenizer.get("added_tokens")
-    for token in added if isinstance(added, list) else []:
-        if isinstance(token, dict) and token.get("id") == token_id:
-            return str(token.get("content"))
-    return None
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return {str(token.get("content")): token.get("id") for token in tokens}
 
 
 def _content(token: Any) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
-import warnings
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
 from lvlm_edge.exporter.commands.output import visible
-from lvlm_edge.runtime.errors import LvlmEdgeError, LvlmEdgeWarning, nearest
+from lvlm_edge.runtime.errors import LvlmEdgeError, nearest
 
 
 class Errors(click.Group):
@@ -23,16 +23,18 @@ class Errors(click.Group):
                 stream.reconfigure(errors="replace")
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        notices = Notices()
+        logging.getLogger("lvlm_edge").addHandler(notices)
         try:
-            with warnings.catch_warnings():
-                _print_own_warnings()
-                code = super().main(args, prog_name, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 error.show()
             else:
                 print_error(_usage(error))
             code = error.exit_code
+        finally:
+            logging.getLogger("lvlm_edge").removeHandler(notices)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -57,25 +59,13 @@ class Errors(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _print_own_warnings() -> None:
-    """Print this tool's warnings on one line each; those of others stay as they are."""
-    others = warnings.showwarning
+class Notices(logging.Handler):
+    """Prints what a user should know of, one line each, unless `--quiet` is given."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, LvlmEdgeWarning):
-            print_error(str(message))
-        else:
-            others(message, category, filename, lineno, file, line)
-
-    warnings.simplefilter("always", LvlmEdgeWarning)
-    warnings.showwarning = show
+    def emit(self, record: logging.LogRecord) -> None:
+        context = click.get_current_context(silent=True)
+        if context is None or not context.params.get("quiet"):
+            print_error(record.getMessage())
 
 
 def print_error(message: str) -> None:

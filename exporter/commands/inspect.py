@@ -72,6 +72,7 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
         f"{counts.num_images} image(s), {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
         f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
         "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
+        f"generation: {_drawn(manifest.generation)}",
         tensors,
         files,
         f"files {'verified by hash' if verified else 'present, sizes as listed; --verify hashes them'}",
@@ -82,6 +83,15 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
     show(f"certificate: {certificate.state()}; {certificate.cases} prompts, up to {certificate.steps} tokens")
     for what in certificate.not_judged:
         show(f"not judged: {what}")
+
+
+def _drawn(generation: Any) -> str:
+    """How tokens of an answer are drawn."""
+    found = dataclasses.asdict(generation)
+    if generation.temperature == 0:
+        found = {"repetition_penalty": generation.repetition_penalty}
+    ways = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    return f"{'sampled' if generation.temperature else 'greedy'}, {ways}"
 
 
 def _print_shared(shared: dict[str, Any]) -> None:

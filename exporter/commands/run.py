@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import click
 from lvlm_edge.exporter.commands.options import AT_LEAST_1, BACKEND, ENGINES, JSON, KEEP_RATIO
 from lvlm_edge.exporter.commands.output import visible
 from lvlm_edge.runtime.errors import UsageError
+
+CHECKPOINTS = "[default: the checkpoint's]"  # as `inspect` shows it
+DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 
 @click.command()
@@ -38,23 +42,18 @@ from lvlm_edge.runtime.errors import UsageError
 @click.option(
     "--max-new-tokens", type=int, help="Most tokens of the answer, at least 1.  [default: the bundle's capacity]"
 )
-@click.option(
-    "--temperature", default=0.0, show_default=True, help="Sampling temperature, 0 or more; 0 decodes greedily."
-)
-@click.option(
-    "--top-k", default=0, show_default=True, help="Sample among this many likeliest tokens, 0 or more; 0 is off."
-)
+@click.option("--temperature", type=float, help=f"Sampling temperature, 0 or more; 0 decodes greedily.  {CHECKPOINTS}")
+@click.option("--top-k", type=int, help=f"Sample among this many likeliest tokens, 0 or more; 0 is off.  {CHECKPOINTS}")
 @click.option(
     "--top-p",
-    default=1.0,
-    show_default=True,
-    help="Sample among the likeliest tokens with this cumulative probability, above 0 and at most 1; 1 is off.",
+    type=float,
+    help="Sample among the likeliest tokens with this cumulative probability, above 0 and at most 1; 1 is off.  "
+    + CHECKPOINTS,
 )
 @click.option(
     "--repetition-penalty",
-    default=1.0,
-    show_default=True,
-    help="Penalty on tokens that occurred before, above 0; 1 is off.",
+    type=float,
+    help=f"Penalty on tokens that occurred before, above 0; 1 is off.  {CHECKPOINTS}",
 )
 @click.option("--seed", type=int, help="Seed of sampling, 0 or more.  [default: random]")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given repeatedly.")
@@ -80,13 +79,8 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         raise UsageError("run: --image - is given several times, and standard input is one image; give files")
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in images]
 
-    sampling = Sampling(
-        temperature=o["temperature"],
-        top_k=o["top_k"],
-        top_p=o["top_p"],
-        repetition_penalty=o["repetition_penalty"],
-        seed=o["seed"],
-    )
+    asked = {name: o[name] for name in DRAWN if o[name] is not None}
+    Sampling(**asked)  # its errors come before the bundle is read
     options = {"keep_ratio": o["keep_ratio"], "verify": not o["no_verify"], "threads": o["threads"]}
     options |= {name: o[name] for name in ("certified", "max_megapixels", "allow_url")}
     if o["engines"] is not None:
@@ -99,7 +93,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
         prompt,
         sources,
         max_new_tokens=o["max_new_tokens"],
-        sampling=sampling,
+        sampling=replace(pipe.sampling, **asked),
         stop=o["stop"],
         system=o["system"],
         fit=o["fit"],

@@ -7,11 +7,11 @@ import pkgutil
 from dataclasses import replace
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import integers, spec
+from lvlm_edge.exporter.checkpoints import configs, integers, spec
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Family
-from lvlm_edge.runtime.errors import UnsupportedError, nearest
+from lvlm_edge.runtime.errors import UnsupportedError
 
 # Names that another family's file serves.
 ALIASES = dict.fromkeys(("llava_qwen", "llava_phi", "llava_phi3", "llava_mistral"), "llava_llama")
@@ -30,7 +30,8 @@ def load(name: str) -> Family[Any]:
     known = names()
     if ALIASES.get(name, name) not in known:
         known += ALIASES
-        raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {nearest(name, known)}")
+        advice = configs.advice(name, known)
+        raise UnsupportedError(f"family: model_type is {name!r}, which is not supported; {advice}")
     found = importlib.import_module(f"{__name__}.{ALIASES.get(name, name)}").FAMILY
     assert isinstance(found, Family)
     return found

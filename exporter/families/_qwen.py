@@ -88,13 +88,11 @@ def decoder(of: Checkpoint, family: str, kind: str, defaults: Mapping[str, Any])
         defaults: what a field that config.json leaves out means.
 
     Raises:
-        UnsupportedError: windows that are in use, or another rotary embedding than the one with three sections.
-        CheckpointError: rotary parameters of the wrong kind.
+        UnsupportedError: layers of an unknown kind, or another rotary embedding than the one with three sections.
+        CheckpointError: rotary parameters or a window of the wrong kind.
     """
     given, _ = parts_of(of)
     text = {**defaults, **given, "model_type": kind, "use_sliding_window": given.get("use_sliding_window") or False}
-    if text["use_sliding_window"] or "sliding_attention" in (text.get("layer_types") or ()):
-        raise UnsupportedError(f"{family}: use_sliding_window is true, which is not supported; use another checkpoint")
     if kind == "qwen2":
         text["head_dim"] = None  # these configs have no such field
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}

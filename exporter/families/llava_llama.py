@@ -25,7 +25,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import (
 )
 from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
 from lvlm_edge.exporter.checkpoints.spec import PLACEHOLDER_ID, DecoderSpec, ModelSpec
-from lvlm_edge.exporter.checkpoints.templates import TEMPLATES
+from lvlm_edge.exporter.checkpoints.templates import TEMPLATES, bracketed
 from lvlm_edge.exporter.families import _llava
 from lvlm_edge.exporter.families._llava import VisionSpec
 from lvlm_edge.exporter.planning import Capacity, Family
@@ -119,12 +119,17 @@ def decoder_kind(config: dict[str, Any]) -> str:
 
 
 def chat_template(of: Checkpoint) -> str:
-    """The published conversation format that belongs to the decoder, or that the config names as `version`."""
+    """The published conversation format that belongs to the decoder, or that the config names as `version`.
+
+    Raises:
+        CheckpointError: `mm_use_im_start_end`, tokens around every image, is neither true nor false.
+    """
     config = of.config
     kind, named = decoder_kind(config), config.get("version")
+    name = named if isinstance(named, str) and named in TEMPLATES else CHATS[kind]
     if kind == "llama" and config.get("vocab_size", 0) > LLAMA_3:
-        return TEMPLATES["llava_llama_3"]
-    return TEMPLATES[named if isinstance(named, str) and named in TEMPLATES else CHATS[kind]]
+        name = "llava_llama_3"
+    return bracketed(TEMPLATES[name]) if _flag(config, "mm_use_im_start_end") else TEMPLATES[name]
 
 
 def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:

@@ -15,7 +15,7 @@ DECODER: dict[str, Any] = {
     "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
     "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": None, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 32768, "rope_theta": 1e6, "mrope_section": [16, 24, 24], "hidden_act": "silu",
-    "tie_word_embeddings": False, "sliding_window": 4096,
+    "tie_word_embeddings": False, "sliding_window": 4096, "max_window_layers": 80,
 }  # fmt: skip
 ENCODER: dict[str, Any] = {
     "depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 3584, "patch_size": 14,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 FLOAT = "float"  # matrices in the bundle's dtype, also where the checkpoint's are integers
 WEIGHTS = (*FORMATS, FLOAT)
+LARGEST = {"num_images": 4096, "max_text_tokens": 1 << 22, "max_new_tokens": 1 << 22}  # what can be counted and traced
+LARGEST_SIDE = 1 << 16  # of a picture, in pixels
+TEMPLATES = ("checkpoint", "published")
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
 Size = tuple[int, int]
 
@@ -58,13 +61,17 @@ class Capacity:
         if len(given) == 2 and all(isinstance(side, int) for side in given):  # one size, as (width, height)
             given = (given,)
         object.__setattr__(self, "image_size", tuple(tuple(size) for size in given))
-        for name in ("num_images", "max_text_tokens", "max_new_tokens"):
-            value = getattr(self, name)
+        for name, most in LARGEST.items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if value < 1:
-                raise PlanError(f"plan: {name} is {value}, expected at least 1; raise --{name.replace('_', '-')}")
+                raise PlanError(f"plan: {name} is {value}, expected at least 1; raise {flag}")
+            if value > most:
+                raise PlanError(f"plan: {name} is {value}, expected at most {most}; lower {flag}")
         for width, height in self.image_size:
-            if min(width, height) < 1:
-                raise PlanError(f"plan: --image-size is {width}x{height}; give width x height in pixels")
+            if min(width, height) < 1 or max(width, height) > LARGEST_SIDE:
+                raise PlanError(
+                    f"plan: --image-size is {width}x{height}; give width x height in pixels, up to {LARGEST_SIDE} each"
+                )
         if self.image_size and self.grid is not None:
             raise PlanError("plan: --image-size and --grid both decide the tiles; give one of them")
         if len(self.image_size) > 1 and len(self.image_size) != self.num_images:
@@ -128,6 +135,16 @@ class Settings:
         WEIGHTS,
     )
     block_size: int = setting(128, "Input channels that share an INT4 scale: 128 where it divides them, or 32.")
+    adapter: str | None = setting(
+        None,
+        "Folder of a LoRA adapter, as peft saves it, to merge into CHECKPOINT's matrices. `check` merges it too.",
+    )
+    chat_template: str = setting(
+        TEMPLATES[0],
+        "Chat template of the bundle: checkpoint (its own, or the published one of its family where it has none) or "
+        "published.",
+        TEMPLATES,
+    )
 
     def __post_init__(self) -> None:
         for name in ("dtype", "vision_dtype"):
@@ -142,6 +159,10 @@ class Settings:
                 raise UnsupportedError(f"{name}: {value!r} is not supported; {nearest(str(value), WEIGHTS)}")
         if self.block_size not in quantise.BLOCKS:
             raise PlanError(f"block_size: {self.block_size}, expected 32 or 128")
+        if self.chat_template not in TEMPLATES:
+            raise UnsupportedError(
+                f"chat_template: {self.chat_template!r} is not supported; {nearest(str(self.chat_template), TEMPLATES)}"
+            )
 
     @property
     def requested(self) -> WeightFormats:

@@ -323,9 +323,13 @@ def _check_positions(plan: Plan) -> None:
             f"{plan.positions} positions, but the model has {limit}; lower --max-text-tokens or --max-new-tokens"
         )
     if window is not None and plan.positions > window:
+        rows = plan.prompt_tokens - plan.text_tokens  # of pictures; some text and one new token come beside them
+        advice = "lower --max-text-tokens or --max-new-tokens"
+        if rows + 2 > window:
+            advice = "export for smaller or fewer pictures (--image-size, --num-images), or use another checkpoint"
         raise UnsupportedError(
-            f"plan: {plan.positions} positions exceed the model's sliding window of {window}; lower --max-text-tokens "
-            "or --max-new-tokens"
+            f"plan: {plan.positions} positions, {rows} of them of pictures, exceed the model's sliding window of "
+            f"{window}; {advice}"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lvlm_edge.exporter import references
-from lvlm_edge.exporter.proof import unrounded
+from lvlm_edge.exporter.proof import unrounded, vision
 from lvlm_edge.exporter.proof.cases import Case
 from lvlm_edge.exporter.proof.judge import (
     SCORE_TOLERANCE,
@@ -31,7 +31,7 @@ ROUNDED = 0.1
 
 
 def compare(pipe: Pipeline, model: Any, cases: Sequence[Case], steps: Sequence[int]) -> list[Row]:
-    """Scores, kept set, logits and tokens of every case; stages are named `as run: ...`.
+    """Features, scores, kept set, logits and tokens of every case; stages are named `as run: ...`.
 
     Where ONNX Runtime rounds activations, its graphs are also judged without that, as closely as floats are, behind the
     prompt with the most steps: stages are named `as run, unrounded: ...`.
@@ -59,10 +59,10 @@ def _unrounded(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
 def _case(pipe: Pipeline, model: Any, case: Case, steps: int, rounds: bool) -> list[Row]:
     with references.quantised.activations(model, pipe.manifest.formats) if rounds else nullcontext():
         expected = _reference(pipe, model, case, steps)
-        rows = []
+        rows = vision.compare(pipe, case, expected, _bound(pipe, TOLERANCE, rounds))
         kept = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=1).kept_visual
         if kept is not None and expected.kept is not None:
-            rows = _selection(
+            rows += _selection(
                 pipe, case, expected, kept, _bound(pipe, SCORE_TOLERANCE, rounds)
             )  # before graphs of later tokens write scores of their own
             if not np.array_equal(kept, expected.kept.numpy()) and all(row.passed for row in rows):

@@ -1,4 +1,4 @@
-"""What the host does around the graphs, against the checkpoint: plan, pictures, prompts, end of answers, embedding."""
+"""What the host does around the graphs, against the checkpoint: plan, pictures, prompts, answers, embedding."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def compare(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> tuple[list
         _equal("config", pipe.manifest.provenance.config_sha256, sha256(folder / "config.json")),
         *(_equal(stage, found, wanted) for stage, found, wanted in _settings(pipe, plan)),
         _ends(pipe, folder),
+        _generation(pipe, folder),
     ]
     prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, plan, seed))
     missing = [what for what, found in ((NO_PROMPT, prompt), (NO_PIXELS, pixels)) if not found]
@@ -95,12 +96,25 @@ def _ends(pipe: Pipeline, folder: Path) -> Row:
     return _equal("end of sequence", sorted(found), sorted(wanted | more), note)
 
 
+def _generation(pipe: Pipeline, folder: Path) -> Row:
+    """What answers are drawn with by default: that of generation_config.json, by transformers' rules."""
+    path = folder / "generation_config.json"
+    given = {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+    wanted = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": given.get("repetition_penalty", 1)}
+    if given.get("do_sample"):
+        drawn = (("temperature", 1), ("top_k", 50), ("top_p", 1))
+        wanted |= {name: given.get(name, default) for name, default in drawn}
+    found = asdict(pipe.manifest.generation)
+    return _equal("generation defaults", found, wanted, f"{found}, the checkpoint has {wanted}")
+
+
 def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
     """Tokenizer, chat template and the token ids of a question."""
     found, folder = pipe.manifest.text, pipe.bundle.folder
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
-        wanted = text.copy(of.folder, out, plan.family.chat_template(of), plan.spec.image_token_id)
+        published, chosen = plan.family.chat_template(of), plan.settings.chat_template
+        wanted = text.copy(of.folder, out, published, plan.spec.image_token_id, chosen)
         if found is None or wanted is None:
             if found is not wanted:
                 yield _equal("tokenizer", found, wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.proof import as_run, certificate, host, tensors
+from lvlm_edge.exporter.proof import as_run, certificate, host, tensors, vision
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, judged, kept_set
@@ -28,9 +27,8 @@ from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.bundle import Bundle, WeightFormats
 from lvlm_edge.runtime.bundle.kv_cache import PRESENT
-from lvlm_edge.runtime.errors import LvlmEdgeWarning, UsageError
+from lvlm_edge.runtime.errors import UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
-from lvlm_edge.runtime.pipeline.inputs import media
 
 Array = NDArray[Any]
 
@@ -87,10 +85,10 @@ def check(
     backend, keep_ratio, seed = settings.backend, settings.keep_ratio, settings.seed
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     own: dict[str, Any] = {} if settings.engines is None else {"engines": settings.engines}
-    pipe = _load(bundle, backend, keep_ratio=keep_ratio, portable=True, **exact, **own)
+    pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, certified=None, portable=True, **exact, **own)
     folder = checkpoint.resolve(against)
     check_fits(pipe.bundle, folder)
-    model = references.load(folder)
+    model = references.load(folder, ratios.settings(pipe.bundle.folder).adapter)
     of = checkpoint.Checkpoint.open(folder)
     plan = host.planned(pipe, of)
     around, not_judged = host.compare(pipe, of, plan, seed)
@@ -108,7 +106,7 @@ def check(
     rows = around + [row for case, n in zip(cases, steps, strict=True) for row in judged(compare, pipe, model, case, n)]
     rows += _losses(pipe, cases, given)
     if backend in pipe.manifest.variants or (exact and pipe.manifest.formats.quantized):
-        quick = _load(bundle, backend, keep_ratio=keep_ratio, verify=False, **own)
+        quick = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, certified=None, verify=False, **own)
         rows += as_run.compare(quick, model, cases, steps)
     verdict = Verdict(rows=tuple(rows), not_judged=tuple(not_judged))
     if store:
@@ -118,13 +116,6 @@ def check(
             reason = f"{pipe.bundle.folder}: the certificate cannot be written ({error.strerror or error})"
             verdict = replace(verdict, unwritten=f"{reason}; free some space, or correct the folder's mode")
     return verdict
-
-
-def _load(bundle: str | Path, backend: str, **options: Any) -> Pipeline:
-    """A bundle, whatever its last certificate says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LvlmEdgeWarning)
-        return Pipeline.load(bundle, backend, **options)
 
 
 def check_fits(bundle: Bundle, folder: Path) -> None:
@@ -159,7 +150,7 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     run = references.module(manifest.method).run
     pixels = references.pixels(case.pixels)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
-    rows = _vision(pipe, case, expected) + _image_kv(pipe, case, expected)
+    rows = vision.compare(pipe, case, expected, TOLERANCE[manifest.dtype]) + _image_kv(pipe, case, expected)
     inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected))
     rows += _caches(pipe, case, expected, inputs)
     if expected.kept is not None:
@@ -197,27 +188,6 @@ def _losses(pipe: Pipeline, cases: Sequence[Case], given: Sequence[Reference]) -
         error, same = apart(answer.token_ids, answer.logits, expected.tokens, expected.logits.numpy())
         note = f"{same} of {steps} tokens are the checkpoint's"
         rows.append(Row(case=case.name, stage="loss", figure=error, bound=None, passed=True, note=note))
-    return rows
-
-
-def _vision(pipe: Pipeline, case: Case, expected: Reference) -> list[Row]:
-    """The image graphs of every picture: what the projector reads, and the rows that the decoder reads."""
-    features, found = [], dict[str, list[Array]]()
-    for one in media(pipe.manifest, case.pixels if isinstance(case.pixels, np.ndarray) else list(case.pixels)):
-        for view in one.pixels:
-            outputs = pipe.run_graph(one.picture.graphs[0], {"pixel_values": view[None]})
-            features.append(outputs["image_features"][0])
-            for name in pipe.manifest.image_rows:
-                found.setdefault(name, []).append(outputs[name][0])
-    joined = expected.image_features.flatten(0, -2)
-    rows = [_close(pipe, case, "vision", np.concatenate(features), joined)]
-    if not found:
-        return rows
-    own = np.concatenate(found["image_embeds"])
-    kinds = [np.full(run.rows, run.kind == "visual") for p in pipe.manifest.pictures for run in p.runs]
-    rows.append(_close(pipe, case, "projector", own[np.concatenate(kinds)], expected.image_embeds))
-    for name, wanted in expected.injected.items():
-        rows.append(_close(pipe, case, name, np.concatenate(found[name]), wanted))
     return rows
 
 

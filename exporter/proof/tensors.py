@@ -40,7 +40,8 @@ def compare(pipe: Pipeline, of: Checkpoint, plan: Plan, model: Any) -> list[Row]
     """
     known = graph_set.weights(plan)
     named, stray = _read_by_graphs(pipe, known)
-    wrong = _wrong_weights(named, known, pack.sources(of, Model(plan.family, plan.spec, plan.pictures)), plan)
+    _, sources = pack.sources(of, Model(plan.family, plan.spec, plan.pictures), plan.settings.adapter)
+    wrong = _wrong_weights(named, known, sources, plan)
     return [
         _row("weights", wrong),
         _row("rotary", _wrong_turns(named, plan, model)),

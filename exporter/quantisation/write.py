@@ -61,6 +61,8 @@ def write(folder: Path, out: Path, stored: Mapping[str, Stored], made: Made, con
     for file in sorted({tensor.file for tensor in stored.values()}):
         tensors = _tensors([key for key, tensor in stored.items() if tensor.file == file], stored, made.tensors)
         place = out / re.sub(r"^(pytorch_)?(.*)\.bin$", r"\2.safetensors", file.name)
+        if file.parent != folder:  # of a model in several folders
+            place = out / f"{file.parent.name}-{place.name}"
         try:
             save_file(tensors, place, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -70,7 +72,9 @@ def write(folder: Path, out: Path, stored: Mapping[str, Stored], made: Made, con
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(set(places.values())) > 1:
         _dump({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, out / _INDEX)
-    _copy(folder, out, {tensor.file.name for tensor in stored.values()} | {"config.json"})
+    files = {tensor.file for tensor in stored.values()}
+    taken = {file.name if file.parent == folder else file.parent.name for file in files}
+    _copy(folder, out, taken | {"config.json"})
 
 
 def _tensors(keys: Sequence[str], stored: Mapping[str, Stored], made: Mapping[str, Tensor]) -> dict[str, Tensor]:

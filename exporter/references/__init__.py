@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
-from lvlm_edge.exporter.references import families, original, quantised, stored
+from lvlm_edge.exporter.references import families, lora, original, quantised, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +65,38 @@ def pixels(values: Any) -> Any:
     return torch.cat(found) if len({part.shape[1:] for part in found}) == 1 else found
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, adapter: str | None = None) -> Any:
     """A checkpoint on transformers' modules, float32, eager attention.
+
+    Args:
+        adapter: folder of one to add to it.
 
     Returns:
         Stock `LlavaForConditionalGeneration` for the hub's layout, else an `original.Original`: that of the file of
         `references/families` named as `model_type`, or LLaVA's original layouts.
 
+    An image token whose id is outside of the embedding is never looked up: features are put in by position.
+
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    model = _loaded(folder)
+    m = view(model)
+    if adapter is not None:
+        lora.add(m, Path(adapter))
+    table, image = m.decoder.embed_tokens, m.image_token_id
+    if image >= table.num_embeddings:
+        table.register_forward_pre_hook(lambda _, given: (given[0].masked_fill(given[0] == image, 0), *given[1:]))
+    return model
+
+
+def _loaded(folder: Path) -> Any:
     from transformers import LlavaForConditionalGeneration
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
+    bar, told = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of, export has said in a line of its own
     try:
         config = read_json(folder / "config.json")
         if original.known(config):
@@ -96,6 +113,7 @@ def load(folder: Path) -> Any:
     except Exception as error:  # transformers raises many types; the first line says what is wrong
         raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     finally:
+        logging.set_verbosity(told)
         if bar:
             logging.enable_progress_bar()
     return model.eval()

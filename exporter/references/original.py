@@ -379,8 +379,8 @@ def _tinyllava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -
         projector=_projector(folder, config.get("connector_type"), wide, narrow, connector) if connector else None,
         language=_module(folder, config["text_config"], text),
         extra=extra,
-        select=[config["vision_feature_layer"]],
-        drop_first=config["vision_feature_select_strategy"] == "patch",
+        select=[config.get("vision_feature_layer", -2)],
+        drop_first=config.get("vision_feature_select_strategy", "patch") == "patch",
     )
 
 

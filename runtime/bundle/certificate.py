@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from lvlm_edge.runtime.bundle.files import certificate_name, sha256
-from lvlm_edge.runtime.errors import BundleError, LvlmEdgeWarning
+from lvlm_edge.runtime.errors import BundleError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def read(bundle: Path, manifest: str) -> Certificate | None:
 
 
 def consult(bundle: Path, manifest: str, *, required: bool) -> None:
-    """Warn of a certificate that does not hold.
+    """Log a warning of a certificate that does not hold.
 
     Args:
         required: refuse the bundle instead, also where it has no certificate.
@@ -86,4 +88,4 @@ def consult(bundle: Path, manifest: str, *, required: bool) -> None:
         )
         if required:
             raise BundleError(said)
-        warnings.warn(said, LvlmEdgeWarning, stacklevel=3)
+        log.warning(said)

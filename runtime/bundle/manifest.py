@@ -116,6 +116,21 @@ class WeightFormats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How answers are drawn where nothing else is asked for, by the checkpoint's generation_config.json.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_k: 0 keeps all tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where the bundle comes from: source path or id, revision, sha256 of config.json, versions of what made it."""
 
@@ -168,6 +183,7 @@ class Manifest:
     fewer_pictures: bool
     text: TextConfig | None
     eos_token_ids: tuple[int, ...]
+    generation: Generation
     weights: str
     formats: WeightFormats
     provenance: Provenance
@@ -226,6 +242,9 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     taken = positions_of(m.pictures, m.axes) <= c.prompt_tokens
     yield "pictures take more positions than the prompt has rows", taken
     yield f"kept_tokens is {c.kept_tokens} of {c.visual_tokens} visual tokens", c.kept_tokens <= c.visual_tokens
+    drawn = m.generation
+    held = drawn.temperature >= 0 and drawn.top_k >= 0 and 0 < drawn.top_p <= 1 and drawn.repetition_penalty > 0
+    yield f"generation is {dataclasses.asdict(drawn)}, out of its range", held
     caches = [cache.name for cache in m.cache]
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     for variant in (m, *(m.for_backend(name) for name in m.variants)):

@@ -31,8 +31,8 @@ class Preprocessing:
     resample: int = 3  # Pillow's filter number; 3 is bicubic
     crop: tuple[int, int] | None = None  # centre crop; a smaller picture is padded with zeros
     rescale: float | None = None  # factor on the pixel values
-    mean: tuple[float, ...] | None = None  # subtracted per channel, after rescaling
-    std: tuple[float, ...] | None = None  # divided by, per channel
+    mean: tuple[float, float, float] | None = None  # subtracted per channel, after rescaling
+    std: tuple[float, float, float] | None = None  # divided by, per channel
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript

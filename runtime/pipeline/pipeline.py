@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
@@ -44,14 +45,14 @@ class Pipeline:
         *,
         keep_ratio: float | None = None,
         verify: bool = True,
-        certified: bool = False,
+        certified: bool | None = False,
         portable: bool = False,
         **options: Any,
     ) -> Pipeline:
         """Open a bundle for running.
 
-        Warns (`LvlmEdgeWarning`) where the bundle's certificate speaks of another manifest, cannot be read, or says
-        that the last check failed.
+        Logs a warning where the bundle's certificate speaks of another manifest, cannot be read, or says that the last
+        check failed.
 
         Args:
             bundle: folder made by `lvlm-edge export`.
@@ -59,7 +60,7 @@ class Pipeline:
             keep_ratio: one of those that the bundle holds; None for that of its export.
             verify: hash every file first.
             certified: refuse a bundle that has not passed `lvlm-edge check` as it is now. The certificate lies in the
-                bundle: it guards against accidents, and not against who can write there.
+                bundle: it guards against accidents, and not against who can write there. None: do not read it.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
             options: fields of `Reading` (`max_megapixels`, `bgr`, `allow_url`), and the backend's own (`ort`:
                 `threads`, `exact`; `trt` and `trt-rtx`: `engines`, a folder).
@@ -71,7 +72,8 @@ class Pipeline:
             DeviceError: the GPU cannot be used.
         """
         opened = open_bundle(bundle, verify=verify, keep_ratio=keep_ratio)
-        certificate.consult(opened.folder, opened.name, required=certified)
+        if certified is not None:
+            certificate.consult(opened.folder, opened.name, required=certified)
         reading = Reading(**{f.name: options.pop(f.name) for f in fields(Reading) if f.name in options})
         pipe = cls(opened, load(backend, **options), portable=portable)
         pipe.reading = reading
@@ -98,6 +100,7 @@ class Pipeline:
             images: as many as the bundle is planned for; fewer, where the method allows it. Paths, bytes, Pillow
                 pictures, arrays uint8 [H, W, 3] or data URLs; one alone needs no list.
             max_new_tokens: at most the bundle's capacity, which is the default.
+            sampling: how tokens are drawn; by default as the checkpoint says, which `self.sampling` holds.
             stop: strings that end the answer and are not part of it.
             system: a system message, for templates that take one.
             fit: resize pictures that belong on another canvas to the bundle's.
@@ -116,7 +119,7 @@ class Pipeline:
         limit = inputs.limit(self.manifest, max_new_tokens)
         inputs.check_prompt(self.manifest, ids, len(media))
         self.last = result
-        return self._pieces(result, Turn(ids, media, limit, sampling or Sampling(), began=began), stops)
+        return self._pieces(result, Turn(ids, media, limit, sampling or self.sampling, began=began), stops)
 
     def _pieces(self, result: Result, turn: Turn, stops: StopStrings) -> Generator[str, None, Result]:
         pieces = self._load_text().stream()
@@ -246,6 +249,11 @@ class Pipeline:
         limit = inputs.limit(self.manifest, len(tokens))
         turn = Turn(prompt_token_ids, inputs.media(self.manifest, pixel_values), limit, Sampling())
         return self._decoder.score(turn, tokens)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the checkpoint says that tokens are drawn: the default of `stream` and `generate`."""
+        return Sampling(**dataclasses.asdict(self.manifest.generation))
 
     def forget_images(self) -> None:
         """Clear the cache of image features: the next prompt runs the vision encoder."""

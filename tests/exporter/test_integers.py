@@ -673,3 +673,47 @@ def test_a_pattern_that_does_not_end_is_refused(monkeypatch):
     assert compressed._named("re:.*self_attn.*", ["model.layers.0.self_attn"])
     with pytest.raises(CheckpointError, match=r"the pattern '\(a\|aa\)\+\$' takes longer than 0\.2 s on 'aaa"):
         compressed._named("re:(a|aa)+$", ["a" * 60 + "b"])
+
+
+MODELOPT = {
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "export"])
+def test_fp8_by_modelopt_is_named(command, checkpoint_once, tmp_path):
+    folder = Path(shutil.copytree(checkpoint_once(), tmp_path / "checkpoint"))
+    tiny.write_json(folder / "hf_quant_config.json", MODELOPT)
+    output = ("-o", tmp_path / "bundle") if command == "export" else ()
+
+    message = refused(3, command, folder, *output)
+
+    assert "hf_quant_config.json: the checkpoint is quantised to FP8 by modelopt" in message
+    assert "give the checkpoint that it was made from" in message
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_fp8_by_modelopt_is_named_where_config_says_so(made, tmp_path):
+    shutil.copy(made("packed").folder / "config.json", tmp_path)
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt"}}
+    tiny.change_json(tmp_path / "config.json", quantization_config=config)
+
+    assert "quantised to NVFP4 by modelopt" in refused(3, "plan", tmp_path)
+
+
+def test_modelopts_file_of_a_checkpoint_that_it_left_in_floats(checkpoint_once, tmp_path):
+    folder = Path(shutil.copytree(checkpoint_once(), tmp_path / "checkpoint"))
+    tiny.write_json(folder / "hf_quant_config.json", MODELOPT | {"quantization": {"quant_algo": None}})
+
+    assert tiny.cli("plan", folder).exit_code == 0
+
+
+def test_fp8_that_no_file_speaks_of_is_named(checkpoint_once, tmp_path):
+    folder = Path(shutil.copytree(checkpoint_once(), tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), name + "_scale": torch.ones(())}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    assert f"quantised to FP8 ({name} is F8_E4M3)" in refused(1, "export", folder, "-o", tmp_path / "bundle")

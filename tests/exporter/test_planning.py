@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lvlm_edge.exporter import plan, planning
+from lvlm_edge.exporter import families, plan, planning
 from lvlm_edge.exporter.bundles import plans
-from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.commands.main import main
 from lvlm_edge.exporter.graphs import graph
 from lvlm_edge.exporter.planning import PlanError
@@ -257,6 +258,35 @@ def test_a_capacity_below_one_is_refused_with_its_flag(name, value, llava_7b):
         plan(llava_7b, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["num_images", "max_text_tokens", "max_new_tokens"])
+def test_a_capacity_that_nothing_has_is_refused_with_its_flag(name, llava_7b):
+    with pytest.raises(PlanError, match=rf"{name} is {10**11}, expected at most .*lower --{name.replace('_', '-')}"):
+        plan(llava_7b, **{name: 10**11})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**7),
+        ("text_config", "hidden_size", 10**12),
+        ("text_config", "vocab_size", 10**12),
+        ("text_config", "max_position_embeddings", 10**30),
+        ("vision_config", "num_hidden_layers", 10**7),
+        ("vision_config", "image_size", 10**7),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(part, field, value, tmp_path):
+    content = BASE | {"text_config": dict(TEXT)}
+    content = content | {part: content[part] | {field: value}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    began = time.perf_counter()
+
+    with pytest.raises(CheckpointError, match=rf"config.json: {part} has .* {value}, expected at most"):
+        plan(tmp_path)
+
+    assert time.perf_counter() - began < 5
+
+
 def test_more_positions_than_the_model_has_are_refused(llava_7b):
     with pytest.raises(PlanError, match=r"make 4097 positions, but the model has 4096; lower --max-text-tokens"):
         plan(llava_7b, max_text_tokens=4096 - 576 - 127, max_new_tokens=128)
@@ -271,6 +301,43 @@ def test_a_sliding_window_shorter_than_the_prompt_is_refused(tmp_path):
 
     with pytest.raises(UnsupportedError, match=r"exceed the model's sliding window of 512"):
         plan(folder)
+
+
+def test_a_window_that_the_pictures_alone_exceed_is_refused_with_what_helps(tmp_path):
+    folder = written(tmp_path, TEXT | {"model_type": "mistral", "sliding_window": 577})
+
+    with pytest.raises(UnsupportedError, match=r"576 of them of pictures, .*smaller or fewer pictures .*another"):
+        plan(folder)
+
+
+SLIDING = {
+    "from the first": {"max_window_layers": 0},
+    "in the last": {"max_window_layers": 31},
+    "from a layer beyond the last": {"max_window_layers": 32},
+    "from 28 on, which is the default": {},
+    "in none of fewer": {"num_hidden_layers": 28},
+    "not asked for": {"use_sliding_window": False, "max_window_layers": 0},
+    "without a width": {"sliding_window": None, "max_window_layers": 0},
+    "in none by name": {"layer_types": ["full_attention"] * 32, "max_window_layers": 0},
+    "in one by name": {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen2_5_vl"])
+def test_layers_slide_that_slide_in_stock_transformers(kind, name, tmp_path):
+    from transformers import Qwen2_5_VLTextConfig, Qwen2Config, Qwen2VLTextConfig
+
+    text = {"num_hidden_layers": 32, "use_sliding_window": True, "sliding_window": 512} | SLIDING[name]
+    stock = {"llava": Qwen2Config, "qwen2_vl": Qwen2VLTextConfig, "qwen2_5_vl": Qwen2_5_VLTextConfig}[kind](**text)
+    content = {"model_type": kind, "text_config": text | {"model_type": "qwen2"}}
+    if kind != "llava":
+        content["vision_config"] = {"hidden_size" if kind == "qwen2_vl" else "out_hidden_size": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    window = families.read(Checkpoint.open(tmp_path)).decoder.window
+
+    assert window == (stock.sliding_window if "sliding_attention" in stock.layer_types else None)
 
 
 @pytest.mark.parametrize(
@@ -293,3 +360,17 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path):
 
     with pytest.raises(UnsupportedError, match=r"model_type is 'lava'.*did you mean llava"):
         plan(tmp_path)
+
+
+def test_a_family_that_transformers_has_is_no_spelling_mistake(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    ours = set(families.names()) | set(families.ALIASES)
+    for kind in sorted(set(CONFIG_MAPPING_NAMES) - ours):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+
+        with pytest.raises(UnsupportedError) as caught:
+            plan(tmp_path)
+
+        assert "did you mean" not in str(caught.value), kind
+        assert "known: " in str(caught.value) and "CONTRIBUTING.md" in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lvlm_edge.exporter import references
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.references import original, proxyv, yopo
-from tests import originals
+from tests import checkpoints, originals, qwen, tiny
 
 ORACLES = [("proxyv", "proxyv_f2"), ("yopo", "yopo_w7"), ("himix", "himix_mha")]
 GQA = {"heads": 4, "kv_heads": 2}
@@ -569,3 +570,34 @@ def test_references_share_nothing_with_the_graphs():
     text = "".join(path.read_text() for path in folder.glob("*.py"))
     for module in ("blocks", "parts", "methods", "lowerings", "families"):
         assert f"exporter.{module}" not in text and f"exporter import {module}" not in text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_an_image_token_outside_of_the_embedding_stands_for_its_features(kind, oracles, tmp_path):
+    if kind == "llava":
+        folder, ids, seen = checkpoints.build(tmp_path / "m"), checkpoints.prompt(6, 2), checkpoints.pixels()
+        inside, field = checkpoints.IMAGE, "image_token_index"
+        tokens, logits = checkpoints.generate(folder, ids, seen, 4)
+    else:
+        of = qwen.case(oracles, kind, "none_1")
+        folder = Path(shutil.copytree(of.checkpoint, tmp_path / "m"))
+        inside, field = tiny.read_json(folder / "config.json")["image_token_id"], "image_token_id"
+        ids, seen = [5, inside, 6, 7], np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
+        tokens, logits = qwen.generate(folder, ids, [seen], 4)
+    config = tiny.read_json(folder / "config.json")
+    outside = (config.get("text_config") or config)["vocab_size"] + 5
+    tiny.change_json(folder / "config.json", **{field: outside})
+    moved = [outside if i == inside else i for i in ids]
+
+    model = references.load(folder)
+    found = references.module("none").run(model, {}, moved, references.pixels(seen), 4)
+    pruned = references.module("fastv").run(
+        model, {"prune_layer": 1, "keep_tokens": None, "keep_ratio": 1.0}, moved, references.pixels(seen), 4
+    )
+    first, _ = references.view(model).prefill(moved, references.pixels(seen))
+
+    assert found.tokens == pruned.tokens == tokens
+    for rows in (found.logits, pruned.logits):
+        assert np.abs(rows.numpy() - logits).max() < 1e-3
+    assert np.abs(first.logits[0, -1].numpy() - logits[0]).max() < 1e-3

@@ -358,3 +358,12 @@ def test_a_bundle_says_where_its_files_are(good):
     assert opened.path("weights.bin") == good / "weights.bin"
     assert opened.manifest.graph("select").file == "select.onnx"
     assert os.path.getsize(opened.path("weights.bin")) == opened.manifest.files["weights.bin"].size
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_pictures_have_three_channels(field, folder):
+    content = tiny.read_json(folder / MANIFEST)
+    content["pictures"][0]["views"]["how"][field] = [0.5] * 4
+    tiny.write_json(folder / MANIFEST, content)
+
+    refused(folder, f"{field} has 4 entries, expected 3")

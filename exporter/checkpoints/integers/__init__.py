@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMATS: Mapping[str, Format] = {"awq": awq.FORMAT, "gptq": gptq.FORMAT, "compressed-tensors": compressed.FORMAT}
 LAYOUTS: Mapping[str, Layout] = {name: layout for one in FORMATS.values() for name, layout in one.layouts.items()}
 BLOCKS = (128, 64, 32)  # input channels that may share a scale in a graph, of INT4
+MODELOPT = "hf_quant_config.json"  # where modelopt writes what it did, with nothing in config.json
+UNQUANTISED = "give the checkpoint that it was made from"
 ADVICE = "choose --weights int8 or float, and for other parts --vision-weights and --head-weights likewise"
 ACTIVATIONS = re.compile(r"\.(input|output)_(scale|zero_point|global_scale|g_idx)$")  # of activations to be rounded
 
@@ -47,15 +49,36 @@ def read(config: Mapping[str, Any], path: Path) -> Prequantised | None:
     outer, inner = ((part or {}).get("quantization_config") for part in (config, config.get("text_config")))
     found = outer or inner
     if not found:
+        _refuse_modelopt(path.parent / MODELOPT)
         return None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: quantization_config is {found!r}, expected a JSON object; restore the file")
     where = f"{path}: quantization_config"
     method = found.get("quant_method")
     if not isinstance(method, str) or method not in FORMATS:
-        raise UnsupportedError(f"{where}: quant_method is {method!r}; {nearest(str(method), FORMATS)}")
+        if isinstance(method, str) and method.startswith("modelopt"):
+            raise _by_modelopt(where, found.get("quant_algo"))
+        raise UnsupportedError(f"{where}: quant_method is {method!r}; {nearest(str(method), FORMATS)}; {UNQUANTISED}")
     how = FORMATS[method].read(found, where)
     return how if outer else replace(how, parts=tuple(part for part in how.parts if part != "vision"))
+
+
+def _refuse_modelopt(path: Path) -> None:
+    """Raise UnsupportedError where modelopt says in a file of its own that it quantised the checkpoint."""
+    if not path.is_file():
+        return
+    found = checkpoint.read_json(path)
+    inside = found.get("quantization")
+    algorithm = (inside if isinstance(inside, dict) else found).get("quant_algo")
+    if algorithm is not None:
+        raise _by_modelopt(str(path), algorithm)
+
+
+def _by_modelopt(where: str, algorithm: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where}: the checkpoint is quantised to {algorithm} by modelopt, which is not supported; known: "
+        f"{', '.join(sorted(FORMATS))}; {UNQUANTISED}"
+    )
 
 
 def block(how: Prequantised, rows: int | None = None) -> int | None:
@@ -107,6 +130,12 @@ def index(of: Checkpoint) -> dict[str, Stored]:
         if unsaid:
             raise CheckpointError(
                 f"{folder}: is quantised ({unsaid[0]}), but config.json has no quantization_config; restore it there"
+            )
+        eight = sorted(name for name, one in stored.items() if one.dtype.startswith(("F8_", "float8")))
+        if eight:
+            raise CheckpointError(
+                f"{folder}: is quantised to FP8 ({eight[0]} is {stored[eight[0]].dtype}), which no file there speaks "
+                f"of; {UNQUANTISED}"
             )
         return stored
     layout = LAYOUTS[how.layout]

@@ -171,7 +171,12 @@ def test_missing_fields_mean_what_transformers_takes(part):
     ("changed", "error", "message"),
     [
         ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, UnsupportedError, "rope_type is 'yarn'"),
-        ({"use_sliding_window": True}, UnsupportedError, "use_sliding_window is true"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 27, "sliding_window": 700},
+            UnsupportedError,
+            "window of 700",
+        ),
+        ({"layer_types": ["chunked_attention"] * 28}, UnsupportedError, "layer_types has 'chunked_attention'"),
         (
             {"vision_config": {**CONFIG["vision_config"], "spatial_merge_size": 3}},
             UnsupportedError,

@@ -1,0 +1,110 @@
+"""A tokenizer in older files, converted to tokenizer.json by transformers' own converters."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
+from lvlm_edge.runtime.errors import UnsupportedError
+
+# The files that hold a vocabulary, and the class that reads them where tokenizer_config.json names none.
+KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("tokenizer.model",), "LlamaTokenizer"),
+    (("vocab.json", "merges.txt"), "Qwen2Tokenizer"),
+)
+BESIDE = ("special_tokens_map.json", "added_tokens.json")
+CONFIG = "tokenizer_config.json"
+PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # that reading tokenizer.model takes
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted tokenizer: the file it is from, content of tokenizer.json, first and last tokens ("" for none)."""
+
+    source: Path
+    content: str
+    bos_token: str
+    eos_token: str
+
+
+def convert(folder: Path) -> Converted | None:
+    """The tokenizer of a folder without tokenizer.json; None where it has none in any form.
+
+    Raises:
+        UnsupportedError: a package is missing that the conversion takes.
+        CheckpointError: transformers cannot read the tokenizer.
+    """
+    kind = next((kind for kind in KINDS if all((folder / name).is_file() for name in kind[0])), None)
+    if kind is None:
+        return None
+    files, name = kind
+    if "tokenizer.model" in files:
+        _require_packages(folder / "tokenizer.model")
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = {"tokenizer_class": name} | {key: value for key, value in config.items() if key != "auto_map"}
+    # A folder of its own: the model's config.json would choose another class, or none.
+    with tempfile.TemporaryDirectory() as place:
+        for file in (*files, *BESIDE):
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, Path(place) / file)
+        (Path(place) / CONFIG).write_text(json.dumps(config), "utf-8")
+        try:
+            with _quiet():
+                tokenizer = _read(Path(place))
+        except Exception as error:  # transformers raises many types; the first line says what is wrong
+            reason = " ".join((str(error) or type(error).__name__).splitlines()[0].split())
+            raise CheckpointError(
+                f"{folder / files[0]}: transformers cannot read this tokenizer ({reason}); save it as tokenizer.json"
+            ) from error
+    return Converted(
+        source=folder / files[0],
+        content=str(tokenizer.backend_tokenizer.to_str()),
+        bos_token=str(tokenizer.bos_token or ""),
+        eos_token=str(tokenizer.eos_token or ""),
+    )
+
+
+def _read(folder: Path) -> Any:
+    """Transformers' tokenizer of a folder, which has a `backend_tokenizer` of the tokenizers library."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise TypeError(f"{type(tokenizer).__name__} is written in Python alone")
+    return tokenizer
+
+
+def _require_packages(file: Path) -> None:
+    missing = [name for module, name in PACKAGES.items() if not _is_there(module)]
+    if missing:
+        raise UnsupportedError(
+            f"{file}: reading it takes {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings, which are about files that are not in the folder."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
