@@ -13,12 +13,11 @@ from torch import Tensor
 from lvlm_edge.exporter import references
 from lvlm_edge.exporter.bundles import graph_set, pack
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
-from lvlm_edge.exporter.checkpoints.integers.packed import Packed
-from lvlm_edge.exporter.graphs.parts import DTYPES, ROPE, Weight
 from lvlm_edge.exporter.planning import Model, Plan
 from lvlm_edge.exporter.proof.judge import CHECKPOINT, Array, Row
 from lvlm_edge.runtime import Pipeline
 
+ROPE = ("rope_cos", "rope_sin")  # the tables of rotary values, [positions, D_h / 2]
 EMBEDDED = 4096  # rows of the embedding that are compared at a time
 SCALE, SHIFT = ".scale", ".shift"  # end the names of what belongs to a matrix of integers
 # Rotary values: float32 tables are transformers' own to the last bits; others are rounded once.
@@ -58,7 +57,7 @@ def _row(stage: str, found: Iterator[Wrong]) -> Row:
     return Row(case=CHECKPOINT, stage=stage, figure=figure, bound=0, passed=not wrong, note=note)
 
 
-def _read_by_graphs(pipe: Pipeline, known: Mapping[str, Weight]) -> tuple[dict[str, ir.ExternalTensor], list[str]]:
+def _read_by_graphs(pipe: Pipeline, known: Mapping[str, Any]) -> tuple[dict[str, ir.ExternalTensor], list[str]]:
     """The tensors that graphs read from the file of weights, by name; and those that are no weight of that name.
 
     Graphs for one backend may name a weight anew; what they read must be where a portable graph has a weight.
@@ -87,22 +86,22 @@ def _place(tensor: ir.ExternalTensor) -> tuple[Any, ...]:
 
 
 def _wrong_weights(
-    named: Tensors, known: Mapping[str, Weight], sources: Mapping[str, Source], plan: Plan
+    named: Tensors, known: Mapping[str, Any], sources: Mapping[str, Source], plan: Plan
 ) -> Iterator[Wrong]:
     """Output channels of matrices, and entries of the first axis of other tensors, that are not the checkpoint's."""
     for name in (name for name in known if name in named and name not in ROPE):
         source = sources["embed.weight" if name == "lm_head.weight" and name not in sources else name]
         wanted, dtype = source.read(), plan.dtype_of(name)
         if f"{name}{SCALE}" in named:
-            yield name, _wrong_integers(named, name, wanted.float(), source, plan)
+            yield name, _wrong_integers(named, name, wanted.float(), plan)
             continue
         found = _array(named[name])
         found = found.T if known[name].transposed else found
         same = found.shape == tuple(wanted.shape)
-        yield name, _rows(found != _floats(wanted.to(DTYPES[dtype]))) if same else [0]
+        yield name, _rows(found != _floats(wanted.to(getattr(torch, dtype)))) if same else [0]
 
 
-def _wrong_integers(named: Tensors, name: str, wanted: Tensor, source: Source, plan: Plan) -> list[int]:
+def _wrong_integers(named: Tensors, name: str, wanted: Tensor, plan: Plan) -> list[int]:
     """Output channels whose integers do not stand for what they should.
 
     The checkpoint's own integers stand for its values. Others stand for values as near to the checkpoint's, block by
@@ -117,9 +116,11 @@ def _wrong_integers(named: Tensors, name: str, wanted: Tensor, source: Source, p
     found, values, dtype = found.T, wanted.numpy(), plan.dtype_of(name)
     if found.shape != values.shape:
         return [0]
-    if isinstance(source, Packed) and plan.requested_of(name) == "as-is":
+    if plan.requested_of(name) == "as-is":
         return _rows(np.abs(found - values) > KEPT[dtype] * np.abs(values).max(1, keepdims=True))
-    plain = references.quantised.rounded(wanted, plan.requested_of(name), plan.formats.block, DTYPES[dtype]).numpy()
+    plain = references.quantised.rounded(
+        wanted, plan.requested_of(name), plan.formats.block, getattr(torch, dtype)
+    ).numpy()
     off, least = (_errors(made, values, blocks) for made in (found, plain))
     return _rows(off > least * 1.0001)
 
@@ -153,7 +154,7 @@ def _wrong_embeddings(pipe: Pipeline, model: Any) -> Iterator[Wrong]:
     for start in range(0, vocab, EMBEDDED):
         ids = range(start, min(start + EMBEDDED, vocab))
         with torch.no_grad():
-            wanted = _floats(m.embed(ids).to(DTYPES[pipe.manifest.embedding.dtype]))
+            wanted = _floats(m.embed(ids).to(getattr(torch, pipe.manifest.embedding.dtype)))
         differ = pipe.embed(np.array(ids)).astype(np.float32) != wanted
         yield "the embedding", [start + row for row in _rows(differ)]
 

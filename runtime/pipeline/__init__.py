@@ -4,7 +4,8 @@ Image features are cached: a second question about the same images skips the vis
 of images. `Pipeline.forget_images` clears the cache.
 """
 
+from lvlm_edge.runtime.pictures.sources import Reading
 from lvlm_edge.runtime.pipeline.decoder import Result
 from lvlm_edge.runtime.pipeline.pipeline import Pipeline
 
-__all__ = ["Pipeline", "Result"]
+__all__ = ["Pipeline", "Reading", "Result"]
