@@ -11,7 +11,15 @@ from typing import Any
 import click
 
 from lvlm_edge.exporter.commands.output import visible
-from lvlm_edge.runtime.errors import LvlmEdgeError, nearest
+from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
+
+# The extra of pyproject.toml that brings a module.
+EXTRAS = {
+    **dict.fromkeys(("google", "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"), "export"),
+    **dict.fromkeys(("regex", "safetensors", "sentencepiece", "torch", "transformers"), "export"),
+    **dict.fromkeys(("modelopt", "requests"), "quantize"),
+    "onnxruntime": "ort",
+}
 
 
 class Errors(click.Group):
@@ -43,6 +51,12 @@ class Errors(click.Group):
         except LvlmEdgeError as error:
             print_error(str(error))
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get(str(error.name).partition(".")[0])
+            if extra is None:
+                raise
+            print_error(f"{error.name}: is not installed, which this command needs; pip install 'lvlm-edge[{extra}]'")
+            ctx.exit(UnsupportedError.exit_code)
         except KeyboardInterrupt:
             print_error("stopped; nothing was left half-written")
             ctx.exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.devices import profiles
+from lvlm_edge.runtime.backends.ort import MODERN, TELEMETRY
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
 # Module by the distribution that brings it; of several that bring one module, the first that is installed counts.
@@ -109,6 +111,7 @@ def _loads(module: str) -> str:
     """The version of a module once imported, or what went wrong after a colon; empty if it is not installed."""
     if not _there(module):
         return ""
+    os.environ.setdefault(TELEMETRY, "1")
     try:
         return str(vars(importlib.import_module(module)).get("__version__", "unknown version"))
     except Exception as error:  # a broken installation can raise anything
@@ -161,7 +164,7 @@ def _parts(
             why=f"without {', '.join(missing)}" if missing else "PyTorch and its exporters are installed",
             install=INSTALL["export"] if missing else "",
         ),
-        _library("run with ort", "ort", loads["ort"], []),
+        *_of_ort(loads["ort"]),
     ]
     without = [] if gpus else [f"no GPU: {cuda}"]
     if release is None:
@@ -176,6 +179,18 @@ def _parts(
     parts.append(_library("build for and run with trt", "trt", loads["trt"], [*short, *without], hint))
     parts.append(Part(name="run with trt-rtx", works=False, why="TensorRT-RTX has no Jetson build"))
     return tuple(parts)
+
+
+def _of_ort(loaded: str) -> list[Part]:
+    """Which bundles the installed ONNX Runtime runs: an old one runs those of the legacy lowering alone."""
+    version = tuple(int(part) for part in loaded.split(".")[:2] if part.isdigit())
+    if not version or version >= MODERN:
+        return [_library("run with ort", "ort", loaded, [])]
+    newer = f"needs onnxruntime {MODERN[0]}.{MODERN[1]} (Python 3.11), here is {loaded}"
+    return [
+        Part(name="run bundles of --lowering legacy with ort", works=True, why=f"onnxruntime {loaded}"),
+        Part(name="run bundles of --lowering modern with ort", works=False, why=newer, install=INSTALL["ort"]),
+    ]
 
 
 def _library(what: str, backend: str, loaded: str, lacks: list[str], install: str = "") -> Part:

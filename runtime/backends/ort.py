@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lvlm_edge.runtime.errors import BundleError, UnsupportedError
 if TYPE_CHECKING:
     import onnxruntime
 
+MODERN, MODERN_OPSET = (1, 25), 24  # the first ONNX Runtime that loads graphs of the modern lowering, and their opset
 TELEMETRY = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime from 1.29 on; a user's own setting stays
 
 
@@ -83,8 +85,15 @@ class OrtBackend:
         """
         path = bundle.path(graph.file)
         if path not in self._sessions:
-            content = self.content(bundle, graph.file)
-            self._sessions[path] = load(self._runtime, path, content, threads=self._threads, exact=self._exact)
+            check_opset(self._runtime, bundle.manifest.opset)
+            self._sessions[path] = load(
+                self._runtime,
+                path,
+                content=self.content(bundle, graph.file),
+                weights=_linked(bundle),
+                threads=self._threads,
+                exact=self._exact,
+            )
         session = self._sessions[path]
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
@@ -98,14 +107,37 @@ class OrtBackend:
         return bundle.graph(file)
 
 
+def check_opset(runtime: ModuleType, opset: int) -> None:
+    """Raise UnsupportedError for an opset that the installed ONNX Runtime is too old for."""
+    version = tuple(int(part) for part in runtime.__version__.split(".")[:2] if part.isdigit())
+    if opset >= MODERN_OPSET and version < MODERN:
+        raise UnsupportedError(
+            f"ort: the bundle is of opset {opset}, which needs onnxruntime {MODERN[0]}.{MODERN[1]} (Python 3.11) or "
+            f"newer, here is {runtime.__version__}; export with --lowering legacy, or upgrade"
+        )
+
+
+def _linked(bundle: Bundle) -> Path | None:
+    """The file of weights where it is a link, which ONNX Runtime does not follow."""
+    path = bundle.path(bundle.manifest.weights)
+    return path if path.is_symlink() else None
+
+
 def load(
-    runtime: ModuleType, path: Path, content: bytes | None = None, *, threads: int = 0, exact: bool = False
+    runtime: ModuleType,
+    path: Path,
+    *,
+    content: bytes | None = None,
+    weights: Path | None = None,
+    threads: int = 0,
+    exact: bool = False,
 ) -> onnxruntime.InferenceSession:
     """The session of a graph.
 
     Args:
         runtime: the module `onnxruntime`.
         content: of the file; read here where it is not given. Weights are read from the folder of `path`.
+        weights: the file of weights where ONNX Runtime cannot map it itself; it then copies what it reads.
         threads: threads to compute with; 0 lets ONNX Runtime take the physical cores.
         exact: multiply weights of small integers as the floating-point numbers they stand for.
 
@@ -123,6 +155,10 @@ def load(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
+        if weights is not None:
+            with weights.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            options.add_external_initializers_from_files_in_memory([weights.name], [mapped], [len(mapped)])
         # its fallback prints to stdout, which belongs to the answer
         return runtime.InferenceSession(
             path if content is None else content,

@@ -148,7 +148,7 @@ def load_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
         BundleError: missing, not JSON, a newer schema, or fields missing, unknown or of the wrong type.
     """
     path = folder / name
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file() or not _belongs(folder, path):
         found = f"has no {name} of its own" if folder.is_dir() else "is no folder"
         raise BundleError(f"{folder}: {found}; give a bundle made by `lvlm-edge export`")
     try:
@@ -202,7 +202,7 @@ def sha256(path: Path) -> str:
 def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> Stamp:
     """The stamp of a file that is there, has the listed size and, where it is to be hashed, the listed content."""
     path = folder / safe_name(name)
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+    if not _belongs(folder, path):
         raise BundleError(f"{path}: is a link, expected a file inside the bundle; export or copy the bundle again")
     if not path.is_file():
         raise BundleError(f"{path}: is missing; export or copy the bundle again")
@@ -214,6 +214,18 @@ def _check_file(folder: Path, name: str, info: FileInfo, verify: bool) -> Stamp:
     if verify and sha256(path) != info.sha256:
         raise _altered(path)
     return _stamp(found)
+
+
+def _belongs(folder: Path, path: Path) -> bool:
+    """Whether a file is in the bundle's folder itself, or where Hugging Face's cache keeps it.
+
+    There a snapshot is a folder of links into `blobs/` of its own repository's folder.
+    """
+    home, real = folder.resolve(), path.resolve()
+    if not path.is_symlink():
+        return real.is_relative_to(home)
+    blobs = home.parent.parent / "blobs"
+    return home.parent.name == "snapshots" and real.parent == blobs and not blobs.is_symlink() and real.is_file()
 
 
 def _stamp(found: os.stat_result) -> Stamp:

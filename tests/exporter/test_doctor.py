@@ -11,6 +11,9 @@ import types
 import pytest
 
 from lvlm_edge.exporter.devices import doctor
+from lvlm_edge.runtime.backends import ort
+from lvlm_edge.runtime.errors import UnsupportedError
+from tests import tiny
 from tests.tiny import cli
 
 
@@ -168,3 +171,43 @@ def test_engines_are_built_but_not_run_without_a_gpu(runtime, said, modules, tmp
     assert parts(found)["build for trt-rtx, on any machine"]["works"]
     assert not parts(found)["run with trt-rtx"]["works"]
     assert said in parts(found)["run with trt-rtx"]["why"]
+
+
+def test_an_onnx_runtime_that_is_too_old_for_modern_bundles(modules):
+    modules(onnxruntime=library("1.23.2"))
+
+    found = parts(doctor.report())
+
+    assert found["run bundles of --lowering legacy with ort"]["works"] is True
+    modern = found["run bundles of --lowering modern with ort"]
+    assert modern["works"] is False and "needs onnxruntime 1.25 (Python 3.11), here is 1.23.2" in modern["why"]
+    with pytest.raises(UnsupportedError, match=r"opset 24, .*1\.25 .*here is 1\.23\.2; export with --lowering legacy"):
+        ort.check_opset(library("1.23.2"), 24)
+    for version, opset in (("1.23.2", 18), ("1.25.0", 24), ("1.31.1", 24), ("2.0.0", 24)):
+        ort.check_opset(library(version), opset)
+
+
+@pytest.mark.parametrize(
+    ("command", "module"), [("export", "torch"), ("check", "transformers"), ("run", "onnxruntime")]
+)
+def test_a_missing_extra_is_named(command, module, checkpoint_once, eager_once, tmp_path):
+    """In a process of its own, from which a package is hidden."""
+    folder, bundle = tiny.checkpoint(checkpoint_once), tiny.bundle(checkpoint_once, eager_once, "none")
+    arguments = {
+        "export": ["export", folder, "-o", tmp_path / "out"],
+        "check": ["check", bundle, "--against", folder],
+        "run": ["run", bundle, "--prompt", "w5"],
+    }[command]
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+from lvlm_edge.exporter.commands.main import main
+main({[str(a) for a in arguments]!r})
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 3, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert f"pip install 'lvlm-edge[{'ort' if module == 'onnxruntime' else 'export'}]'" in done.stderr
+    assert not (tmp_path / "out").exists()

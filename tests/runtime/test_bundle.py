@@ -15,6 +15,7 @@ import pytest
 
 from lvlm_edge.runtime import Pipeline, bundle
 from lvlm_edge.runtime.bundle import MANIFEST, Bundle, open_bundle, save_manifest
+from lvlm_edge.runtime.bundle import files as bundle_files
 from lvlm_edge.runtime.errors import BundleError, LvlmEdgeError
 from tests import checkpoints, tiny
 
@@ -111,6 +112,43 @@ def test_a_linked_bundle_opens(good, tmp_path):
     (tmp_path / "link").symlink_to(good)
 
     assert open_bundle(tmp_path / "link").manifest.method == "fastv"
+
+
+def cached(bundle: Path, home: Path) -> Path:
+    """A bundle as Hugging Face's cache holds it: a snapshot of links into the repository's blobs."""
+    blobs, snapshot = home / "models--a--b" / "blobs", home / "models--a--b" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in bundle.iterdir():
+        name = bundle_files.sha256(path)
+        shutil.copy(path, blobs / name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / name)
+    return snapshot
+
+
+def test_a_bundle_in_hugging_faces_cache_opens_and_runs(good, tmp_path):
+    snapshot = cached(good, tmp_path)
+    expected = Pipeline.load(good).generate_tokens(checkpoints.prompt(5, 2), checkpoints.pixels(28))
+
+    found = Pipeline.load(snapshot).generate_tokens(checkpoints.prompt(5, 2), checkpoints.pixels(28))
+
+    assert found.token_ids == expected.token_ids
+    weights = (snapshot / "weights.bin").resolve()
+    content = bytearray(weights.read_bytes())
+    content[1000] ^= 1
+    weights.write_bytes(content)
+    refused(snapshot, "weights.bin: was altered")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", MANIFEST, "decode.onnx"])
+def test_links_that_leave_the_cached_repository_are_refused(name, good, tmp_path):
+    snapshot = cached(good, tmp_path)
+    shutil.copy(good / name, tmp_path / "other")
+    for target in (tmp_path / "other", Path("../../../other"), Path("../../blobs/missing")):
+        (snapshot / name).unlink()
+        (snapshot / name).symlink_to(target)
+
+        refused(snapshot, verify=False)
 
 
 def test_other_files_in_the_folder_are_no_ones_business(folder):
