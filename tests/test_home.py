@@ -59,7 +59,7 @@ def test_a_command_leaves_the_home_folder_as_it_was(name, checkpoint_once, expor
     engines = {path for path in after if path.startswith(".cache/lvlm-edge")}
     assert {path: content for path, content in after.items() if path not in engines} == before
     assert bool(engines) == (name == "build")
-    for path in (home / path for path in engines):
+    for path in (home / path for path in engines if path.count("/") > 2):
         assert path.stat().st_mode & 0o077 == 0
     made = {Path(places[part]) for part in ("OUT", "OUT.png") if part in COMMANDS[name]}
     assert set(tmp_path.iterdir()) == beside | made
