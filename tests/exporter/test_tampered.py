@@ -164,6 +164,15 @@ def test_check_finds_every_alteration(method, form, checkpoint_once, original, e
     assert not missed
 
 
+@pytest.mark.parametrize(("method", "form"), some(CASES, set()))
+def test_a_clean_bundle_passes_with_every_seed(method, form, checkpoint_once, original, export_once):
+    checkpoint, bundle = made(method, form, checkpoint_once, original, export_once)
+
+    for seed in range(5):
+        verdict = parity.check(bundle, checkpoint, seed=seed, store=False)
+        assert verdict.passed, (seed, verdict.first_failure)
+
+
 @pytest.mark.parametrize(("method", "form"), sorted(OFTEN))
 def test_check_finds_some_alterations(method, form, checkpoint_once, original, export_once, tmp_path):
     missed = survivors(*made(method, form, checkpoint_once, original, export_once), tmp_path, 6)
