@@ -68,7 +68,13 @@ def build(
         compute_capabilities=targets or (own.value if own else engine.PORTABLE,),
         optimisation_level=optimisation_level,
     )
-    with progress_bar(quiet) as progress:
+    built = set()
+    with progress_bar(quiet) as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            built.add(what.partition(":")[0])
+            bar(what, done, total)
+
         out = engine.build(
             bundle, settings, graphs=graphs or None, keep_ratio=keep_ratio, engines=engines, progress=progress
         )
@@ -78,5 +84,6 @@ def build(
     elif not quiet:
         size = sum(entry["size"] for entry in record["engines"].values())
         click.echo(
-            f"{out}: {len(record['engines'])} engines, {size / 1e6:,.1f} MB, {record['flavour']} {record['version']}"
+            f"{out}: {len(record['engines'])} engines, {len(built)} of them built now, {size / 1e6:,.1f} MB, "
+            f"{record['flavour']} {record['version']}"
         )

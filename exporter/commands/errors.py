@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -13,6 +15,7 @@ import click
 from lvlm_edge.exporter.commands.output import visible
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
 
+INTERRUPTED = 130  # as a shell has it of a program that SIGINT ended
 # The extra of pyproject.toml that brings a module.
 EXTRAS = {
     **dict.fromkeys(("google", "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"), "export"),
@@ -39,27 +42,29 @@ class Errors(click.Group):
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 error.show()
             else:
-                print_error(_usage(error))
+                _report(_usage(error), error.exit_code, sys.argv[1:] if args is None else args)
             code = error.exit_code
         finally:
             logging.getLogger("lvlm_edge").removeHandler(notices)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
+        given = [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
             return super().invoke(ctx)
         except LvlmEdgeError as error:
-            print_error(str(error))
+            _report(str(error), error.exit_code, given)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             extra = EXTRAS.get(str(error.name).partition(".")[0])
             if extra is None:
                 raise
-            print_error(f"{error.name}: is not installed, which this command needs; pip install 'lvlm-edge[{extra}]'")
+            said = f"{error.name}: is not installed, which this command needs; pip install 'lvlm-edge[{extra}]'"
+            _report(said, UnsupportedError.exit_code, given)
             ctx.exit(UnsupportedError.exit_code)
         except KeyboardInterrupt:
-            print_error("stopped; nothing was left half-written")
-            ctx.exit(1)
+            _report("stopped by Ctrl-C", INTERRUPTED, given)
+            ctx.exit(INTERRUPTED)
         except OSError as error:
             where = error.filename or "standard output"
             print_error(f"{where}: cannot be read or written ({error.strerror or error}); see its mode and the disk")
@@ -80,6 +85,14 @@ class Notices(logging.Handler):
         context = click.get_current_context(silent=True)
         if context is None or not context.params.get("quiet"):
             print_error(record.getMessage())
+
+
+def _report(message: str, code: int, given: Sequence[str]) -> None:
+    """Print an error on stderr and, where `--json` is given, as a document on stdout too."""
+    print_error(message)
+    if "--json" in given:
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": " ".join(message.split()), "exit_code": code}, indent=1))
 
 
 def print_error(message: str) -> None:

@@ -14,6 +14,7 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+PIPED = 500  # columns of a table that goes to a file or another program
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -33,7 +34,8 @@ def show(*things: Any) -> None:
     """Print texts as they are, tables and styled texts."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False, markup=False)
+    width = None if sys.stdout.isatty() else PIPED
+    console = Console(highlight=False, soft_wrap=False, markup=False, width=width)
     for thing in things:
         console.print(visible(thing) if isinstance(thing, str) else thing)
 

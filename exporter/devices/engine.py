@@ -86,10 +86,10 @@ def build(
     if {key: record.get(key) for key in common} != common:
         record = {**common, "engines": {}}
     for i, file in enumerate(wanted):
-        if progress:
-            progress(f"building {file}", i, len(wanted))
         entry = record["engines"].get(file)
         if entry is None or not _current(entry, out, opened.manifest.files[file].sha256):
+            if progress:
+                progress(f"building {file}", i, len(wanted))
             record["engines"][file] = _build_one(opened, file, out, settings, progress)
             _write(out / ENGINES, record)
     _write(out / ENGINES, record)

@@ -141,6 +141,19 @@ class Profile:
         return replace(found, lowering="modern" if "modern" in found.lowerings else "legacy")
 
 
+DESKTOP = "rtx-4090"
+# Compute capability by how names of NVIDIA's GPUs begin. Source: developer.nvidia.com/cuda-gpus.
+CAPABILITIES = {
+    **dict.fromkeys(("rtx-20", "t4", "t1000"), "7.5"),
+    **dict.fromkeys(("a100", "a30"), "8.0"),
+    **dict.fromkeys(("rtx-30", "rtx-a", "a10", "a40", "a2", "a16"), "8.6"),
+    **dict.fromkeys(("rtx-40", "l40"), "8.9"),
+    **dict.fromkeys(("h100", "h200", "gh200"), "9.0"),
+    **dict.fromkeys(("b200", "gb200"), "10.0"),
+    **dict.fromkeys(("rtx-50", "rtx-pro"), "12.0"),
+}
+
+
 def numbers(version: str) -> tuple[int, ...]:
     """`10.16.1` as (10, 16, 1), for comparing."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
@@ -156,6 +169,14 @@ def _public(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _of_its_kind(name: str) -> str:
+    """What to say of a GPU that has no profile and whose compute capability is known from its name; empty of others."""
+    found = next((capability for start, capability in CAPABILITIES.items() if name.lower().startswith(start)), "")
+    if not found:
+        return ""
+    return f"build for it with --device {DESKTOP} --compute-capability {found}; known: {', '.join(names())}"
+
+
 def load(name: str) -> Profile:
     """The profile of a name (`orin-nano-8gb`), for one JetPack release where it says so (`orin-nano-8gb@7.2`).
 
@@ -165,7 +186,7 @@ def load(name: str) -> Profile:
     """
     plain, at, release = _public(name).partition("@")
     if plain not in names():
-        raise UnsupportedError(f"profile: {name!r} is not known; {nearest(plain, names())}")
+        raise UnsupportedError(f"profile: {name!r} is not known; {_of_its_kind(plain) or nearest(plain, names())}")
     file = plain.replace("-", "_") + ".toml"
     profile = parse(plain, resources.files("lvlm_edge.profiles").joinpath(file).read_text(encoding="utf-8"))
     return profile.with_jetpack(release) if at else profile

@@ -30,7 +30,7 @@ class Result:
         logits: float32 [len(token_ids), vocab]; row t gave token t. None unless asked for.
         kept_visual: ascending indices among the visual tokens that survived, int64 [k]; None where none are dropped.
         text: the answer as text; empty when only tokens were asked for.
-        finish: why it ended: `eos`, `stop` (a stop string) or `length`.
+        finish: why it ended: `eos`, `stop` (a stop string), `length`, or `cancelled` (a stream that was closed).
         prompt_tokens: rows of the prompt, those of pictures included.
         pictures: what each image of the prompt stood for.
         seconds: time by step: `preprocess`, each graph, `first_token` (all before the first token),

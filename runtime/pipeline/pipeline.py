@@ -13,7 +13,7 @@ import numpy as np
 
 from lvlm_edge.runtime.backends import Array, Backend, Buffer, load
 from lvlm_edge.runtime.bundle import Bundle, certificate, open_bundle
-from lvlm_edge.runtime.errors import BundleError, InputError
+from lvlm_edge.runtime.errors import InputError, UnsupportedError
 from lvlm_edge.runtime.pictures.layout import Picture, lay_out
 from lvlm_edge.runtime.pictures.sources import Reading, listed
 from lvlm_edge.runtime.pipeline import inputs
@@ -107,7 +107,7 @@ class Pipeline:
 
         Raises:
             InputError: wrong number of images, a picture unreadable or of another canvas, a prompt empty or too long.
-            BundleError: the bundle has no tokenizer.
+            UnsupportedError: the bundle has no tokenizer.
             UsageError: while iterating: another prompt was begun.
             LvlmEdgeError: while iterating: the model's logits are not finite.
         """
@@ -122,6 +122,13 @@ class Pipeline:
         return self._pieces(result, Turn(ids, media, limit, sampling or self.sampling, began=began), stops)
 
     def _pieces(self, result: Result, turn: Turn, stops: StopStrings) -> Generator[str, None, Result]:
+        try:
+            return (yield from self._whole(result, turn, stops))
+        except GeneratorExit:
+            result.finish = "cancelled"
+            raise
+
+    def _whole(self, result: Result, turn: Turn, stops: StopStrings) -> Generator[str, None, Result]:
         pieces = self._load_text().stream()
         for token in self._decoder.tokens(result, turn):
             if token in self.manifest.eos_token_ids:
@@ -264,7 +271,7 @@ class Pipeline:
 
         Raises:
             InputError: the chat template refuses the messages.
-            BundleError: the bundle has no tokenizer.
+            UnsupportedError: the bundle has no tokenizer.
         """
         return self._load_text().encode_chat(list(messages))
 
@@ -321,7 +328,7 @@ class Pipeline:
         if self._text is None:
             config = self.manifest.text
             if config is None:
-                raise BundleError(
+                raise UnsupportedError(
                     f"{self.bundle.folder}: has no tokenizer, since its checkpoint had none; put tokenizer.json beside "
                     "the checkpoint's config.json and export again, or use generate_tokens"
                 )
