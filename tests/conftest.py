@@ -5,7 +5,6 @@ Tests run in random order, file by file. One that exports has the marker `export
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import random
@@ -161,18 +160,14 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_tracing(common: Path) -> Iterator[None]:
-    """Graphs traced once for the whole run, and the exporter's table of operators made once for the process."""
+    """Graphs traced once for the whole run."""
     import torch
-    from torch.onnx._internal.exporter import _registration
 
     from lvlm_edge.exporter.graphs import trace
     from tests import trace_cache
 
     torch.set_num_threads(1)  # the models are too small for more
     with pytest.MonkeyPatch.context() as patch:
-        table = getattr(_registration, "ONNXRegistry", None)
-        if hasattr(table, "from_torchlib"):  # a private name, so without it tests only take longer
-            patch.setattr(table, "from_torchlib", staticmethod(functools.cache(table.from_torchlib)))
         folder = Path(os.environ.get(TRACES, common / "traces"))
         patch.setattr(trace, "trace", trace_cache.cached(trace.trace, folder))
         yield

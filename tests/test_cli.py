@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -205,32 +207,28 @@ def test_export_writes_through_no_link(good, none, tmp_path):
     assert tree(tmp_path) == before
 
 
-def on_a_terminal(*arguments: object) -> str:
-    """What a command prints to stderr when that is a terminal."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "lvlm_edge.exporter.commands.main", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
-    ) as process:
-        os.close(theirs)
-        printed = b""
-        try:
-            while piece := os.read(ours, 4096):
-                printed += piece
-        except OSError:  # the other end is closed
-            pass
-    os.close(ours)
-    assert process.returncode == 0
-    return printed.decode()
+def test_export_shows_its_progress_on_a_terminal(good, tmp_path, monkeypatch, quick_tracing):
+    shown, terminal = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with ThreadPoolExecutor() as pool, os.fdopen(terminal, "w") as stderr:
+        printed = pool.submit(everything, shown)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        arguments = ["export", good, "-o", tmp_path / "bundle", *CAPACITY, "--device", "rtx-4090"]
+        main(list(map(str, arguments)), standalone_mode=False)
+        monkeypatch.undo()
+        stderr.close()
+
+    assert "tracing" in printed.result()
 
 
-@pytest.mark.export
-def test_export_shows_its_progress_on_a_terminal(good, tmp_path):
-    printed = on_a_terminal("export", good, "-o", tmp_path / "bundle", *CAPACITY, "--device", "rtx-4090")
-
-    assert "tracing" in printed
+def everything(shown: int) -> str:
+    """What is printed to a terminal until its other end is closed."""
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(shown, 4096):
+            found += piece
+    os.close(shown)
+    return found.decode()
 
 
 def test_check_passes_and_leaves_a_certificate_that_inspect_reads(good, fastv, tmp_path):

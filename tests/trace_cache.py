@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib
 import os
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -49,6 +47,7 @@ SKIPPED = (  # of a class: what Python makes of the rest
     *("__dict__", "__weakref__", "__doc__", "__abstractmethods__", "_abc_impl"),
     *("__dataclass_fields__", "__dataclass_params__"),
 )
+CachedFunction = type(functools.cache(id))
 PLAIN = (bool, int, float, complex, str, bytes, range, type(None), type(...))
 
 
@@ -71,22 +70,11 @@ def cached(right: Trace, folder: Path) -> Trace:
         path = folder / name
         with locked(path):
             if not path.is_file():
-                with uncollected():
-                    write(path, right(graph, parts, plan, mode), parts)
+                write(path, right(graph, parts, plan, mode), parts)
         return read(path)
 
     CACHED[trace] = right
     return trace
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage is collected meanwhile: most of what a trace makes stays until its end."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @functools.cache
@@ -216,6 +204,8 @@ def described(value: Any, inside: tuple[int, ...] = ()) -> str:
         return repr(value)
     if isinstance(value, FunctionType):
         return _simple_function(value) if value.__closure__ is None else _function(value, within)
+    if isinstance(value, CachedFunction):
+        return f"cached({described(value.__wrapped__, within)})"
     if isinstance(value, functools.partial):
         return f"partial({described([value.func, value.args, value.keywords], within)})"
     if isinstance(value, type):

@@ -1,9 +1,8 @@
-"""Module and shapes to an ONNX model on fake tensors; the only caller of torch.onnx.export."""
+"""Module and shapes to an ONNX model on fake tensors; the only caller of torch.export."""
 
 from __future__ import annotations
 
-import logging
-import warnings
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from lvlm_edge.exporter.graphs import conversion
 from lvlm_edge.exporter.graphs.parts import DTYPES, Parts
 from lvlm_edge.exporter.planning import GraphSpec, Plan
 from lvlm_edge.runtime.bundle import TensorInfo
@@ -35,28 +35,16 @@ def trace(graph: GraphSpec, parts: Parts, plan: Plan, mode: Any) -> ir.Model:
     with mode:
         inputs = tuple(_empty(info) for info in graph.inputs)
     module = _Traced(graph, parts, plan).eval()
-    with _quiet(), torch.no_grad():
+    with _uncollected(), torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=_dynamic(graph), strict=False)
-        exported = torch.onnx.export(
-            program,
-            (),
-            None,
-            dynamo=True,
-            opset_version=plan.lowering.opset,
-            input_names=[info.name for info in graph.inputs],
-            output_names=[info.name for info in graph.outputs],
-            verbose=False,
-            external_data=False,
-            optimize=False,
-        )
-        assert exported is not None
-        return _optimise(exported.model)
+        model = conversion.to_onnx(program, plan.lowering.opset)
+        for value, info in zip(model.graph.inputs, graph.inputs, strict=True):
+            value.name = info.name
+        return _optimise(model)
 
 
 def _optimise(model: ir.Model) -> ir.Model:
     """Fold constants and drop what is not needed, with the weights as inputs so that no pass looks into them."""
-    from onnxscript import optimizer
-
     graph = model.graph
     weights = [value for name, value in list(graph.initializers.items()) if name.startswith("parts.")]
     fake = [value.const_value for value in weights]
@@ -65,7 +53,7 @@ def _optimise(model: ir.Model) -> ir.Model:
         graph.initializers.pop(value.name)
         value.name, value.const_value = value.name.removeprefix("parts."), None
         graph.inputs.append(value)
-    optimizer.optimize_ir(model)
+    conversion.simplify(model)
     for value, content in zip(weights, fake, strict=True):
         graph.inputs.remove(value)
         if value.uses():
@@ -88,14 +76,12 @@ def _empty(info: TensorInfo) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes about packages it does not find and its own deprecations."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected meanwhile: most of what a trace makes stays until its end."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        log.setLevel(level)
+        if enabled:
+            gc.enable()
