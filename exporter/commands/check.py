@@ -36,6 +36,13 @@ from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 )
 @BACKEND
 @ENGINES
+@click.option(
+    "--save-polygraphy",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write every graph's inputs and outputs to this new folder in polygraphy's formats, with the commands that "
+    "compare another runtime with them.",
+)
 @click.option("--seed", type=FROM_0, default=0, show_default=True, help="Seed of the random prompts and images.")
 @JSON
 def check(
@@ -48,6 +55,7 @@ def check(
     backend: str,
     engines: Path | None,
     seed: int,
+    save_polygraphy: Path | None,
     as_json: bool,
 ) -> None:
     """Compare a bundle with PyTorch; exit 1 if they differ.
@@ -66,6 +74,7 @@ def check(
         engines=engines,
         keep_ratio=keep_ratio,
         seed=seed,
+        save_polygraphy=save_polygraphy,
         question=_question(images, prompt),
     )
     if as_json:

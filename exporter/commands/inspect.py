@@ -81,6 +81,7 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
         show("no certificate; lvlm-edge check makes one")
         return
     show(f"certificate: {certificate.state()}; {certificate.cases} prompts, up to {certificate.steps} tokens")
+    show("to compare another runtime graph by graph: lvlm-edge check BUNDLE --against CHECKPOINT --save-polygraphy DIR")
     for what in certificate.not_judged:
         show(f"not judged: {what}")
 

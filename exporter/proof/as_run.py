@@ -14,6 +14,7 @@ from lvlm_edge.exporter import references
 from lvlm_edge.exporter.proof import unrounded, vision
 from lvlm_edge.exporter.proof.cases import Case
 from lvlm_edge.exporter.proof.judge import (
+    ROUNDED,
     SCORE_TOLERANCE,
     TOLERANCE,
     Row,
@@ -24,10 +25,6 @@ from lvlm_edge.exporter.proof.judge import (
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.backends.ort import library
-
-# Where activations are rounded too: 1e-7, until a value lies between two steps and falls to the other one, which layers
-# after it spread. Seen up to 0.065 in YOPO's bundles of random weights, 0.05 in others'.
-ROUNDED = 0.1
 
 
 def compare(pipe: Pipeline, model: Any, cases: Sequence[Case], steps: Sequence[int]) -> list[Row]:

@@ -16,7 +16,7 @@ from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.proof import as_run, certificate, host, tensors, vision
+from lvlm_edge.exporter.proof import as_run, certificate, host, polygraphy, tensors, vision
 from lvlm_edge.exporter.proof.cases import Case as Case
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, judged, kept_set
@@ -45,6 +45,7 @@ class Settings:
         engines: folder of TensorRT engines; by default this user's own.
         keep_ratio: one of those that the bundle holds; that of its export by default.
         seed: of the made-up prompts and pictures.
+        save_polygraphy: folder to write inputs and outputs of every graph to, in polygraphy's formats.
     """
 
     steps: int = 16
@@ -52,6 +53,7 @@ class Settings:
     engines: Path | None = None
     keep_ratio: float | None = None
     seed: int = 0
+    save_polygraphy: Path | None = None
 
 
 def check(
@@ -83,6 +85,8 @@ def check(
     if cases is not None and not cases and question is None:
         raise UsageError("check: no cases are given, expected at least one; leave `cases` out for made-up ones")
     backend, keep_ratio, seed = settings.backend, settings.keep_ratio, settings.seed
+    if settings.save_polygraphy is not None:
+        polygraphy.check_target(settings.save_polygraphy, backend)
     exact = {"exact": True} if backend == "ort" else {}  # small integers are multiplied as what they stand for
     own: dict[str, Any] = {} if settings.engines is None else {"engines": settings.engines}
     pipe = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, certified=None, portable=True, **exact, **own)
@@ -109,6 +113,8 @@ def check(
         quick = Pipeline.load(bundle, backend, keep_ratio=keep_ratio, certified=None, verify=False, **own)
         rows += as_run.compare(quick, model, cases, steps)
     verdict = Verdict(rows=tuple(rows), not_judged=tuple(not_judged))
+    if settings.save_polygraphy is not None:
+        polygraphy.save(pipe, max(cases, key=lambda case: len(case.prompt)), settings.save_polygraphy)
     if store:
         try:
             certificate.write(pipe, folder, cases, verdict, steps=steps, seed=seed)
