@@ -766,7 +766,7 @@ def test_the_next_export_cleans_up_after_a_killed_one(moment, struck, good, plac
 def test_an_export_that_is_asked_to_stop_removes_what_it_began(moment, by, output, struck, good, place):
     before = tree(place)
 
-    assert struck(moment, by, "export", good, "-o", place / output, "--force", *CAPACITY) == 1
+    assert struck(moment, by, "export", good, "-o", place / output, "--force", *CAPACITY) == 130
 
     assert tree(place) == before
 

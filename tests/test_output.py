@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lvlm_edge.exporter.bundles import ratios
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.proof import certificate, parity
+from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import keep_ratios, manifest_name
 from lvlm_edge.runtime.errors import UsageError
 from tests import tiny
@@ -103,3 +106,93 @@ def test_a_config_nested_too_deeply_is_one_error(tmp_path):
 
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (2, ("run", "BUNDLE", "--prompt", "w5", "--image", "missing.png")),
+        (2, ("plan", "BUNDLE", "--nothing")),
+        (5, ("inspect", "missing")),
+        (3, ("plan", "CHECKPOINT", "--device", "rtx-3090")),
+    ],
+    ids=str,
+)
+def test_an_error_is_a_document_too_where_json_is_asked_for(code, arguments, bundle, checkpoint_once):
+    places = {"BUNDLE": bundle, "CHECKPOINT": tiny.checkpoint(checkpoint_once)}
+
+    done = tiny.cli(*(places.get(part, part) for part in arguments), "--json")
+
+    assert done.exit_code == code
+    said = json.loads(done.stdout)
+    assert said["exit_code"] == code
+    assert done.stderr == f"lvlm-edge: {said['error']}\n"
+
+
+def test_a_gpu_without_a_profile_is_told_its_compute_capability(checkpoint_once):
+    plan = ("plan", tiny.checkpoint(checkpoint_once), "--device")
+
+    for name, capability in (("rtx-3090", "8.6"), ("RTX-2080-Ti", "7.5"), ("a100", "8.0"), ("h100-sxm", "9.0")):
+        assert f"--device rtx-4090 --compute-capability {capability}; known: " in tiny.refused(3, *plan, name)
+    assert "did you mean rtx-4090?" in tiny.refused(3, *plan, "rtx4090")
+
+
+def test_tables_are_not_wrapped_into_a_pipe(copied, checkpoint_once, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+
+    done = tiny.cli("check", copied, "--against", tiny.checkpoint(checkpoint_once))  # of graphs that were left empty
+
+    assert "FAILED" in done.stdout
+    (row,) = [line for line in done.stdout.splitlines() if line.split()[:3] == ["full", "kept", "set"]]
+    assert "margin at the cut" in row
+
+
+def test_what_stops_a_command_ends_it_with_130(bundle, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "load", stopped)
+
+    assert tiny.refused(130, "run", bundle, "--prompt", "w5") == "lvlm-edge: stopped"
+
+
+def test_ctrl_c_while_the_command_is_imported_prints_nothing():
+    code = """
+import signal, sys
+sys.argv = ["/usr/bin/lvlm-edge", "--version"]
+import lvlm_edge.exporter.commands
+assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+from lvlm_edge.exporter.commands.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stream_that_is_closed_was_cancelled(bundle, tmp_path):
+    pipe = Pipeline.load(bundle)
+    stream = pipe.stream("w5 w6", [tiny.picture(tmp_path / "a.png")])
+
+    next(stream)
+    stream.close()
+
+    assert pipe.last.finish == "cancelled"
+
+
+def test_check_names_the_layer_that_overflows(checkpoint_once, eager_once, tmp_path):
+    folder = Path(shutil.copytree(tiny.checkpoint(checkpoint_once), tmp_path / "large"))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.down_proj.weight"))
+    save_file(tensors | {name: tensors[name] * 1e5}, folder / "model.safetensors", {"format": "pt"})
+    made = eager_once(folder, dtype="float16", max_text_tokens=24, max_new_tokens=4)
+
+    verdict = parity.check(made, folder, steps=1, store=False)
+
+    (row, *_) = [row for row in verdict.rows if row.stage == "finite"]
+    assert row.note.startswith("first in layer 1; activations left the range of float16: export with --dtype bfloat16")
+    assert not verdict.passed

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,8 @@ class Errors(click.Group):
                 stream.reconfigure(errors="replace")
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         notices = Notices()
         logging.getLogger("lvlm_edge").addHandler(notices)
         try:
@@ -63,7 +66,7 @@ class Errors(click.Group):
             _report(said, UnsupportedError.exit_code, given)
             ctx.exit(UnsupportedError.exit_code)
         except KeyboardInterrupt:
-            _report("stopped by Ctrl-C", INTERRUPTED, given)
+            _report("stopped", INTERRUPTED, given)
             ctx.exit(INTERRUPTED)
         except OSError as error:
             where = error.filename or "standard output"

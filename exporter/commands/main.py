@@ -27,8 +27,7 @@ def main() -> None:
     """Vision-language models with fewer visual tokens, as static graphs that run without PyTorch.
 
     Exit codes: 0 done; 1 a check failed or the work could not be done; 2 wrong usage; 3 unsupported model or method; 4
-    does not fit the device; 5 the bundle or engine does not match this machine, is damaged or was altered; 130 stopped
-    by Ctrl-C.
+    does not fit the device; 5 the bundle or engine does not match this machine, is damaged or was altered; 130 stopped.
     """
 
 

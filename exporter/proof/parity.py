@@ -167,7 +167,22 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     pipe.forget_images()  # caches may hold what PyTorch made of them
     forced = pipe.score_tokens(case.prompt, case.pixels, expected.tokens)
     answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
+    if not np.isfinite(forced[0]).all():
+        rows.append(_overflow(pipe, case, inputs))
     return rows + answers(case.name, expected, forced, answer.token_ids, TOLERANCE[manifest.dtype])
+
+
+def _overflow(pipe: Pipeline, case: Case, inputs: dict[str, Array]) -> Row:
+    """The first layer whose keys or values of a prompt are not finite, which PyTorch's in float32 are."""
+    tensors: dict[str, Array] = dict(inputs)
+    for graph in pipe.manifest.role("prefill"):
+        tensors |= pipe.run_graph(graph.name, _named(graph, tensors))
+    parts = [(cache, part) for cache in pipe.manifest.cache for part in PARTS]
+    found = (c for c, part in parts if not np.isfinite(tensors.get(f"{PRESENT}.{c.name}.{part}", np.zeros(1))).all())
+    cache = next(found, None)
+    where = "behind the last layer" if cache is None else f"first in layer {_layer(cache)}"
+    note = f"{where}; activations left the range of {pipe.manifest.dtype}: export with --dtype bfloat16 or float32"
+    return Row(case=case.name, stage="finite", figure=1, bound=0, passed=False, note=note)
 
 
 def _steps(pipe: Pipeline, cases: Sequence[Case], most: int) -> list[int]:
