@@ -174,7 +174,9 @@ def _of_its_kind(name: str) -> str:
     found = next((capability for start, capability in CAPABILITIES.items() if name.lower().startswith(start)), "")
     if not found:
         return ""
-    return f"build for it with --device {DESKTOP} --compute-capability {found}; known: {', '.join(names())}"
+    same = [known for known in names() if any(known.startswith(s) and name.startswith(s) for s in CAPABILITIES)]
+    hint = nearest(name, same).partition("?")[0] + "? Else " if same else ""
+    return f"{hint}build for it with --device {DESKTOP} --compute-capability {found}; known: {', '.join(names())}"
 
 
 def load(name: str) -> Profile:
