@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_command_leaves_the_home_folder_as_it_was(name, checkpoint_once, expor
     (home / "notes.txt").write_text("mine")
     places = {
         "CHECKPOINT": tiny.checkpoint(checkpoint_once),
-        "BUNDLE": tiny.bundle(checkpoint_once, export_once, "fastv"),
+        "BUNDLE": Path(shutil.copytree(tiny.bundle(checkpoint_once, export_once, "fastv"), tmp_path / "bundle")),
         "PICTURE": tiny.picture(tmp_path / "picture.png"),
         "OUT": tmp_path / "out",
         "OUT.png": tmp_path / "out.png",

@@ -573,7 +573,7 @@ def test_damaged_pieces_are_named(name, made, tmp_path):
     tensors = load_file(folder / "model.safetensors") | {f"{Q}.{end}": tensor for end, tensor in changed.items()}
     save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
 
-    message = refused(1, "export", folder, "-o", tmp_path / "bundle", *CAPACITY)
+    message = refused(1, "export", folder, "-o", tmp_path / "bundle", *CAPACITY, "-q")
 
     assert all(part in message for part in said) and "; " in message, message
     assert not (tmp_path / "bundle").exists()

@@ -148,7 +148,7 @@ def test_check_puts_separators_after_pytorchs_own_tokens(tmp_path, monkeypatch, 
         )
 
     loaded = references.load(tmp_path / "model")
-    monkeypatch.setattr(references, "load", lambda folder: loaded)  # for the embedding
+    monkeypatch.setattr(references, "load", lambda *_: loaded)  # for the embedding
     monkeypatch.setattr(references.module("none"), "run", run)
     verdict = parity.check(tmp_path / "out", tmp_path / "model", steps=4)
 

@@ -71,7 +71,7 @@ def test_every_family_and_its_reference_take_the_stored_head(build, oracles, tmp
     planned = plans.model(of, Capacity(max_text_tokens=8, max_new_tokens=2, **size))
     assert planned.spec.decoder.tied
 
-    model, sources = pack._sources(of, planned)
+    model, sources = pack.sources(of, planned)
 
     assert not model.spec.decoder.tied
     assert torch.equal(sources["lm_head.weight"].read().float(), head)
@@ -109,7 +109,7 @@ def test_tensors_that_agree_stay_tied(stored, tmp_path, caplog):
     store(folder, change)
     of = Checkpoint.open(folder)
 
-    model, sources = pack._sources(of, plans.model(of, Capacity()))
+    model, sources = pack.sources(of, plans.model(of, Capacity()))
 
     assert model.spec.decoder.tied and "lm_head.weight" not in sources
     assert torch.equal(sources["embed.weight"].read(), held)
