@@ -126,7 +126,36 @@ def test_learnt_proxies_mix_raw_tokens_and_spread_by_the_same_scores(original):
         torch.testing.assert_close(share[0, v], scores.softmax(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(1022, 511), (1024, 256), (4096, 1024)])
+def test_the_guided_update_is_a_quarter_as_wide_as_a_decoder_of_1024_or_more(hidden, width):
+    assert proxyv.narrow(SimpleNamespace(hidden=hidden)) == width
+
+
 # YOPO.
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6])
+def test_visual_tokens_see_neighbours_and_text_sees_what_came_before(window, original):
+    plan = planned(original(method="yopo", layers=2), "yopo", window=window)
+    visual, text = torch.arange(3, 19), torch.cat([torch.arange(3), torch.arange(19, 28)])
+
+    found = yopo.seen(plan, {"visual_index": visual, "text_index": text})
+
+    rows = [*visual.tolist(), *text.tolist()]
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows):
+            if i < 16 and j < 16:
+                sees = max(abs(i // 4 - j // 4), abs(i % 4 - j % 4)) <= (window - 1) / 2
+            else:
+                sees = b <= a
+            assert bool(found[i, j]) == sees, (i, j)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(1, 128), (2, 64), (3, 42), (1.3, 98), (128, 1)])
+def test_channels_of_visual_tokens_are_cut_to_a_whole_number(ratio, count, original):
+    plan = planned(original(method="yopo", layers=2), "yopo", ffn_ratio=ratio)
+
+    assert yopo.channels(plan.spec, plan.config) == count == math.floor(128 / ratio)
 
 
 @pytest.mark.parametrize(("side", "window"), [(24, 5), (4, 3), (5, 1), (6, 4), (4, 9)])

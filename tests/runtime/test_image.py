@@ -377,3 +377,22 @@ def test_visual_tokens_without_cells_are_counted_and_not_drawn() -> None:
 
     clear = [shown[y, x].tolist() == [200, 200, 200] for y in (100, 300) for x in (100, 300, 500, 700)]
     assert clear == [False, True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize(("leading", "missing"), [(0, 1), (1, 0), (0, 0)])
+def test_an_overlay_counts_a_class_token_and_patches_that_have_no_token(leading: int, missing: int) -> None:
+    views = Views(canvas=Canvas(size=(112, 112)), how=SIGLIP)
+    run = Run(kind="visual", rows=4 + leading - missing, grid=(2, 2), leading=leading, missing=missing)
+    planned = Picture(token_id=7, graphs=(), views=views, runs=(run,))
+    grey = PIL.Image.new("RGB", (400, 400), (200, 200, 200))
+
+    for patch, (y, x) in enumerate([(100, 100), (100, 300), (300, 100), (300, 300)]):
+        token = leading + patch - missing
+        if token < 0:
+            continue
+        shown = np.array(overlay.draw([planned], [grey], np.array([token])))
+        assert shown[y, x].tolist() == [200, 200, 200]
+        assert (shown == 200).all(-1).sum() < 200 * 200  # no other patch is clear
+    if leading:
+        shown = np.array(overlay.draw([planned], [grey], np.array([0])))
+        assert not (shown == 200).all(-1).any()
