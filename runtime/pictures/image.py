@@ -133,8 +133,8 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
 
     try:
         with warnings.catch_warnings():
-            # The size is checked right after this with an error, which says more than Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of sizes, which are checked right after this, and of damage: an error says more, and is one line.
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file, expected a picture; check the path") from error

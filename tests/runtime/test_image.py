@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -396,3 +397,17 @@ def test_an_overlay_counts_a_class_token_and_patches_that_have_no_token(leading:
     if leading:
         shown = np.array(overlay.draw([planned], [grey], np.array([0])))
         assert not (shown == 200).all(-1).any()
+
+
+def test_a_damaged_tiff_is_an_answer_or_an_error_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    file = io.BytesIO()
+    picture("RGB", 9, 7).save(file, "TIFF")
+    good = file.getvalue()
+    damaged = [good[:cut] for cut in range(len(good))]
+    damaged += [good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :] for at in range(len(good)) for bit in (0, 7)]
+
+    for content in damaged:
+        with contextlib.suppress(InputError):
+            image.open_image(content)
+
+    assert [str(each.message) for each in recwarn] == []
