@@ -99,7 +99,7 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     "exporter/proof/cases": (JUDGE, CLEAN),
     "exporter/proof/certificate": (exporting("exporter/test_judge.py"), CHECK),
     "exporter/proof/host": (exporting("exporter/test_host.py"), CLEAN),
-    "exporter/proof/as_run": (exporting("exporter/test_as_run.py"),),
+    "exporter/proof/as_run": (JUDGE, exporting("exporter/test_as_run.py")),
     "exporter/proof/unrounded": (exporting("exporter/test_as_run.py"),),
     "exporter/proof/tensors": (exporting("exporter/test_host.py"), exporting("exporter/test_tampered.py"), CLEAN),
     "exporter/proof": (JUDGE, CLEAN, CHECK, MISTAKES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_edge.exporter.proof import cases, judge, parity
+from lvlm_edge.exporter.proof import as_run, cases, judge, parity
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError
@@ -143,6 +144,26 @@ def test_answers_are_apart_by_the_logits_up_to_the_first_other_token(tokens, sam
 
     assert count == same
     assert error == (0 if same == 3 else pytest.approx(1 / LOGITS[same].max()))
+
+
+def test_scores_are_read_of_the_graph_that_has_them():
+    """Of several graphs below the prune layer the last one has scores."""
+    graphs = [
+        SimpleNamespace(name=f"prefill_{i}", outputs=[SimpleNamespace(name=name)])
+        for i, name in enumerate(("hidden", "score", "kept_visual"))
+    ]
+    held = {("prefill_1", "score"): SCORES[None] + array(0, 0, 0, 0, 0.01)}
+    pipe: Any = SimpleNamespace(
+        manifest=SimpleNamespace(role=lambda role: graphs if role == "prefill" else []),
+        buffer=lambda graph, name: SimpleNamespace(read=lambda: held[graph, name]),
+    )
+    expected = replace(reference(LOGITS), score=torch.from_numpy(SCORES), kept=torch.tensor([0, 2, 4]))
+
+    scores, kept = as_run._selection(pipe, SimpleNamespace(name="short"), expected, np.array([0, 2, 4]), 0.03)
+
+    assert (scores.stage, scores.passed, kept.passed) == ("scores", True, True)
+    assert (scores.figure, scores.bound) == (pytest.approx(0.01), pytest.approx(0.03 * 0.5))
+    assert not as_run._selection(pipe, SimpleNamespace(name="short"), expected, np.array([0, 2, 4]), 0.01)[0].passed
 
 
 # Verdicts.

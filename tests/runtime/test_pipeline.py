@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -467,3 +468,22 @@ def test_the_same_pictures_are_encoded_once_and_pixels_changed_in_place_again(de
     given[0, 0, 0, 0] += 1
     dense.generate_tokens(PROMPT, given, max_new_tokens=1)
     assert ran.count("vision") == 2
+
+
+def test_the_time_of_the_steps_is_within_that_of_the_first_token_and_of_the_call(checkpoint_once, eager_once, picture):
+    pipe = Pipeline.load(tiny.bundle(checkpoint_once, eager_once, "fastv", num_images=2))
+    began = time.perf_counter()
+    seconds = pipe.generate("w5 w6", [picture, picture]).seconds
+    whole = time.perf_counter() - began
+
+    steps = ["preprocess", "vision", "prefill_head", "select", "prefill_tail"]
+    assert list(seconds) == [*steps, "first_token", "decode"]
+    assert min(seconds.values()) > 0
+    assert sum(seconds[step] for step in steps) <= seconds["first_token"]
+    assert seconds["first_token"] + seconds["decode"] <= whole
+
+
+def test_one_token_has_no_time_of_decode_and_known_pictures_none_of_vision(dense):
+    dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1)
+
+    assert list(dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1).seconds) == ["prefill", "first_token"]
