@@ -8,6 +8,9 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# How many cases `make fuzz` runs.
+CASES ?= 10000
+
 # What `make demo` asks.
 PICTURE ?= $(firstword $(sort $(wildcard samples/easyvqa/pictures/*.png)))
 PROMPT ?= what color is the shape?
@@ -25,23 +28,27 @@ HERE := not gpu and not trt and not weights
 
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help test slow lint format demo clean
+.PHONY: help test slow fuzz lint format demo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make test     every check: ruff, mypy, import-linter, pytest"
 	@echo "make demo     export the sample model with FastV, check it, and ask it about a picture"
 	@echo "make slow     the tests marked slow: whole matrices of options"
+	@echo "make fuzz     damaged pictures, prompts, options and files: CASES of them, with progress and a summary"
 	@echo "make lint     every check but the tests"
 	@echo "make format   format the code and fix what ruff can fix"
 	@echo "make clean    remove what was made, but not .venv"
-	@echo "variables: PYTHON, TORCH_INDEX, PICTURE, PROMPT"
+	@echo "variables: PYTHON, TORCH_INDEX, PICTURE, PROMPT, CASES"
 
 test: lint
 	@$(BIN)/pytest $(SHARED) -m '$(HERE) and not slow'
 
 slow: .venv/dev.stamp
 	@$(BIN)/pytest $(SHARED) -m '$(HERE) and slow'
+
+fuzz: .venv/dev.stamp
+	@$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 lint: .venv/dev.stamp .types/lvlm_edge
 	$(call quietly,$(BIN)/ruff check --no-cache)

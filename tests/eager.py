@@ -117,6 +117,12 @@ def running() -> Iterator[None]:
         yield
 
 
+def moved(bundle: Path, folder: Path) -> None:
+    """Run the bodies for a copy of a bundle too."""
+    bodies = {path.name: body for path, body in BODIES.items() if path.parent == bundle.resolve()}
+    BODIES.update({folder.resolve() / name: body for name, body in bodies.items()})
+
+
 class Session:
     """A body over the memory of its inputs and outputs."""
 

@@ -273,7 +273,7 @@ def make(
     family, spec, pictures = model
     prompt = Prompt(pictures, capacity.max_text_tokens)
     _check_sharing(method, lowering, settings)
-    if spec.reads_features and not method.reads_features and method.name not in spec.settings:
+    if spec.reads_features and not method.reads_features:
         raise UnsupportedError(
             f"{method.name}: this checkpoint has no projector, its decoder's layers read the encoder's features; use "
             f"--method {' or '.join(spec.settings)}"

@@ -133,7 +133,7 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
 
     try:
         with warnings.catch_warnings():
-            # Of size, which is checked right after this with an error, and of damaged files.
+            # Of sizes, which are checked right after this, and of damage: an error says more, and is one line.
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError as error:

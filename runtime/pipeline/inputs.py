@@ -219,7 +219,7 @@ def _check_count(manifest: Manifest, images: int, where: str) -> None:
     planned = len(manifest.pictures)
     if images == planned or (images < planned and manifest.fewer_pictures):
         return
-    if images < planned and images == 0 and where == "pixel_values":
+    if images == 0 and where == "pixel_values":
         raise InputError(f"pixel_values: is nothing, the bundle is planned for {planned} image(s); see num_images")
     said = f"{images} given" if where in ("images", "pixel_values") else f"has {images} image(s)"
     most = "at most " if manifest.fewer_pictures else ""

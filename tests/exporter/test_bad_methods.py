@@ -298,6 +298,10 @@ def test_pictures_and_prompts_that_are_not_the_bundles_are_refused(made, eager_o
         proxyv.generate_tokens(prompt, three, image_sizes=[(100, 100)])
     with pytest.raises(InputError, match=r"pixel_values: is \[1, 3, 56, 56\], the bundle is planned for \[3, "):
         proxyv.generate_tokens(prompt, three[:1])
+    with pytest.raises(InputError, match=r"^pixel_values: is nothing, the bundle is planned for 1 image\(s\)"):
+        proxyv.generate_tokens(prompt, None)
+    with pytest.raises(InputError, match=r"^prompt: has 0 image\(s\), the bundle is planned for 1; give 1, or"):
+        proxyv.generate_tokens(prompt[:5], three)
     with pytest.raises(InputError, match="2 image"):
         proxyv.generate_tokens(originals.prompt(12, 5, images=2), three)
     with pytest.raises(InputError, match="no text"):

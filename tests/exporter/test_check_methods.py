@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lvlm_edge.exporter import export
@@ -497,6 +498,9 @@ HIMIX = {
         "image K/V @0",
         (himix, "image_kv", "(layer.k_proj_img, layer.v_proj_img)", "(layer.v_proj_img, layer.k_proj_img)"),
     ),
+    "image values that are zero": wrong(
+        "image K/V @0", (himix, "image_kv", "group, key, value)", "group, key, value * 0)")
+    ),
     "the text's norm": wrong(
         "image K/V @0",
         (himix, "image_kv", "layer.input_layernorm_img.weight", "layer.input_layernorm.weight[: plan.spec.features]"),
@@ -625,6 +629,22 @@ def found(mutation: Mutation, method: str, verdict: parity.Verdict) -> None:
     row = next(row for row in verdict.rows if not row.passed and row.case != "checkpoint")
     wanted = mutation.stage or ("prefill caches" if method == "yopo released" else "prefill_head caches")
     assert (row.stage, mutation.layer is None or f"layer {mutation.layer}" in row.note) == (wanted, True), row
+
+
+def test_rows_in_another_order_are_compared_value_by_value():
+    generator = np.random.default_rng(0)
+    wanted = [generator.normal(size=(2, 6, 8)).astype(np.float32) for _ in range(2)]
+    own = [part[:, [3, 0, 5, 1, 4, 2]].copy() for part in wanted]
+    assert max(parity._unordered(own, wanted, 1e-4)) < 1e-4
+
+    silent = [own[0], own[1] * (np.arange(6) > 1)[:, None]]
+    assert max(parity._unordered(silent, wanted, 1e-4)) < 1e-4  # zero where a value counts for nothing
+
+    for part, name in ((0, "keys"), (1, "values")):
+        spoilt = [each.copy() for each in own]
+        spoilt[part][1, 4] *= 1.5
+        errors = parity._unordered(spoilt, wanted, 1e-4)
+        assert errors[part] > 0.1, name
 
 
 @pytest.mark.parametrize("method", USUAL)

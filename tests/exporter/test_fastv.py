@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,25 @@ def test_the_kept_count_is_rounded_half_to_even(visual, ratio, count):
 
 def test_a_count_wins_over_a_ratio():
     assert fastv.kept(fastv.Config(keep_ratio=0.5, keep_tokens=7), 576) == 7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_more_than_2048_rows_are_kept_in_order_with_their_positions(dtype):
+    """Half precision holds whole numbers up to 2048 alone."""
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.arange(35, 35 + 2880)  # any-resolution LLaVA's five crops
+    text = torch.cat([torch.arange(35), torch.arange(35 + 2880, 3000)])
+    score = torch.rand(1, 2880, generator=generator)
+    hidden = torch.rand(1, 3000, 4, generator=generator).to(getattr(torch, dtype))
+    plan: Any = SimpleNamespace(kept_tokens=2500, config=fastv.Config(prune_layer=1), injected=())
+    inputs = {"score": score, "hidden": hidden, "visual_index": visual, "text_index": text}
+    inputs |= {"position_ids": torch.arange(3000)[None] + 7, "last_index": torch.tensor([2990])}
+
+    found = fastv.select(None, plan, inputs)
+
+    kept = sorted(sorted(range(2880), key=lambda i: -float(score[0, i]))[:2500])
+    rows = sorted([*text.tolist(), *(35 + i for i in kept)])
+    assert found["kept_visual"].tolist() == kept
+    assert found["kept_position_ids"].tolist() == [[row + 7 for row in rows]]
+    assert torch.equal(found["kept_hidden"], hidden[:, rows])
+    assert found["kept_last_index"].tolist() == [rows.index(2990)]

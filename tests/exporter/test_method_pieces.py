@@ -126,7 +126,36 @@ def test_learnt_proxies_mix_raw_tokens_and_spread_by_the_same_scores(original):
         torch.testing.assert_close(share[0, v], scores.softmax(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(1022, 511), (1024, 256), (4096, 1024)])
+def test_the_guided_update_is_a_quarter_as_wide_as_a_decoder_of_1024_or_more(hidden, width):
+    assert proxyv.narrow(SimpleNamespace(hidden=hidden)) == width
+
+
 # YOPO.
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6])
+def test_visual_tokens_see_neighbours_and_text_sees_what_came_before(window, original):
+    plan = planned(original(method="yopo", layers=2), "yopo", window=window)
+    visual, text = torch.arange(3, 19), torch.cat([torch.arange(3), torch.arange(19, 28)])
+
+    found = yopo.seen(plan, {"visual_index": visual, "text_index": text})
+
+    rows = [*visual.tolist(), *text.tolist()]
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows):
+            if i < 16 and j < 16:
+                sees = max(abs(i // 4 - j // 4), abs(i % 4 - j % 4)) <= (window - 1) / 2
+            else:
+                sees = b <= a
+            assert bool(found[i, j]) == sees, (i, j)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(1, 128), (2, 64), (3, 42), (1.3, 98), (128, 1)])
+def test_channels_of_visual_tokens_are_cut_to_a_whole_number(ratio, count, original):
+    plan = planned(original(method="yopo", layers=2), "yopo", ffn_ratio=ratio)
+
+    assert yopo.channels(plan.spec, plan.config) == count == math.floor(128 / ratio)
 
 
 @pytest.mark.parametrize(("side", "window"), [(24, 5), (4, 3), (5, 1), (6, 4), (4, 9)])
@@ -168,8 +197,9 @@ def test_every_head_reads_its_own_keys_whatever_heads_are_pruned(original, row, 
     assert sees_images == {h for h in range(4) if row[h] == "1"}
 
 
-def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(original):
-    folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], ffn_ratio=2)
+@pytest.mark.parametrize("bias", [{}, {"attention_bias": True, "mlp_bias": True}], ids=str)
+def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(bias, original):
+    folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], ffn_ratio=2, **bias)
     plan = planned(folder, "yopo", semantics="dropped")
     parts, d = filled(plan), plan.spec.decoder
     layer, x = parts.layers[0], torch.randn(1, 5, d.hidden)
@@ -179,11 +209,29 @@ def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(origina
 
     whole = torch.zeros(5, d.heads, d.head_dim)
     whole[:, 0], whole[:, 2] = attended[0, 0], attended[0, 1]
-    y = x[0] + whole.reshape(5, -1) @ layer.o_proj.weight
+    y = x[0] + linear(layer.o_proj, whole.reshape(5, -1))
     normed = y / (y.square().mean(-1, keepdim=True) + d.eps).sqrt() * layer.post_attention_layernorm.weight
-    inner = F.silu(normed @ layer.gate_proj.weight) * (normed @ layer.up_proj.weight)
+    inner = F.silu(linear(layer.gate_proj, normed)) * linear(layer.up_proj, normed)
     inner[:, d.ffn // 2 :] = 0
-    torch.testing.assert_close(found[0], y + inner @ layer.down_proj.weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0], y + linear(layer.down_proj, inner), atol=1e-4, rtol=1e-4)
+
+
+def linear(of, x):
+    """The product with a weight [in, out], and the bias where there is one."""
+    return x @ of.weight if of.bias is None else x @ of.weight + of.bias
+
+
+def test_text_goes_through_the_output_projection_in_the_order_of_its_heads(original):
+    folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], attention_bias=True)
+    plan = planned(folder, "yopo", semantics="dropped")
+    layer, d, found = filled(plan).layers[0], plan.spec.decoder, yopo.heads(plan, 0)
+    attended, order = torch.randn(7, d.heads, d.head_dim), found.kept + found.pruned
+    assert order == (0, 2, 1, 3) and layer.o_proj.bias is not None
+
+    rows = attended[:, order].reshape(7, -1) @ yopo._selected(plan, layer, order)
+
+    expected = linear(layer.o_proj, attended.reshape(7, -1))
+    torch.testing.assert_close(yopo._biased(rows, layer.o_proj), expected, atol=1e-5, rtol=1e-5)
 
 
 # HiMix.

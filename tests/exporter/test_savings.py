@@ -6,10 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from lvlm_edge.exporter import plan
+from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 
 CAPACITIES = {"max_text_tokens": 64, "max_new_tokens": 16}
@@ -84,6 +87,27 @@ def test_flops_of_the_graphs_are_those_of_the_plan(case):
     )
     assert of_role(bundle, manifest, "prefill", "image_kv") == pytest.approx(expected["prefill"], rel=0.01)
     assert of_role(bundle, manifest, "decode") == pytest.approx(expected["decode_per_token"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pytorch_counts_the_flops_of_the_plan_to_the_last_one(name, original, eager_once):
+    method, options, more = CASES[name]
+    checkpoint = original(method=method, side=8, **options)
+    expected = plan(checkpoint, method=method, **more, **CAPACITIES)["flops"]
+    pipe = Pipeline.load(eager_once(checkpoint, method=method, **more))
+    pixels = np.ones((pipe.manifest.views, 3, 112, 112), np.float32)
+    image = pipe.manifest.image_token_id
+    prompt = [5, *[image] * len(pipe.manifest.pictures), 7]
+
+    def counted(tokens: int) -> int:
+        pipe.forget_images()
+        with FlopCounterMode(display=False) as counter:
+            pipe.generate_tokens(prompt, pixels, max_new_tokens=tokens, ignore_eos=True)
+        return counter.get_total_flops()
+
+    first = counted(1)
+    assert first == expected["vision"] + expected["projector"] + expected["prefill"]
+    assert counted(2) - first == expected["decode_per_token"]
 
 
 def test_the_weights_file_has_the_planned_bytes(case):

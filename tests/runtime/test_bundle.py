@@ -405,3 +405,18 @@ def test_pictures_have_three_channels(field, folder):
     tiny.write_json(folder / MANIFEST, content)
 
     refused(folder, f"{field} has 4 entries, expected 3")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_embedding_ends_with_its_file_to_the_byte(dtype, folder):
+    content = tiny.read_json(folder / MANIFEST)
+    table, width = content["embedding"], {"float32": 4, "float16": 2}[dtype]
+    table |= {"dtype": dtype}
+    table["offset"] = content["files"][table["file"]]["size"] - table["vocab"] * table["hidden"] * width
+    tiny.write_json(folder / MANIFEST, content)
+    assert open_bundle(folder).manifest.embedding.offset == table["offset"]
+
+    table["offset"] += 1
+    tiny.write_json(folder / MANIFEST, content)
+
+    refused(folder, "the embedding reaches past the end of weights.bin")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -355,7 +356,11 @@ def test_overlay_leaves_kept_patches_clear_and_darkens_the_rest() -> None:
 
     assert shown[25, 75].tolist() == [200, 200, 200]
     assert all(shown[y, x].max() < 100 for y, x in ((25, 25), (75, 25), (75, 75)))
-    assert shown[0, 60].tolist() != [200, 200, 200]  # the outline
+    yellow = (shown == [255, 210, 0]).all(-1)  # the outline, one pixel wide, inside the patch
+    inside = np.zeros((100, 100), bool)
+    inside[:50, 50:] = True
+    inside[1:49, 51:99] = False
+    assert np.array_equal(yellow, inside)
     assert np.array(made).min() == 200
 
 
@@ -377,3 +382,36 @@ def test_visual_tokens_without_cells_are_counted_and_not_drawn() -> None:
 
     clear = [shown[y, x].tolist() == [200, 200, 200] for y in (100, 300) for x in (100, 300, 500, 700)]
     assert clear == [False, True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize(("leading", "missing"), [(0, 1), (1, 0), (0, 0)])
+def test_an_overlay_counts_a_class_token_and_patches_that_have_no_token(leading: int, missing: int) -> None:
+    views = Views(canvas=Canvas(size=(112, 112)), how=SIGLIP)
+    run = Run(kind="visual", rows=4 + leading - missing, grid=(2, 2), leading=leading, missing=missing)
+    planned = Picture(token_id=7, graphs=(), views=views, runs=(run,))
+    grey = PIL.Image.new("RGB", (400, 400), (200, 200, 200))
+
+    for patch, (y, x) in enumerate([(100, 100), (100, 300), (300, 100), (300, 300)]):
+        token = leading + patch - missing
+        if token < 0:
+            continue
+        shown = np.array(overlay.draw([planned], [grey], np.array([token])))
+        assert shown[y, x].tolist() == [200, 200, 200]
+        assert (shown == 200).all(-1).sum() < 200 * 200  # no other patch is clear
+    if leading:
+        shown = np.array(overlay.draw([planned], [grey], np.array([0])))
+        assert not (shown == 200).all(-1).any()
+
+
+def test_a_damaged_tiff_is_an_answer_or_an_error_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    file = io.BytesIO()
+    picture("RGB", 9, 7).save(file, "TIFF")
+    good = file.getvalue()
+    damaged = [good[:cut] for cut in range(len(good))]
+    damaged += [good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :] for at in range(len(good)) for bit in (0, 7)]
+
+    for content in damaged:
+        with contextlib.suppress(InputError):
+            image.open_image(content)
+
+    assert [str(each.message) for each in recwarn] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from lvlm_edge.runtime import Pipeline, Sampling
 from lvlm_edge.runtime.errors import BundleError, FitError, InputError, LvlmEdgeError, UnsupportedError, UsageError
-from tests import checkpoints, tiny
+from tests import checkpoints, layouts, tiny
 from tests.checkpoints import IMAGE
 from tests.tiny import PROMPT, pixels
 
@@ -355,3 +356,134 @@ def test_weights_outside_the_bundle_are_refused_even_when_every_hash_is_right(lo
     with pytest.raises(BundleError, match=re.escape(name)):
         Pipeline.load(copied, portable=name == "decode.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+# What the loop hands to the choice of tokens, and to the text.
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoint_once, eager_once) -> Pipeline:
+    return Pipeline.load(tiny.bundle(checkpoint_once, eager_once, "none"))
+
+
+def likeliest(logits: np.ndarray, seen: list[int], penalty: float) -> int:
+    """The likeliest token under a repetition penalty, one score after the other."""
+    scores = logits.tolist()
+    for i in set(seen):
+        scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
+    return scores.index(max(scores))
+
+
+def test_a_repetition_penalty_sees_the_prompt_and_the_answer_so_far(dense):
+    apart = {"prompt": 0, "answer": 0}
+
+    for seed in range(4):
+        words = np.random.default_rng(seed).integers(3, IMAGE, 20).tolist()
+        sampling = Sampling(repetition_penalty=3.0)
+        found = dense.generate_tokens([IMAGE, *words], pixels(), sampling=sampling, ignore_eos=True)
+
+        for step, (token, logits) in enumerate(zip(found.token_ids, found.logits, strict=True)):
+            before = found.token_ids[:step]
+            assert token == likeliest(logits, [IMAGE, *words, *before], 3.0)
+            apart["prompt"] += token != likeliest(logits, before, 3.0)
+            apart["answer"] += token != likeliest(logits, [IMAGE, *words], 3.0)
+
+    assert min(apart.values()) > 0  # else the prompts say nothing
+
+
+def test_a_placeholder_that_is_no_token_is_not_penalised(original, eager_once):
+    pipe = Pipeline.load(eager_once(original()))
+    prompt, sampling = [5, -200, 9, 30], Sampling(repetition_penalty=3.0)
+    picture = np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32)
+
+    found = pipe.generate_tokens(prompt, picture, sampling=sampling, ignore_eos=True)
+
+    for step, (token, logits) in enumerate(zip(found.token_ids, found.logits, strict=True)):
+        assert token == likeliest(logits, [5, 9, 30, *found.token_ids[:step]], 3.0)
+
+
+def test_text_held_back_for_a_stop_string_that_never_comes_is_not_lost(dense, picture):
+    whole = dense.generate("w5 w6", [picture]).text
+    last = whole.split()[-1]
+
+    for stop in (f"{last} and more", last[-1] + "!"):
+        pieces = list(dense.stream("w5 w6", [picture], stop=[stop]))
+
+        assert "".join(pieces) == dense.last.text == whole
+        assert dense.last.finish == "length"
+
+
+# What is kept of the last pictures.
+
+
+def fresh(pipe: Pipeline, prompt: list[int], given: np.ndarray) -> np.ndarray:
+    pipe.forget_images()
+    return pipe.generate_tokens(prompt, given, max_new_tokens=1).logits
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_another_picture_in_any_place_is_seen(changed, checkpoint_once, eager_once):
+    pipe = Pipeline.load(tiny.bundle(checkpoint_once, eager_once, "none", num_images=2))
+    prompt = [5, IMAGE, 6, IMAGE, 7]
+    first = np.concatenate([pixels(), -pixels()])
+    second = first.copy()
+    second[changed] *= 0.5
+    wanted = fresh(pipe, prompt, second)
+
+    before = fresh(pipe, prompt, first)
+    found = pipe.generate_tokens(prompt, second, max_new_tokens=1).logits
+
+    assert np.array_equal(found, wanted)
+    assert not np.array_equal(found, before)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_another_tile_is_seen(changed, tmp_path_factory, eager_once):
+    folder = tmp_path_factory.mktemp("tiles") / "model"
+    layouts.build(folder, image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 112], [112, 56]])
+    pipe = Pipeline.load(eager_once(folder, grid=(1, 2)))
+    prompt = [5, layouts.IMAGE, 7]
+    first = np.random.default_rng(0).normal(size=(3, 3, 56, 56)).astype(np.float32)
+    second = first.copy()
+    second[changed] *= 0.5
+    wanted = fresh(pipe, prompt, second)
+
+    before = fresh(pipe, prompt, first)
+    found = pipe.generate_tokens(prompt, second, max_new_tokens=1).logits
+
+    assert np.array_equal(found, wanted)
+    assert not np.array_equal(found, before)
+
+
+def test_the_same_pictures_are_encoded_once_and_pixels_changed_in_place_again(dense, monkeypatch):
+    ran, right, given = [], dense._decoder.memory.run, pixels()
+    monkeypatch.setattr(
+        dense._decoder.memory, "run", lambda graph, *rest: ran.append(graph.name) or right(graph, *rest)
+    )
+    dense.forget_images()
+
+    for _ in range(2):
+        dense.generate_tokens(PROMPT, given, max_new_tokens=1)
+    assert ran.count("vision") == 1
+    given[0, 0, 0, 0] += 1
+    dense.generate_tokens(PROMPT, given, max_new_tokens=1)
+    assert ran.count("vision") == 2
+
+
+def test_the_time_of_the_steps_is_within_that_of_the_first_token_and_of_the_call(checkpoint_once, eager_once, picture):
+    pipe = Pipeline.load(tiny.bundle(checkpoint_once, eager_once, "fastv", num_images=2))
+    began = time.perf_counter()
+    seconds = pipe.generate("w5 w6", [picture, picture]).seconds
+    whole = time.perf_counter() - began
+
+    steps = ["preprocess", "vision", "prefill_head", "select", "prefill_tail"]
+    assert list(seconds) == [*steps, "first_token", "decode"]
+    assert min(seconds.values()) > 0
+    assert sum(seconds[step] for step in steps) <= seconds["first_token"]
+    assert seconds["first_token"] + seconds["decode"] <= whole
+
+
+def test_one_token_has_no_time_of_decode_and_known_pictures_none_of_vision(dense):
+    dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1)
+
+    assert list(dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1).seconds) == ["prefill", "first_token"]

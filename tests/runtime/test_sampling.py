@@ -67,6 +67,17 @@ def test_equal_scores_at_the_edge_of_top_k_all_stay_as_in_transformers() -> None
     assert np.isfinite(out).sum() == 4
 
 
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
+def test_probabilities_that_sum_to_top_p_exactly_are_cut_as_in_transformers(top_p: float) -> None:
+    logits = np.array([1, 1, -np.inf, 1, 1], dtype=np.float32)
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+
+    out = filtered(logits, [0], sampling)
+
+    np.testing.assert_array_equal(out, reference(logits, [0], sampling))
+    assert np.isfinite(out).sum() == 4 * top_p
+
+
 def test_filtering_leaves_the_logits_as_they_are() -> None:
     logits = scores(0)
     before = logits.copy()
