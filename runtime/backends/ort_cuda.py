@@ -40,6 +40,7 @@ FLOATS = {ELEMENTS[dtype]: dtype for dtype in WIDTHS}
 DLPACK = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}  # code and bits of its types
 DRIVERS = {12: "525", 13: "580"}  # the first driver of a CUDA version
 LAST_FOR = {12: "1.26.0"}  # the last onnxruntime-gpu of PyPI for it, where that is not the newest
+LEGACY = "Conv of opset 18 does not take; export with --lowering modern, or with --dtype float16"
 CAPTURES = (1, 31)  # the first that keeps the host memory which copies inside a captured graph read again
 # Shared libraries that the CUDA provider opens, and the package that brings each; ones of CUDA 12 end in -cu12.
 LIBRARIES = {
@@ -48,6 +49,11 @@ LIBRARIES = {
     "libcublas.so.{cuda}": "nvidia-cublas",
     "libcurand.so.10": "nvidia-curand",
     "libcudnn.so.9": "nvidia-cudnn-cu{cuda}",
+}
+# Compute capabilities that PyPI's onnxruntime-gpu 1.31.1 has machine code for; it has none that a driver translates.
+CODE = {
+    "x86_64": ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)),
+    "aarch64": ((8, 9), (9, 0), (12, 0), (12, 1)),
 }
 # What ONNX Runtime says, and what helps.
 ADVICE = {
@@ -131,6 +137,8 @@ class OrtCudaBackend:
         path = bundle.path(graph.file)
         if path not in self._sessions:
             ort.check_opset(self._runtime, bundle.manifest.opset, NAME)
+            if (bundle.manifest.lowering, bundle.manifest.dtype) == ("legacy", "bfloat16"):
+                raise UnsupportedError(f"{NAME}: {path} is of bfloat16, which {LEGACY}")
             self._sessions[path] = self._opened(bundle, graph.file)
         opened = self._sessions[path]
         binding, kept = opened.session.io_binding(), []
@@ -280,6 +288,16 @@ def capsule(buffer: DeviceBuffer, device: int) -> Any:
 
 def _version(runtime: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in runtime.__version__.split(".")[:2] if part.isdigit())
+
+
+def has_code(capability: tuple[int, ...], machine: str) -> bool:
+    """Whether the wheels have code for a GPU: code runs on later minor versions of its compute capability too.
+
+    Args:
+        machine: `x86_64` or `aarch64`.
+    """
+    major, minor = capability
+    return any(major == m and n <= minor for m, n in CODE.get(machine, ()))
 
 
 def problem(runtime: ModuleType, driver: int) -> str:
