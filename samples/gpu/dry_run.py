@@ -237,9 +237,11 @@ def decode(bundle: Bundle, memory: Memory, bindings: Bindings) -> dict[str, obje
         steps.append(bindings.take())
     first, second = ([what for _, what, *_ in events] for events in steps)
     by_ort = [what for by, what, *_ in steps[1] if by == "ort"]
+    captured = steps[0][first.index("capture-begin") : first.index("capture-end")] if "capture-end" in first else []
     return {
         "captured": "capture-end" in first and second.count("graph-launch") == len(graphs),
         "copies": copies(steps[1]),
+        "copies_captured": copies(captured),
         "launches": by_ort.count("launch") + by_ort.count("graph-launch"),
         "launches_uncaptured": first.count("launch"),
         "allocations": second.count(ALLOCATED),
@@ -258,14 +260,15 @@ def row(name: str, found: dict[str, dict]) -> str:
     if "problem" in found:
         return f"| {name} | {found['problem']} |"
     step, held = found["decode"], found["weights"]
-    host = [f"{n} {by}" for by, n in step["copies"].items() if by.startswith("ort") and "D2D" not in by]
+    inside = Counter(step["copies"]) + Counter(step["copies_captured"])  # what is captured is done again by each replay
+    host = sum(n for by, n in inside.items() if by.startswith("ort") and "D2D" not in by)
     own = sum(n for by, n in step["copies"].items() if by.startswith("own") and "D2D" not in by)
     nodes = found["nodes"]
     cpu = sum(n for provider, n in nodes.items() if not provider.startswith("CUDA"))
     once = "yes" if held["by_us"] == held["in_the_file"] else f"no, {held['by_us']} of {held['in_the_file']}"
     captured = "yes" if step["captured"] else "no"
     return (
-        f"| {name} | {cpu} of {sum(nodes.values())} | {', '.join(host) or 0} | {own} | {captured} | {step['launches']} "
+        f"| {name} | {cpu} of {sum(nodes.values())} | {host} | {own} | {captured} | {step['launches']} "
         f"| {once} | {held['by_sessions']} |"
     )
 

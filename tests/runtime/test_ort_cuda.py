@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lvlm_edge.exporter.proof import certificate, parity
 from lvlm_edge.exporter.proof.cases import synthetic
 from lvlm_edge.runtime import Pipeline, backends
 from lvlm_edge.runtime.backends import ort_cuda
@@ -375,6 +377,28 @@ def test_the_command_line_answers_with_it(modern, machine, tmp_path):
     assert found.stdout == tiny.cli(*run).stdout
     machine.fail["run"] = 700
     assert "CUDA failure 700" in tiny.refused(1, *run, "--backend", "ort-cuda")
+
+
+def test_check_judges_what_it_runs(modern, machine, checkpoint_once):
+    verdict = parity.check(modern, tiny.checkpoint(checkpoint_once), backend="ort-cuda", steps=3, store=False)
+
+    assert verdict.passed, verdict.first_failure
+    assert machine.calls["run"] > 20
+
+
+def test_a_certificate_names_the_wheel_that_is_installed(monkeypatch):
+    real = certificate.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.31.1" if name == "onnxruntime-gpu" else real(name)
+
+    monkeypatch.setattr(certificate.metadata, "version", version)
+
+    found = certificate.versions()
+
+    assert found["onnxruntime-gpu"] == "1.31.1" and "onnxruntime" not in found and "torch" in found
 
 
 # Weights and operators in a graph's bytes.
