@@ -5,6 +5,7 @@ Tests run in random order, file by file. One that exports has the marker `export
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -101,6 +102,15 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """Collecting garbage does not look at what was there before the test: PyTorch alone takes a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

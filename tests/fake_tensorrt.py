@@ -97,6 +97,7 @@ class Machine:
     ) -> None:
         self.capability, self.integrated, self.version = capability, integrated, version
         self.modern, self.jit, self.capturable = modern, jit, capturable
+        self.driver = 13000
         self.calls: Counter[str] = Counter()
         self.fail: dict[str, int] = {}
         self.skip: dict[str, int] = {}
@@ -186,6 +187,9 @@ class CudaRuntime(types.ModuleType):
 
 class Functions:
     """What the functions do; a stream is any stream but 0."""
+
+    def cudaDriverGetVersion(m: Machine) -> int:
+        return m.driver
 
     def cudaGetDevice(m: Machine) -> int:
         return 0

@@ -132,7 +132,7 @@ def test_an_error_is_a_document_too_where_json_is_asked_for(code, arguments, bun
 def test_a_gpu_without_a_profile_is_told_its_compute_capability(checkpoint_once):
     plan = ("plan", tiny.checkpoint(checkpoint_once), "--device")
 
-    for name, capability in (("rtx-3090", "8.6"), ("RTX-2080-Ti", "7.5"), ("a100", "8.0"), ("h100-sxm", "9.0")):
+    for name, capability in (("rtx-3090", "8.6"), ("RTX-2080-Ti", "7.5"), ("a30", "8.0"), ("h200-nvl", "9.0")):
         assert f"--device rtx-4090 --compute-capability {capability}; known: " in tiny.refused(3, *plan, name)
     assert "did you mean rtx-4090?" in tiny.refused(3, *plan, "rtx4090")
 

@@ -20,8 +20,8 @@ from lvlm_edge.exporter.commands.output import progress_bar, show, table
     multiple=True,
     default=["ort"],
     show_default=True,
-    help="Backend that runs the bundles: ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT-RTX); may be given "
-    "repeatedly.",
+    help="Backend that runs the bundles: ort (ONNX Runtime on the CPU), ort-cuda (the same on an NVIDIA GPU), trt "
+    "(TensorRT) or trt-rtx (TensorRT-RTX); may be given repeatedly.",
 )
 @click.option(
     "--keep-ratio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ def devices(profile: str | None, as_json: bool) -> None:
 
     found = [profiles.find(profile)] if profile else [profiles.load(name) for name in profiles.names()]
     if as_json:
-        rows = [dataclasses.asdict(p) for p in found]
+        rows = [dataclasses.asdict(p) | {"backends": p.backends} for p in found]
         click.echo(json.dumps(rows[0] if profile else rows, indent=1))
     elif profile:
         _print_device(found[0])
@@ -29,7 +30,7 @@ def devices(profile: str | None, as_json: bool) -> None:
 
 
 def _print_devices(found: list[Any]) -> None:
-    rows = [("device", "GB", "GB/s", "TFLOP/s", "compute", "backend", "lowering", "JetPack", "TensorRT")]
+    rows = [("device", "GB", "GB/s", "TFLOPS", "compute", "backend", "lowering", "JetPack", "TensorRT")]
     for p in found:
         figures = (p.memory_gb, p.bandwidth_gb_s, p.tflops and p.tflops["float16"], p.compute_capability)
         release = (p.release.version, p.release.tensorrt) if p.release else ("", "")
@@ -37,7 +38,9 @@ def _print_devices(found: list[Any]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # no rich table: it would cut the names on a narrow terminal
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    click.echo("\nTFLOP/s: float16, dense; lvlm-edge devices DEVICE explains one, with the source of every figure")
+    also = ", ".join(p.name for p in found if len(p.backends) > 1)
+    click.echo("\n" + textwrap.fill(f"ort-cuda runs on these too: {also}", 80))
+    click.echo("\nTFLOPS: float16, dense; lvlm-edge devices DEVICE explains one, with the source of every figure")
 
 
 def _value(figure: Any) -> str:
@@ -48,7 +51,7 @@ def _value(figure: Any) -> str:
 def _print_device(p: Any) -> None:
     """Every figure of a profile with its source; long addresses are not cut."""
     click.echo(f"{p.name}: {p.description}")
-    click.echo(f"backend {p.backend}, lowering {p.lowering}, dtypes {', '.join(p.dtypes)}")
+    click.echo(f"backend {' or '.join(p.backends)}, lowering {p.lowering}, dtypes {', '.join(p.dtypes)}")
     figures = {
         "weight formats": p.quantised,
         "compute capability": p.compute_capability,

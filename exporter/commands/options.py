@@ -60,7 +60,8 @@ BACKEND = click.option(
     "--backend",
     default="ort",
     show_default=True,
-    help="Backend that runs the graphs: ort (ONNX Runtime), trt (TensorRT) or trt-rtx (TensorRT-RTX).",
+    help="Backend that runs the graphs: ort (ONNX Runtime on the CPU), ort-cuda (the same on an NVIDIA GPU), trt "
+    "(TensorRT) or trt-rtx (TensorRT-RTX).",
 )
 
 ENGINES = click.option(

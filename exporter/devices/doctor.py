@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_edge.exporter.devices import profiles
+from lvlm_edge.runtime.backends import ort_cuda
 from lvlm_edge.runtime.backends.ort import MODERN, TELEMETRY
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
@@ -45,6 +46,11 @@ INSTALL = {
 ON_JETSON = (
     "sudo apt install python3-libnvinfer, make the environment with python3 -m venv --system-site-packages, and pip "
     "install 'cuda-bindings=={cuda}.*'"
+)
+
+ON_JETSON_ORT = (
+    "a build of onnxruntime for this JetPack: pip install onnxruntime-gpu --index-url "
+    "https://pypi.jetson-ai-lab.io/jp6/cu126 on JetPack 6, for bundles of --lowering legacy"
 )
 
 
@@ -167,6 +173,7 @@ def _parts(
         *_of_ort(loads["ort"]),
     ]
     without = [] if gpus else [f"no GPU: {cuda}"]
+    parts.append(_of_ort_cuda(loads["ort"], gpus, without, jetson=release is not None))
     if release is None:
         parts.append(_library("build for trt-rtx, on any machine", "trt-rtx", loads["trt-rtx"], []))
         parts.append(_library("run with trt-rtx", "trt-rtx", loads["trt-rtx"], without))
@@ -191,6 +198,32 @@ def _of_ort(loaded: str) -> list[Part]:
         Part(name="run bundles of --lowering legacy with ort", works=True, why=f"onnxruntime {loaded}"),
         Part(name="run bundles of --lowering modern with ort", works=False, why=newer, install=INSTALL["ort"]),
     ]
+
+
+def _of_ort_cuda(loaded: str, gpus: list[dict[str, Any]], without: list[str], *, jetson: bool) -> Part:
+    """Whether ONNX Runtime runs bundles on the GPU."""
+    name, install = "run with ort-cuda", ON_JETSON_ORT if jetson else ort_cuda.INSTALL
+    if not loaded or loaded.startswith(": "):
+        why = f"onnxruntime does not load ({loaded[2:]})" if loaded else "onnxruntime is not installed"
+        return Part(name=name, works=False, why=why, install=install)
+    wrong, _, advice = ort_cuda.problem(importlib.import_module("onnxruntime"), _driver()).rpartition("; ")
+    if wrong:
+        return Part(name=name, works=False, why=wrong, install=ON_JETSON_ORT if jetson else advice)
+    here = platform.machine()
+    foreign = [g for g in gpus if not ort_cuda.has_code(profiles.numbers(g["compute_capability"]), here)]
+    lacks = [f"PyPI's wheels have no code for compute capability {g['compute_capability']}" for g in foreign]
+    if jetson or not (without or lacks):  # there somebody else has built it
+        return Part(name=name, works=not without, why="; ".join([f"onnxruntime-gpu {loaded}", *without]))
+    return Part(name=name, works=False, why=f"onnxruntime-gpu {loaded} loads, but {'; '.join([*without, *lacks])}")
+
+
+def _driver() -> int:
+    """The CUDA version of the driver, as CUDA numbers it; 0 where nobody can say."""
+    try:
+        status, version = importlib.import_module("cuda.bindings.runtime").cudaDriverGetVersion()
+    except Exception:  # as above
+        return 0
+    return 0 if int(status) else int(version)
 
 
 def _library(what: str, backend: str, loaded: str, lacks: list[str], install: str = "") -> Part:

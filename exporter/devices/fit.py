@@ -134,14 +134,15 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     """
     if weights not in WEIGHTS:
         raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
-    built = profile.backend != "ort"
-    together = not built and plan.lowering.shares_weights and plan.method.shares_weights
+    built = profile.builds
+    in_one = profile.backend == "ort" and plan.lowering.shares_weights and plan.method.shares_weights
+    together = in_one or (profile.backend == "ort-cuda" and weights == "as-is")
     engines = engine_bytes(_sharing(plan) if together else plan, weights=weights)
     memory = _memory(profile)
     usable = None if memory is None else round(memory * profile.usable_share.value)
     # TensorRT-RTX builds anywhere, and for a card TensorRT builds in the host's memory, which the profile cannot know.
     here = profile.backend == "trt" and profile.unified_memory
-    place = "ort" if not built else "unified" if profile.unified_memory else "card"
+    place = "ort" if profile.kind == "cpu" else "unified" if profile.unified_memory else "card"
     peak = LIBRARIES + round(max(engines) * _build_factor(profile)) + workspace_bytes(profile) * profile.unified_memory
     return Fit(
         device=profile.name,
@@ -284,7 +285,7 @@ def _changes(start: _Case) -> list[list[_Change]]:
         [_keep(start.plan, ratio) for ratio in (0.5, 0.25, 0.1)],
         [_text(n) for n in (128, 64, 32) if n < start.plan.text_tokens],
         [_jetpack(start.profile.name, newest)] if newest and newest != start.profile.jetpack else [],
-        [share] if not start.plan.share_weights and start.profile.backend != "ort" else [],
+        [share] if not start.plan.share_weights and start.profile.builds else [],
         [_weights(kind) for kind in ("int8", "int4") if _smaller(kind, start)],
     ]
 

@@ -15,11 +15,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from lvlm_edge.runtime.backends import ort_cuda
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, nearest
 
 CHOICES = {
     "kind": ("jetson", "gpu", "cpu"),
-    "backend": ("ort", "trt", "trt-rtx"),
+    "backend": ("ort", "ort-cuda", "trt", "trt-rtx"),
     "lowering": ("modern", "legacy"),
     "dtypes": ("float32", "float16", "bfloat16"),
     "quantised": ("int8", "int4", "fp8", "fp4"),
@@ -81,7 +82,7 @@ class Profile:
         name: the file's name without `.toml`, with hyphens.
         description: one line for people.
         kind: jetson, gpu (a card or a desktop computer) or cpu.
-        backend: what runs the graphs: ort, trt or trt-rtx.
+        backend: what runs the graphs best: ort, ort-cuda, trt or trt-rtx.
         lowering: operators the graphs use by default: modern (opset 24) or legacy (opset 18).
         dtypes: dtypes of graphs that the device runs.
         default_dtype: the one of them used when none is asked for.
@@ -126,6 +127,20 @@ class Profile:
     def lowerings(self) -> tuple[str, ...]:
         """The lowerings that the device's TensorRT (or ONNX Runtime) takes."""
         return CHOICES["lowering"] if self.release is None else self.release.lowerings
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """What runs the graphs: `backend`, and `ort-cuda` where onnxruntime-gpu's wheels have code for the GPU."""
+        if self.compute_capability is None or self.backend == ort_cuda.NAME:
+            return (self.backend,)
+        machine = "aarch64" if self.unified_memory else "x86_64"
+        runs = ort_cuda.has_code(numbers(self.compute_capability.value), machine)
+        return (self.backend, ort_cuda.NAME) if runs else (self.backend,)
+
+    @property
+    def builds(self) -> bool:
+        """Whether its backend runs engines that are built from the graphs."""
+        return self.backend in ("trt", "trt-rtx")
 
     def with_jetpack(self, version: str) -> Profile:
         """The profile under another JetPack release, with the newest lowering that it parses.

@@ -6,6 +6,7 @@ packages, and the hash of the manifest, so that a certificate of another export 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lvlm_edge.exporter.proof.judge import Verdict
     from lvlm_edge.runtime import Pipeline
 
-PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "numpy")
+PACKAGES = ("lvlm-edge", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 def write(
@@ -54,11 +55,20 @@ def write(
         "cases": [{"name": c.name, "prompt": c.prompt, "pixels_sha256": _digest(c.pixels)} for c in cases],
         "not_judged": verdict.not_judged,
         "rows": [asdict(row) for row in verdict.rows],
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     name = certificate_name(pipe.bundle.name)
     with replacing(bundle / name) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what judged and ran; ONNX Runtime comes in one of two packages."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _digest(values: NDArray[Any] | Sequence[NDArray[Any]]) -> str:

@@ -103,7 +103,7 @@ class Settings:
     """How to time; keyword options of `bench`.
 
     Attributes:
-        backends: `ort`, `trt` or `trt-rtx`.
+        backends: `ort`, `ort-cuda`, `trt` or `trt-rtx`.
         keep_ratios: those of the ratios that every bundle holds which are to be timed; by default that of its export.
         against: checkpoint of the first bundle, to time PyTorch with too: transformers in float32 with sdpa, on every
             visual token whatever the bundle's method.

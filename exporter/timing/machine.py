@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("lvlm-edge", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "transformers")
+PACKAGES = ("lvlm-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "transformers")
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Backends run a bundle's graphs; one file each, chosen by name (`ort`, `trt`, `trt-rtx`)."""
+"""Backends run a bundle's graphs; one file each, chosen by name (`ort`, `ort-cuda`, `trt`, `trt-rtx`)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(name: str, **options: Any) -> Backend:
     """A backend by name.
 
     Args:
-        options: the backend's own (`ort`: `threads`, `exact`; `trt`, `trt-rtx`: `engines`).
+        options: the backend's own (`ort`: `threads`, `exact`; `ort-cuda`: `capture`; `trt`, `trt-rtx`: `engines`).
 
     Raises:
         UnsupportedError: unknown, or its packages are not installed.

@@ -90,7 +90,7 @@ class OrtBackend:
                 self._runtime,
                 path,
                 content=self.content(bundle, graph.file),
-                weights=_linked(bundle),
+                weights=linked(bundle),
                 threads=self._threads,
                 exact=self._exact,
             )
@@ -98,7 +98,12 @@ class OrtBackend:
         binding = session.io_binding()
         for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for info in infos:
-                array = _array(path, info, buffers)
+                buffer = buffers.get(info.name)
+                assert buffer is None or isinstance(buffer, HostBuffer)
+                held = None if buffer is None else TensorInfo(info.name, buffer.array.dtype.name, buffer.array.shape)
+                check_tensor(path, info, held)
+                assert buffer is not None
+                array = buffer.array
                 bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return OrtSession(path, session, binding)
 
@@ -107,17 +112,17 @@ class OrtBackend:
         return bundle.graph(file)
 
 
-def check_opset(runtime: ModuleType, opset: int) -> None:
+def check_opset(runtime: ModuleType, opset: int, backend: str = "ort") -> None:
     """Raise UnsupportedError for an opset that the installed ONNX Runtime is too old for."""
     version = tuple(int(part) for part in runtime.__version__.split(".")[:2] if part.isdigit())
     if opset >= MODERN_OPSET and version < MODERN:
         raise UnsupportedError(
-            f"ort: the bundle is of opset {opset}, which needs onnxruntime {MODERN[0]}.{MODERN[1]} (Python 3.11) or "
-            f"newer, here is {runtime.__version__}; export with --lowering legacy, or upgrade"
+            f"{backend}: the bundle is of opset {opset}, which needs onnxruntime {MODERN[0]}.{MODERN[1]} (Python 3.11) "
+            f"or newer, here is {runtime.__version__}; export with --lowering legacy, or upgrade"
         )
 
 
-def _linked(bundle: Bundle) -> Path | None:
+def linked(bundle: Bundle) -> Path | None:
     """The file of weights where it is a link, which ONNX Runtime does not follow."""
     path = bundle.path(bundle.manifest.weights)
     return path if path.is_symlink() else None
@@ -171,23 +176,23 @@ def load(
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
 
 
-def _array(path: Path, info: Any, buffers: Mapping[str, Buffer]) -> Array:
-    """The memory behind a graph's input or output."""
-    buffer = buffers.get(info.name)
-    assert buffer is None or isinstance(buffer, HostBuffer)
-    kinds = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-    wanted = None if buffer is None else (buffer.array.dtype.name, list(buffer.array.shape))
+def check_tensor(path: Path, info: Any, buffer: TensorInfo | None) -> None:
+    """Raise BundleError where a session's input or output is not of its buffer's dtype and shape."""
+    kinds = {f"tensor({t})": t for t in ("float16", "bfloat16", "int64")} | {"tensor(float)": "float32"}
+    wanted = None if buffer is None else (buffer.dtype, list(buffer.shape))
     shape = info.shape
     if wanted is not None and len(shape) == len(wanted[1]):  # a size that the file leaves open is a name there
         shape = [there if isinstance(here, str) else here for here, there in zip(shape, wanted[1], strict=True)]
     found = (kinds.get(info.type, info.type), shape)
-    if buffer is None or found != wanted:
+    if found != wanted:
         raise BundleError(f"{path}: {info.name!r} is {found}, the manifest says {wanted}; export the bundle again")
-    return buffer.array
 
 
-def library() -> ModuleType:
+def library(backend: str = "ort") -> ModuleType:
     """The module `onnxruntime`, which is told to send no telemetry.
+
+    Args:
+        backend: for which it is, and the extra that brings it.
 
     Raises:
         UnsupportedError: it is not installed.
@@ -196,7 +201,9 @@ def library() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UnsupportedError("ort: onnxruntime is not installed; pip install 'lvlm-edge[ort]'") from error
+        raise UnsupportedError(
+            f"{backend}: onnxruntime is not installed; pip install 'lvlm-edge[{backend}]'"
+        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 

@@ -8,18 +8,17 @@ as one CUDA graph.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvlm_edge.runtime.backends import Buffer, Session
-from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch
+from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch, library
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of, folder
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.bundle.replacing import replacing
-from lvlm_edge.runtime.errors import DeviceError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import DeviceError, UsageError
 
 INSTALL = {
     "trt": "pip install tensorrt cuda-bindings (on a Jetson: TensorRT comes with JetPack)",
@@ -269,13 +268,5 @@ def create(threads: int | None = None, *, engines: str | Path | None = None, bac
     if threads is not None:
         raise UsageError(f"{backend}: takes no number of threads, since it runs on the GPU; leave --threads out")
     base = None if engines is None else Path(engines)
-    return TrtBackend(backend, _load(backend, MODULES[backend]), _load(backend, "cuda.bindings.runtime"), base)
-
-
-def _load(backend: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # with its own libraries missing, the import can raise anything
-        absent = isinstance(error, ModuleNotFoundError)
-        reason = "is not installed" if absent else f"does not load ({' '.join(str(error).split())[:200]})"
-        raise UnsupportedError(f"{backend}: {module} {reason}; {INSTALL[backend]}") from error
+    module, runtime = (library(backend, name, INSTALL[backend]) for name in (MODULES[backend], "cuda.bindings.runtime"))
+    return TrtBackend(backend, module, runtime, base)

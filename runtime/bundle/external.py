@@ -1,8 +1,12 @@
-"""Which files an ONNX graph reads besides its own, found without the package onnx: a walk over the protocol buffer."""
+"""What an ONNX graph reads besides its own file, and which operators it has, found without the package onnx.
+
+A walk over the protocol buffer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 # Fields that lead to tensors, by message: field number to the message there. Source: onnx.proto3 of ONNX 1.19.
 INSIDE = {
@@ -17,6 +21,23 @@ INSIDE = {
     "entry": {},
 }
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer of a graph whose rows are in another file.
+
+    Attributes:
+        kind: of its elements, as TensorProto numbers them.
+        offset: of its first byte in that file.
+        size: bytes; None where the graph does not say.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    size: int | None
 
 
 def locations(model: bytes) -> set[str]:
@@ -34,6 +55,8 @@ def locations(model: bytes) -> set[str]:
         kind, at, end = left.pop()
         pair: dict[int, bytes] = {}
         for number, begin, stop in _fields(view, at, end):
+            if stop is None:
+                continue
             if kind == "entry":
                 pair[number] = bytes(view[begin:stop])
             elif number in INSIDE[kind]:
@@ -43,13 +66,78 @@ def locations(model: bytes) -> set[str]:
     return found
 
 
-def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of every field of a message that has a length."""
+def operators(model: bytes) -> set[tuple[str, str]]:
+    """Domain and name of every operator that a graph asks for, in its subgraphs and functions too.
+
+    Args:
+        model: the bytes of a ModelProto.
+
+    Raises:
+        ValueError: they are no protocol buffer.
+    """
+    found, view = set[tuple[str, str]](), memoryview(model)
+    left = [("model", 0, len(model))]
+    while left:
+        kind, at, end = left.pop()
+        named: dict[int, str] = {}
+        for number, begin, stop in _fields(view, at, end):
+            if stop is None:
+                continue
+            if kind == "node" and number in (4, 7):
+                named[number] = bytes(view[begin:stop]).decode("utf-8")
+            elif INSIDE[kind].get(number) not in (None, "tensor", "sparse", "entry"):
+                left.append((INSIDE[kind][number], begin, stop))
+        if kind == "node":
+            found.add((named.get(7, ""), named.get(4, "")))
+    return found
+
+
+def weights(model: bytes) -> tuple[Weight, ...]:
+    """The initializers of a graph, not of its subgraphs, that are in another file.
+
+    Args:
+        model: the bytes of a ModelProto.
+
+    Raises:
+        ValueError: they are no protocol buffer, or an offset is no number.
+    """
+    view = memoryview(model)
+    graphs = [(b, e) for number, b, e in _fields(view, 0, len(model)) if number == 7 and e is not None]
+    tensors = [(b, e) for graph in graphs for number, b, e in _fields(view, *graph) if number == 5 and e is not None]
+    return tuple(found for at in tensors if (found := _weight(view, *at)) is not None)
+
+
+def _weight(view: memoryview, at: int, end: int) -> Weight | None:
+    """A TensorProto, if its rows are elsewhere."""
+    name, kind, shape, said = "", 0, list[int](), dict[bytes, str]()
+    for number, begin, stop in _fields(view, at, end):
+        if number == 1 and stop is None:
+            shape.append(begin)
+        elif number == 1 and stop is not None:  # packed
+            while begin < stop:
+                size, begin = _varint(view, begin, stop)
+                shape.append(size)
+        elif number == 2:
+            kind = begin
+        elif number == 8:
+            name = bytes(view[begin:stop]).decode("utf-8")
+        elif number == 13 and stop is not None:
+            pair = {key: bytes(view[b:e]) for key, b, e in _fields(view, begin, stop) if e is not None}
+            said[pair.get(1, b"")] = pair.get(2, b"").decode("utf-8")
+    if b"location" not in said:
+        return None
+    length = said.get(b"length")
+    return Weight(name, kind, tuple(shape), int(said.get(b"offset", "0")), None if length is None else int(length))
+
+
+def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+    """Number, begin and end of every field of a message that has a length; number, value and None of an integer."""
     while at < end:
         tag, at = _varint(view, at, end)
         kind, begin = tag & 7, at
         if kind == VARINT:
-            _, at = _varint(view, at, end)
+            value, at = _varint(view, at, end)
+            yield tag >> 3, value, None
         elif kind in (FIXED64, FIXED32):
             at += 8 if kind == FIXED64 else 4
         elif kind == BYTES:

@@ -56,14 +56,14 @@ class Pipeline:
 
         Args:
             bundle: folder made by `lvlm-edge export`.
-            backend: `ort`, `trt` or `trt-rtx`.
+            backend: `ort`, `ort-cuda`, `trt` or `trt-rtx`.
             keep_ratio: one of those that the bundle holds; None for that of its export.
             verify: hash every file first.
             certified: refuse a bundle that has not passed `lvlm-edge check` as it is now. The certificate lies in the
                 bundle: it guards against accidents, and not against who can write there. None: do not read it.
             portable: run the graphs that are for every backend, even where the bundle has others for this one.
             options: fields of `Reading` (`max_megapixels`, `bgr`, `allow_url`), and the backend's own (`ort`:
-                `threads`, `exact`; `trt` and `trt-rtx`: `engines`, a folder).
+                `threads`, `exact`; `ort-cuda`: `capture`; `trt` and `trt-rtx`: `engines`, a folder).
 
         Raises:
             BundleError: the bundle is damaged, altered, not for this version, or not certified.

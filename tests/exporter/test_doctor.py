@@ -11,7 +11,7 @@ import types
 import pytest
 
 from lvlm_edge.exporter.devices import doctor
-from lvlm_edge.runtime.backends import ort
+from lvlm_edge.runtime.backends import ort, ort_cuda
 from lvlm_edge.runtime.errors import UnsupportedError
 from tests import tiny
 from tests.tiny import cli
@@ -71,7 +71,7 @@ def parts(found: dict) -> dict[str, dict]:
 
 
 def library(version: str) -> types.SimpleNamespace:
-    return types.SimpleNamespace(__version__=version)
+    return types.SimpleNamespace(__version__=version, get_available_providers=lambda: ["CPUExecutionProvider"])
 
 
 def test_the_command_prints_one_document_and_ends_well():
@@ -211,3 +211,68 @@ main({[str(a) for a in arguments]!r})
     assert len(done.stderr.splitlines()) == 1
     assert f"pip install 'lvlm-edge[{'ort' if module == 'onnxruntime' else 'export'}]'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def gpu_wheel(version: str = "1.31.1") -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        __version__=version,
+        cuda_version="13.0",
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        preload_dlls=lambda: None,
+    )
+
+
+def card(major: int, minor: int, driver: int = 13000) -> types.SimpleNamespace:
+    found = types.SimpleNamespace(name=b"card", major=major, minor=minor, totalGlobalMem=1 << 34, integrated=0)
+    return types.SimpleNamespace(
+        cudaGetDeviceCount=lambda: (Status(0), 1),
+        cudaGetDeviceProperties=lambda _: (Status(0), found),
+        cudaDriverGetVersion=lambda: (Status(0), driver),
+    )
+
+
+@pytest.fixture
+def of_gpu(modules, monkeypatch, tmp_path):
+    """What doctor says of ort-cuda where the GPU wheel is installed."""
+    monkeypatch.setattr(ort_cuda, "_installed", lambda name: name == "onnxruntime-gpu")
+    monkeypatch.setattr(ort_cuda, "loads", lambda file: True)
+
+    def said(runtime) -> dict:
+        modules(onnxruntime=gpu_wheel(), cuda__bindings=True, cuda__bindings__runtime=runtime)
+        monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+        return parts(doctor.report(tmp_path))["run with ort-cuda"]
+
+    return said
+
+
+def test_onnx_runtime_on_a_gpu_that_it_has_code_for(of_gpu):
+    assert of_gpu(card(9, 0)) == {
+        "name": "run with ort-cuda",
+        "works": True,
+        "why": "onnxruntime-gpu 1.31.1",
+        "install": "",
+    }
+    assert of_gpu(card(8, 9))["works"]
+
+
+def test_what_keeps_onnx_runtime_from_a_gpu(of_gpu, monkeypatch):
+    foreign = of_gpu(card(10, 0))
+    assert not foreign["works"] and "no code for compute capability 10.0" in foreign["why"]
+    old = of_gpu(card(9, 0, driver=12020))
+    assert not old["works"] and "the driver is too old: it is for CUDA 12.2" in old["why"]
+    assert old["install"].startswith("update it to 580 or newer, or pip install 'onnxruntime-gpu==1.26.0'")
+    monkeypatch.setattr(ort_cuda, "loads", lambda file: "cudnn" not in file)
+    none = of_gpu(card(9, 0))
+    assert "libcudnn.so.9 is not there" in none["why"] and none["install"] == "pip install nvidia-cudnn-cu13"
+    monkeypatch.setattr(ort_cuda, "_installed", lambda name: True)
+    both = of_gpu(card(9, 0))
+    assert "both installed" in both["why"]
+    assert both["install"].startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
+
+
+def test_the_cpu_wheel_is_no_gpu_wheel_and_a_jetson_has_neither(modules, jetson, tmp_path):
+    modules(onnxruntime=library("1.31.1"))
+    assert "has no CUDA provider" in parts(doctor.report(tmp_path))["run with ort-cuda"]["why"]
+    modules(onnxruntime=None)
+    advice = parts(doctor.report(jetson()))["run with ort-cuda"]["install"]
+    assert "jp6/cu126" in advice and "--lowering legacy" in advice

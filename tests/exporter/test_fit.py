@@ -352,3 +352,14 @@ def test_it_is_known_in_two_seconds_without_torch_and_tensorrt(arguments, code, 
         if seconds[-1] < 2:
             break
     assert min(seconds) < 2
+
+
+def test_onnx_runtime_on_a_gpu_holds_float_weights_once_and_integers_once_per_graph(planned):
+    h100, card = profiles.load("h100"), profiles.load("rtx-pro-6000")
+    plan = planned(lowering="modern")
+
+    once, twice = fit.predict(plan, h100), fit.predict(plan, card)
+
+    assert once.weights < 0.6 * twice.weights  # prompt and decode read the same
+    assert once.build_peak == 0 and once.workspace == 0
+    assert fit.predict(plan, h100, weights="int8").weights > 0.8 * fit.predict(plan, card, weights="int8").weights

@@ -60,8 +60,16 @@ def test_the_devices_of_the_project_are_all_there():
     assert set(profiles.names()) == {
         "orin-nano-4gb", "orin-nano-8gb", "orin-nx-8gb", "orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb",
         "thor-t4000", "thor-t5000", "dgx-spark", "rtx-3060", "rtx-4070", "rtx-4090", "rtx-5090", "rtx-pro-6000",
-        "l4", "cpu",
+        "l4", "l40s", "a100", "h100", "cpu",
     }  # fmt: skip
+
+
+def test_onnx_runtime_runs_on_the_gpus_that_its_wheels_have_code_for():
+    runs = {name for name in profiles.names() if "ort-cuda" in profiles.load(name).backends}
+
+    cards = {"a100", "h100", "l4", "l40s", "rtx-3060", "rtx-4070", "rtx-4090", "rtx-5090", "rtx-pro-6000", "dgx-spark"}
+    assert runs == cards  # no Jetson: 8.7 and 11.0 are not among what PyPI's wheels have
+    assert {profiles.load(name).backend for name in ("a100", "h100", "l40s")} == {"ort-cuda"}
 
 
 def test_cpu_is_a_known_profile():

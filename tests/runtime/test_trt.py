@@ -129,15 +129,6 @@ def few(pipe):
     return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4)
 
 
-@pytest.fixture
-def quick_collection():
-    """Collecting garbage does not look at what was there before the test: PyTorch alone takes a tenth of a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # Tokens.
 
 

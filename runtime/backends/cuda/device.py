@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from typing import Any
 
@@ -9,9 +10,26 @@ import numpy as np
 
 from lvlm_edge.runtime.backends import Array, Buffer, from_bfloat16, numpy_dtype, to_bfloat16
 from lvlm_edge.runtime.bundle import TensorInfo
-from lvlm_edge.runtime.errors import DeviceError
+from lvlm_edge.runtime.errors import DeviceError, UnsupportedError
 
 ALIGNMENT = 256  # bytes, of scratch memory
+
+
+def library(backend: str, module: str, install: str) -> Any:
+    """A module that a backend needs.
+
+    Args:
+        install: what to do where it is missing.
+
+    Raises:
+        UnsupportedError: it is not installed or does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # with its own libraries missing, the import can raise anything
+        absent = isinstance(error, ModuleNotFoundError)
+        reason = "is not installed" if absent else f"does not load ({' '.join(str(error).split())[:200]})"
+        raise UnsupportedError(f"{backend}: {module} {reason}; {install}") from error
 
 
 class Cuda:
@@ -19,7 +37,8 @@ class Cuda:
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
-        self.properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
+        self.device = int(self.call("cudaGetDevice"))
+        self.properties = self.call("cudaGetDeviceProperties", self.device)
         # blocking streams would wait for whatever else runs in the process
         self.stream = int(self.call("cudaStreamCreateWithFlags", int(runtime.cudaStreamNonBlocking)))
         self.owned(self, "cudaStreamDestroy", self.stream)
