@@ -266,10 +266,8 @@ def table(found: dict[str, Any]) -> str:
         share = f"{row['weights_bytes'] / (step / 1e3) / rate:.0%}" if rate and "weights_bytes" in row else ""
         memory = f"{row['gpu_bytes'] / 1e9:.1f}" if row["gpu_bytes"] else ""
         lines.append(f"| {name} | {first:.1f} | {step:.2f} | {memory} | {share} |")
-    for row in torch.get("logits", {}).values():
-        lines.append(
-            f"logits of {row['of']}: {row['largest']:.1e} of the largest, {row['same_choices']:.0%} equal choices"
-        )
+    for name, row in torch.get("logits", {}).items():
+        lines.append(f"logits of {name}: {row['largest']:.1e} of the largest, {row['same_choices']:.0%} equal choices")
     return "\n".join(lines)
 
 
