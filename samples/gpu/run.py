@@ -26,7 +26,7 @@ from dry_run import METHODS, SAMPLE
 from lvlm_edge.exporter.devices import doctor
 from lvlm_edge.exporter.timing.machine import machine
 from lvlm_edge.runtime import Pipeline, backends
-from lvlm_edge.runtime.bundle import Manifest, open_bundle
+from lvlm_edge.runtime.bundle import Manifest, external, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -152,7 +152,8 @@ def timed(s: Setting, pipe: Pipeline, into: Path) -> dict[str, Any]:
     np.savez(into, tokens=result.token_ids, logits=result.logits)
     counted = turns[WARM_UP:]
     stages = {key: spread([1e3 * turn[key] for turn in counted]) for key in counted[0]}
-    read = pipe.bundle.path(pipe.manifest.weights).stat().st_size
+    files = {graph.file for graph in pipe.manifest.role("decode")}
+    read = sum(w.size or 0 for file in files for w in external.weights(pipe.bundle.graph(file)))
     return {"ms": stages, "gpu_bytes": used(s), "weights_bytes": read}
 
 
