@@ -138,6 +138,8 @@ class Session:
         own, key = real.SessionOptions(), "session.model_external_initializers_file_folder_path"
         own.log_severity_level, own.intra_op_num_threads = 3, 1
         own.add_session_config_entry(key, options.get_session_config_entry(key))
+        # on the GPU small integers become floating-point numbers; on the CPU, left alone, activations become integers
+        own.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.shared = options.shared
         self._held = {name: real.OrtValue.ortvalue_from_numpy(view.array()) for name, view in self.shared.items()}
         for name, value in self._held.items():

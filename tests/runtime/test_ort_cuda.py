@@ -17,7 +17,7 @@ from lvlm_edge.exporter.proof import certificate, parity
 from lvlm_edge.exporter.proof.cases import synthetic
 from lvlm_edge.runtime import Pipeline, backends
 from lvlm_edge.runtime.backends import ort_cuda
-from lvlm_edge.runtime.bundle import external, open_bundle
+from lvlm_edge.runtime.bundle import external, load_manifest, open_bundle
 from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
 from tests import tiny
 from tests.cases import some
@@ -149,6 +149,14 @@ def test_decode_alone_is_a_cuda_graph(modern, machine):
 
     assert (machine.calls["captured"], machine.calls["replayed"]) == (1, 5)
     assert [s.captures for s in machine.sessions].count(True) == 1
+
+
+def test_a_run_is_over_when_it_returns(modern, machine):
+    memory = Pipeline.load(modern, "ort-cuda")._decoder.memory
+
+    memory.run(load_manifest(modern).role("image")[0], None)
+
+    assert machine.calls["run"] == 1 and not machine.queue
 
 
 def test_without_capture_decode_runs_plainly(modern, machine):
