@@ -22,24 +22,24 @@ def changes(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("x = a < b", {"< -> <=", "< -> >="}),
-        ("x = a not in b", {"not in -> in"}),
-        ("x = a - b", {"- -> +"}),
-        ("x = ('é', a - b)", {"- -> +"}),
-        ("x = a and b or c", {"and -> or", "or -> and"}),
-        ("x = 0", {"0 -> 1"}),
-        ("x = 7", {"7 -> 8", "7 -> (6)"}),
-        ("x = True", {"True -> False"}),
-        ("x = not a", {"not -> "}),
-        ("if a:\n    b.c = d", {"a -> (not a)", "b.c = d -> pass"}),
-        ("a(b)", {"a(b) -> pass"}),
-        ("a += b", {"a += b -> pass"}),
-        ("raise E(f'{1 + 2}')", {"raise E(f'{1 + 2}') -> pass"}),
+        ("x = a < b", ["< -> <=", "< -> >="]),
+        ("x = a not in b", ["not in -> in"]),
+        ("x = a - b", ["- -> +"]),
+        ("x = ('é', a - b)", ["- -> +"]),
+        ("x = a and b or c", ["and -> or", "or -> and"]),
+        ("x = 0", ["0 -> 1"]),
+        ("x = 7", ["7 -> 8", "7 -> (6)"]),
+        ("x = True", ["True -> False"]),
+        ("x = not a", ["not -> "]),
+        ("if a:\n    b.c = d", ["a -> (not a)", "b.c = d -> pass"]),
+        ("a(b)", ["a(b) -> pass"]),
+        ("a += b", ["a += b -> pass"]),
+        ("raise E(f'{1 + 2}')", ["raise E(f'{1 + 2}') -> pass"]),
     ],
     ids=str,
 )
 def test_changes_are_small(source, found):
-    assert changes(source) == found
+    assert changes(source) == set(found)
 
 
 @pytest.mark.parametrize(
