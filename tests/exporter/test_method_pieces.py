@@ -234,6 +234,21 @@ def test_text_goes_through_the_output_projection_in_the_order_of_its_heads(origi
     torch.testing.assert_close(yopo._biased(rows, layer.o_proj), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_papers_cost_without_any_reduction_is_that_of_a_dense_model(original):
+    """A window of as many keys as there are visual tokens, every head, channel and layer."""
+    folder = original(method="yopo", layers=3, head_mask=["1111"] * 3, cutoff=3, ffn_ratio=1, window=4)
+    plan = planned(folder, "yopo")
+    d, v = plan.spec.decoder, 16
+
+    found = yopo.paper(plan)
+
+    layer = 4 * v * d.hidden * d.hidden + 2 * v * v * d.hidden + 3 * v * d.hidden * d.ffn
+    assert found["ratio"] == pytest.approx(1, abs=1e-12)
+    assert found["value"] == pytest.approx(2 * 3 * layer / 1e12, rel=1e-12)
+    half = yopo.paper(planned(folder, "yopo", cutoff=2, ffn_ratio=2.0))
+    assert half["value"] == pytest.approx(2 * 2 * (layer - 1.5 * v * d.hidden * d.ffn) / 1e12, rel=1e-12)
+
+
 # HiMix.
 
 
