@@ -197,6 +197,19 @@ def test_every_head_reads_its_own_keys_whatever_heads_are_pruned(original, row, 
     assert sees_images == {h for h in range(4) if row[h] == "1"}
 
 
+@pytest.mark.parametrize("row", ["11101000", "11110000", "10001000", "11111111", "01100110", "11111110", "00001011"])
+def test_kept_heads_read_their_own_keys_where_groups_keep_different_numbers(row, original):
+    plan = planned(original(method="yopo", layers=2, heads=8, kv_heads=2, cutoff=1, head_mask=[row, "1" * 8]), "yopo")
+    kept = tuple(h for h in range(8) if row[h] == "1")
+    heads = tuple(sorted({h // 4 for h in kept}))
+    keys = torch.tensor(heads).float().reshape(1, -1, 1, 1)
+
+    found = yopo._per_query(plan, keys, kept, heads)
+
+    each = len(kept) // found.shape[1]
+    assert [float(x) for x in found[0, :, 0, 0].repeat_interleave(each)] == [h // 4 for h in kept]
+
+
 @pytest.mark.parametrize("bias", [{}, {"attention_bias": True, "mlp_bias": True}], ids=str)
 def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(bias, original):
     folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], ffn_ratio=2, **bias)
