@@ -67,7 +67,7 @@ def of_method(name: str) -> tuple[Selection, ...]:
 JUDGE = quick("exporter/test_judge.py")
 CHECK = exporting("exporter/test_check.py", only="(names_the_stage or certificate or command) and not graphs")
 CLEAN = exporting("exporter/test_check_methods.py", only="a_clean_bundle and bodies and not yopo and not float16")
-MISTAKES = exporting("exporter/test_check_methods.py", only="(himix or another_order) and not graphs")
+MISTAKES = exporting("exporter/test_check_methods.py", only="himix and not graphs")
 TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path; the first that fits
     "runtime/pipeline/sampling": (quick("runtime/test_sampling.py"), PIPELINE),
     "runtime/pipeline": (quick("runtime/test_layout.py"), PIPELINE, RUNS),
@@ -79,11 +79,10 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     ),
     "runtime/prompt": (quick("runtime/test_prompt.py", "runtime/test_placeholder.py"), PIPELINE),
     "runtime/bundle": (
+        quick("runtime/test_layout.py", "runtime/test_certificate.py"),
         BUNDLE,
-        quick("runtime/test_layout.py"),
         PIPELINE,
         exporting("exporter/test_ratios.py"),
-        exporting("exporter/test_check.py", only="certificate or command_exits"),
     ),
     "exporter/methods/fastv": (
         quick("exporter/test_fastv.py", "exporter/test_planning.py"),
@@ -102,7 +101,7 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     "exporter/proof/as_run": (JUDGE, exporting("exporter/test_as_run.py")),
     "exporter/proof/unrounded": (exporting("exporter/test_as_run.py"),),
     "exporter/proof/tensors": (exporting("exporter/test_host.py"), exporting("exporter/test_tampered.py"), CLEAN),
-    "exporter/proof": (JUDGE, CLEAN, CHECK, MISTAKES),
+    "exporter/proof": (JUDGE, quick("exporter/test_check_methods.py"), CLEAN, CHECK, MISTAKES),
 }
 
 

@@ -166,6 +166,30 @@ def test_scores_are_read_of_the_graph_that_has_them():
     assert not as_run._selection(pipe, SimpleNamespace(name="short"), expected, np.array([0, 2, 4]), 0.01)[0].passed
 
 
+@pytest.mark.parametrize(
+    ("name", "index", "wrong"),
+    [("kept_hidden", (0, slice(1, 3), 0), 2), ("kept_position_ids", (slice(None), 3), 1), ("kept_last_index", 0, 1)],
+)
+def test_rows_that_are_not_the_kept_ones_are_counted(name, index, wrong):
+    """Three axes of positions; of visual rows 1 to 4 the first and the third are kept."""
+    hidden = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    inputs = {"text_index": np.array([0, 5, 6]), "visual_index": np.array([1, 2, 3, 4]), "last_index": np.array([5])}
+    inputs["position_ids"] = np.stack([np.arange(7), np.arange(7) + 20, np.arange(7) * 2])
+    slots, kept = [0, 1, 3, 5, 6], np.array([0, 2])
+    select = {"kept_hidden": hidden[None, slots], "kept_position_ids": inputs["position_ids"][:, slots]}
+    select["kept_last_index"] = np.array([3])
+    case: Any = SimpleNamespace(name="short")
+    right = parity._order(case, select, inputs, hidden, kept)
+    assert (right.stage, right.figure, right.passed) == ("kept order", 0, True)
+
+    select[name] = select[name].copy()
+    select[name][index] += 1
+
+    found = parity._order(case, select, inputs, hidden, kept)
+    assert (found.figure, found.passed) == (wrong, False)
+    assert parity._order(case, select, inputs, hidden, kept[::-1]).figure == wrong + 2
+
+
 # Verdicts.
 
 

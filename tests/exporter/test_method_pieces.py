@@ -197,6 +197,19 @@ def test_every_head_reads_its_own_keys_whatever_heads_are_pruned(original, row, 
     assert sees_images == {h for h in range(4) if row[h] == "1"}
 
 
+@pytest.mark.parametrize("row", ["11101000", "11110000", "10001000", "11111111", "01100110", "11111110", "00001011"])
+def test_kept_heads_read_their_own_keys_where_groups_keep_different_numbers(row, original):
+    plan = planned(original(method="yopo", layers=2, heads=8, kv_heads=2, cutoff=1, head_mask=[row, "1" * 8]), "yopo")
+    kept = tuple(h for h in range(8) if row[h] == "1")
+    heads = tuple(sorted({h // 4 for h in kept}))
+    keys = torch.tensor(heads).float().reshape(1, -1, 1, 1)
+
+    found = yopo._per_query(plan, keys, kept, heads)
+
+    each = len(kept) // found.shape[1]
+    assert [float(x) for x in found[0, :, 0, 0].repeat_interleave(each)] == [h // 4 for h in kept]
+
+
 @pytest.mark.parametrize("bias", [{}, {"attention_bias": True, "mlp_bias": True}], ids=str)
 def test_a_visual_token_uses_the_first_channels_and_the_kept_heads_alone(bias, original):
     folder = original(method="yopo", layers=2, cutoff=1, head_mask=["1010", "1111"], ffn_ratio=2, **bias)
@@ -232,6 +245,21 @@ def test_text_goes_through_the_output_projection_in_the_order_of_its_heads(origi
 
     expected = linear(layer.o_proj, attended.reshape(7, -1))
     torch.testing.assert_close(yopo._biased(rows, layer.o_proj), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_papers_cost_without_any_reduction_is_that_of_a_dense_model(original):
+    """A window of as many keys as there are visual tokens, every head, channel and layer."""
+    folder = original(method="yopo", layers=3, head_mask=["1111"] * 3, cutoff=3, ffn_ratio=1, window=4)
+    plan = planned(folder, "yopo")
+    d, v = plan.spec.decoder, 16
+
+    found = yopo.paper(plan)
+
+    layer = 4 * v * d.hidden * d.hidden + 2 * v * v * d.hidden + 3 * v * d.hidden * d.ffn
+    assert found["ratio"] == pytest.approx(1, abs=1e-12)
+    assert found["value"] == pytest.approx(2 * 3 * layer / 1e12, rel=1e-12)
+    half = yopo.paper(planned(folder, "yopo", cutoff=2, ffn_ratio=2.0))
+    assert half["value"] == pytest.approx(2 * 2 * (layer - 1.5 * v * d.hidden * d.ffn) / 1e12, rel=1e-12)
 
 
 # HiMix.

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lvlm_edge.runtime.bundle.kv_cache import Layout, coded_length
-from lvlm_edge.runtime.bundle.manifest import Cache
+from lvlm_edge.runtime.bundle import TensorInfo
+from lvlm_edge.runtime.bundle.kv_cache import Layout, are_rows, check_layout, coded_length
+from lvlm_edge.runtime.bundle.manifest import Cache, Counts
+from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run, is_complete, lay_out
 from lvlm_edge.runtime.pictures.views import Canvas, Views
@@ -97,3 +99,49 @@ def test_a_length_says_how_many_planned_rows_were_not_dropped():
     assert full == 10
     assert [layout.slot(f"present.{i}.key", full) for i in (0, 1)] == [10, 6]
     assert [layout.slot(f"present.{i}.key", text) for i in (0, 1)] == [10, 10]
+
+
+COUNTS = Counts(num_images=1, visual_tokens=4, kept_tokens=2, text_tokens=5, prompt_tokens=9, new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({}, True),
+        ({"capacity": 11}, False),
+        ({"capacity": 10, "dropped": 2}, True),
+        ({"capacity": 9, "dropped": 2}, False),
+        ({"capacity": 14, "dropped": -2}, True),
+        ({"capacity": 13, "dropped": -2}, False),
+        ({"capacity": 1, "dropped": 11}, True),
+        ({"capacity": 0, "dropped": 12}, False),
+        ({"heads": 0}, False),
+        ({"head_dim": 0}, False),
+    ],
+    ids=str,
+)
+def test_a_cache_holds_a_full_prompt_and_every_new_token(changed, fits):
+    cache = Cache(**{"name": "0", "heads": 1, "head_dim": 1, "capacity": 12, "dropped": 0} | changed)
+
+    if fits:
+        check_layout([cache], COUNTS)
+    else:
+        with pytest.raises(BundleError, match="cannot hold 12 rows"):
+            check_layout([cache], COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "rows"),
+    [
+        ("present.0.key", "float32", (1, 2, 5, 8), True),
+        ("present.0.key", "float32", (1, 2, 12, 8), False),
+        ("present.0.key", "float32", (1, 2, 13, 8), False),
+        ("present.0.key", "float16", (1, 2, 5, 8), False),
+        ("present.0.key", "float32", (1, 3, 5, 8), False),
+        ("present.0.key", "float32", (1, 2, 5, 9), False),
+        ("present.0.key", "float32", (2, 5, 8), False),
+        ("hidden", "float32", (1, 2, 5, 8), False),
+    ],
+)
+def test_fewer_rows_of_a_cache_are_told_from_a_whole_one(name, dtype, shape, rows):
+    assert are_rows(TensorInfo(name, dtype, shape), TensorInfo("past", "float32", (1, 2, 12, 8))) == rows

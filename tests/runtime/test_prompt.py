@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, time_limit
+from tests import tiny
 from tests.npm_tokenizers import fetch
 
 VICUNA = (
@@ -562,3 +563,27 @@ def test_code_that_catches_the_first_interruption_gets_another():
 
     with pytest.raises(time_limit.TimeLimitError), time_limit.time_limit(0.05):
         stubborn()
+
+
+@pytest.mark.parametrize("how", ["truncation", "padding"])
+def test_a_tokenizer_that_cuts_or_pads_encodes_whole_prompts(how: str, tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    words = [f"w{i}" for i in range(3, 9)]
+    if how == "truncation":
+        tokenizer.enable_truncation(2)
+    else:
+        tokenizer.enable_padding(length=40)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "t.jinja").write_text("<image>" + " ".join(words))
+    config = TextConfig(
+        tokenizer="tokenizer.json",
+        chat_template="t.jinja",
+        image_token="<image>",
+        image_token_id=tiny.IMAGE,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+
+    found = Text.load(tmp_path, config).encode_chat([{"role": "user", "content": [{"type": "image"}]}])
+
+    assert found == [tiny.IMAGE, *range(3, 9)]
