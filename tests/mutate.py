@@ -79,7 +79,7 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     ),
     "runtime/prompt": (quick("runtime/test_prompt.py", "runtime/test_placeholder.py"), PIPELINE),
     "runtime/bundle": (
-        quick("runtime/test_layout.py", "runtime/test_certificate.py"),
+        quick("runtime/test_layout.py", "runtime/test_certificate.py", "exporter/test_atomic.py"),
         BUNDLE,
         PIPELINE,
         exporting("exporter/test_ratios.py"),

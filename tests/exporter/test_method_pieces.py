@@ -308,3 +308,19 @@ def test_few_heads_attend_like_many():
     inputs = {"past_key_values.0.key": key[:, :, :3], "past_key_values.0.value": value[:, :, :3]}
     expected, _ = legacy.append(inputs, group, query, key[:, :, 3:4], value[:, :, 3:4], torch.tensor([3]))
     torch.testing.assert_close(found, expected)
+
+
+def test_himix_counts_the_head_on_every_row_and_image_keys_and_values_in_every_layer(original):
+    plan = planned(original(method="himix", kv_heads=2), "himix")
+    d, features, n, m = plan.spec.decoder, 32, 15, 64
+    dkv, head = d.kv_heads * d.head_dim, 2 * d.hidden * d.vocab
+    row = 2 * (2 * d.hidden * d.hidden + 2 * d.hidden * dkv + 3 * d.hidden * d.ffn)  # of all products with weights
+    pair = 4 * d.hidden  # of a query and a key
+
+    found = himix.paper(plan)
+
+    assert plan.pictures[0].visual_tokens == n
+    cost = d.layers * (m * row + m * (n + m) * pair + 2 * n * features * 2 * dkv) + m * head
+    dense = d.layers * ((n + m) * row + (n + m) ** 2 * pair) + (n + m) * head
+    assert found["value"] == pytest.approx(cost / 1e9, rel=1e-12)
+    assert found["ratio"] == pytest.approx(cost / dense, rel=1e-12)

@@ -233,3 +233,12 @@ def test_a_manifest_whose_tiles_do_not_fit_together_is_refused(field, value, sai
 
     with pytest.raises(BundleError, match=said):
         bundle.load_manifest(tmp_path)
+
+
+def test_a_picture_has_at_least_one_pixel():
+    canvas = views.Canvas(size=(56, 56))
+
+    assert views.canvas_of((1, 1), canvas) == (56, 56)
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(InputError, match=f"is {size[0]}x{size[1]}, expected width and height above 0"):
+            views.canvas_of(size, canvas)

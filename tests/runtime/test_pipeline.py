@@ -487,3 +487,13 @@ def test_one_token_has_no_time_of_decode_and_known_pictures_none_of_vision(dense
     dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1)
 
     assert list(dense.generate_tokens(PROMPT, pixels(), max_new_tokens=1).seconds) == ["prefill", "first_token"]
+
+
+def test_what_the_host_hands_to_the_graphs_can_be_had_for_given_pictures_and_for_the_planned_ones(dense):
+    rows = {"image_embeds": np.full((4, 32), 7, np.float32)}
+
+    planned = dense.prefill_inputs(PROMPT, rows)
+    given = dense.prefill_inputs(PROMPT, rows, dense.manifest.pictures)
+
+    assert all(np.array_equal(planned[name], given[name]) for name in planned)
+    assert (planned["inputs_embeds"][0, 1:5] == 7).all() and planned["last_index"].tolist() == [6]

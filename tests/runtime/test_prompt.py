@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -587,3 +588,21 @@ def test_a_tokenizer_that_cuts_or_pads_encodes_whole_prompts(how: str, tmp_path:
     found = Text.load(tmp_path, config).encode_chat([{"role": "user", "content": [{"type": "image"}]}])
 
     assert found == [tiny.IMAGE, *range(3, 9)]
+
+
+def test_a_template_may_write_as_much_as_the_limit_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = chat_template.compile_template("{% for x in y %}ab{% endfor %}", tmp_path)
+    monkeypatch.setattr(chat_template, "LENGTH", 10)
+
+    assert chat_template.render(template, {"y": [0] * 5}) == "ab" * 5
+    with pytest.raises(MemoryError, match="more than 10 characters"):
+        chat_template.render(template, {"y": [0] * 6})
+
+
+def test_a_text_may_be_repeated_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = chat_template.compile_template("{{ 'ab' * n }}", tmp_path)
+    monkeypatch.setattr(chat_template, "LENGTH", 10)
+
+    assert chat_template.render(template, {"n": 5}) == "ab" * 5
+    with pytest.raises(SecurityError, match="repeated 6 times has more than 10"):
+        chat_template.render(template, {"n": 6})
