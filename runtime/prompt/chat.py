@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_edge.runtime.errors import BundleError, InputError
+from lvlm_edge.runtime.errors import BundleError, InputError, LvlmEdgeError
 from lvlm_edge.runtime.prompt.chat_template import compile_template, endless, one_line, render
 from lvlm_edge.runtime.prompt.escaping import Escaping, map_texts
 from lvlm_edge.runtime.prompt.streams import ByteStream, TextStream, TokenStream, is_byte_level
@@ -87,10 +87,23 @@ class Text:
         Raises:
             InputError: a text is not Unicode, the template refuses the messages, or it writes another number of image
                 tokens.
-            BundleError: the template does not end.
+            BundleError: the template does not end, or the tokenizer lacks what it needs.
         """
         plain = [plain_value(message) for message in messages]
         map_texts(plain, _check_text)
+        try:
+            return self._ids(plain, add_generation_prompt)
+        except LvlmEdgeError:
+            raise
+        except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise BundleError(
+                f"{self._config.tokenizer}: cannot encode this prompt ({one_line(error)}); export the bundle again"
+            ) from error
+
+    def _ids(self, plain: list[Any], add_generation_prompt: bool) -> list[int]:
+        """Token ids of messages of plain values."""
         stand_ins = self._escaping.stand_ins(plain)
         rendered = self._render(
             map_texts(plain, lambda text: self._escaping.disguise(text, stand_ins)), add_generation_prompt
@@ -98,14 +111,18 @@ class Text:
         # A template that writes the first token itself gets no second one, as in transformers' processors.
         bos = self._config.bos_token
         bare = bool(bos) and rendered.startswith(bos)
-        if self._config.image_token_id < 0:
-            ids = self._encode_around(rendered, stand_ins, bare)
-        elif stand_ins:
-            before, after = ((), ()) if bare else self._frame
-            ids = [*before, *self._escaping.encode(rendered, stand_ins), *after]
-        else:
-            ids = self._tokenizer.encode(rendered, add_special_tokens=not bare).ids
+        ids = self._encode(rendered, stand_ins, bare)
         self._check_images(ids, plain)
+        return ids
+
+    def _encode(self, rendered: str, stand_ins: Mapping[str, str], bare: bool) -> list[int]:
+        """Token ids of a rendered prompt; `bare`: without what is added before and after every sequence."""
+        if self._config.image_token_id < 0:
+            return self._encode_around(rendered, stand_ins, bare)
+        if stand_ins:
+            before, after = ((), ()) if bare else self._frame
+            return [*before, *self._escaping.encode(rendered, stand_ins), *after]
+        ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=not bare).ids
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

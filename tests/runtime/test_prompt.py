@@ -606,3 +606,16 @@ def test_a_text_may_be_repeated_up_to_the_limit(tmp_path: Path, monkeypatch: pyt
     assert chat_template.render(template, {"n": 5}) == "ab" * 5
     with pytest.raises(SecurityError, match="repeated 6 times has more than 10"):
         chat_template.render(template, {"n": 6})
+
+
+def test_a_tokenizer_that_lacks_its_unknown_token_is_one_line(tmp_path):
+    """Found by `make fuzz`: tokenizers 497, 801 and 844."""
+    tokenizer = Tokenizer(models.WordLevel({"<image>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
+    template = "{{ messages[0]['content'] }}"
+    text = Text.load(tmp_path, save(tmp_path, tokenizer, template, "", ""))
+
+    assert text.encode_chat([{"role": "user", "content": "a"}]) == [1]
+    with pytest.raises(BundleError, match=r"tokenizer\.json: cannot encode this prompt \(WordLevel error"):
+        text.encode_chat([{"role": "user", "content": "b"}])
