@@ -5,7 +5,7 @@ A walk over the protocol buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 # Fields that lead to tensors, by message: field number to the message there. Source: onnx.proto3 of ONNX 1.19.
@@ -49,21 +49,8 @@ def locations(model: bytes) -> set[str]:
     Raises:
         ValueError: they are no protocol buffer.
     """
-    found, view = set[str](), memoryview(model)
-    left = [("model", 0, len(model))]
-    while left:
-        kind, at, end = left.pop()
-        pair: dict[int, bytes] = {}
-        for number, begin, stop in _fields(view, at, end):
-            if stop is None:
-                continue
-            if kind == "entry":
-                pair[number] = bytes(view[begin:stop])
-            elif number in INSIDE[kind]:
-                left.append((INSIDE[kind][number], begin, stop))
-        if pair.get(1) == b"location":
-            found.add(pair.get(2, b"").decode("utf-8"))
-    return found
+    pairs = [fields for kind, fields in _messages(model) if kind == "entry"]
+    return {_text(pair, 2) for pair in pairs if _text(pair, 1) == "location"}
 
 
 def operators(model: bytes) -> set[tuple[str, str]]:
@@ -75,21 +62,27 @@ def operators(model: bytes) -> set[tuple[str, str]]:
     Raises:
         ValueError: they are no protocol buffer.
     """
-    found, view = set[tuple[str, str]](), memoryview(model)
+    return {(_text(fields, 7), _text(fields, 4)) for kind, fields in _messages(model) if kind == "node"}
+
+
+def _messages(model: bytes) -> Iterator[tuple[str, dict[int, memoryview]]]:
+    """Every message on the way to a tensor: its kind, and by number the last of its fields that have a length."""
+    view = memoryview(model)
     left = [("model", 0, len(model))]
     while left:
         kind, at, end = left.pop()
-        named: dict[int, str] = {}
+        fields = {}
         for number, begin, stop in _fields(view, at, end):
-            if stop is None:
-                continue
-            if kind == "node" and number in (4, 7):
-                named[number] = bytes(view[begin:stop]).decode("utf-8")
-            elif INSIDE[kind].get(number) not in (None, "tensor", "sparse", "entry"):
-                left.append((INSIDE[kind][number], begin, stop))
-        if kind == "node":
-            found.add((named.get(7, ""), named.get(4, "")))
-    return found
+            if stop is not None:
+                fields[number] = view[begin:stop]
+                if number in INSIDE[kind]:
+                    left.append((INSIDE[kind][number], begin, stop))
+        yield kind, fields
+
+
+def _text(fields: Mapping[int, memoryview], number: int) -> str:
+    """A field of text; empty where it is not there."""
+    return bytes(fields.get(number, b"")).decode("utf-8")
 
 
 def weights(model: bytes) -> tuple[Weight, ...]:

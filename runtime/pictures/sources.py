@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_edge.runtime.errors import InputError, UsageError
-from lvlm_edge.runtime.pictures.image import open_image
+from lvlm_edge.runtime.pictures.image import MEGAPIXELS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ class Reading:
         allow_url: fetch `http://` and `https://`.
     """
 
-    max_megapixels: float = 25.0
+    max_megapixels: float = MEGAPIXELS
     bgr: bool = False
     allow_url: bool = False
 

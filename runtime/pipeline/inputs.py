@@ -12,7 +12,7 @@ from lvlm_edge.runtime.backends import Array
 from lvlm_edge.runtime.bundle import Manifest
 from lvlm_edge.runtime.errors import InputError, UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
-from lvlm_edge.runtime.pictures.sources import Reading, listed
+from lvlm_edge.runtime.pictures.sources import Reading
 from lvlm_edge.runtime.pictures.views import Canvas, canvas_of, pixels, view_size
 
 
@@ -44,11 +44,13 @@ def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
 
 
-def read_images(manifest: Manifest, images: Any, reading: Reading, *, fit: bool = False) -> Array | list[Array] | None:
+def read_images(
+    manifest: Manifest, images: Sequence[Any], reading: Reading, *, fit: bool = False
+) -> Array | list[Array] | None:
     """Pixel values of pictures, in order.
 
     Args:
-        images: sources of pictures (see `sources.Reading.open`), or one alone.
+        images: sources of pictures (see `sources.Reading.open`).
         fit: resize pictures that belong on another canvas to the one that is planned.
 
     Returns:
@@ -58,7 +60,6 @@ def read_images(manifest: Manifest, images: Any, reading: Reading, *, fit: bool 
     Raises:
         InputError: another number of pictures than planned, an unreadable one, or one of another canvas.
     """
-    images = listed(images)
     _check_count(manifest, len(images), "images")
     opened = [reading.open(image) for image in images]
     free = list(manifest.pictures)

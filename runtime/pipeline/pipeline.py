@@ -281,7 +281,7 @@ class Pipeline:
         Raises:
             InputError: a picture is unreadable or belongs on another canvas, or there are too many.
         """
-        found = inputs.read_images(self.manifest, images, self.reading, fit=fit)
+        found = inputs.read_images(self.manifest, listed(images), self.reading, fit=fit)
         return [media.pixels for media in inputs.media(self.manifest, found)]
 
     def embed(self, ids: Array) -> Array:
