@@ -12,7 +12,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 # What stands for an image in the original LLaVA layouts, whose tokenizers have no token for it.
 PLACEHOLDER_ID = -200
 
-V = TypeVar("V")
+V = TypeVar("V", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)

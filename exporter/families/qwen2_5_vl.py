@@ -127,4 +127,5 @@ FAMILY = Family(
     graphs=_qwen.graphs,
     chat_template=chat_template,
     axes=3,
+    sized=True,
 )

@@ -165,4 +165,5 @@ FAMILY = Family(
     chat_template=chat_template,
     injected=injected,
     axes=3,
+    sized=True,
 )

@@ -285,8 +285,7 @@ class Family(Generic[V]):
         chat_template: checkpoint -> the published template, for a checkpoint that brings none.
         injected: spec -> outputs of image graphs that are added to visual rows after decoder layers 0, 1, ....
         axes: of positions: 1, or 3 (time, row, column).
-        resizable: the canvas is free (`--image-size`), not one of the checkpoint's.
-        quantised: names of modules in checkpoints, to ask a quantisation config about the vision encoder.
+        sized: visual tokens depend on the picture's size, which an export is told (`--image-size`).
     """
 
     name: str
@@ -302,3 +301,4 @@ class Family(Generic[V]):
     chat_template: Callable[[Checkpoint], str | None]
     injected: Callable[[ModelSpec[V]], tuple[str, ...]] = lambda spec: ()
     axes: int = 1
+    sized: bool = False

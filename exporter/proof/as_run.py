@@ -70,7 +70,7 @@ def _case(pipe: Pipeline, model: Any, case: Case, steps: int, rounds: bool) -> l
 
 
 def _reference(pipe: Pipeline, model: Any, case: Case, steps: int, kept: torch.Tensor | None = None) -> Reference:
-    run, pixels = references.module(pipe.manifest.method).run, references.pixels(case.pixels)
+    run, pixels = references.module(pipe.manifest.method).run, references.given(model, case.pixels, case.sizes)
     found: Reference = run(model, pipe.manifest.method_config, case.prompt, pixels, steps, kept=kept)
     return found
 

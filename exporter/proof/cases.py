@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lvlm_edge.exporter.planning import Capacity
 from lvlm_edge.runtime import Pipeline
-from lvlm_edge.runtime.pictures.views import view_size
+from lvlm_edge.runtime.pictures.views import Canvas, view_size
 from lvlm_edge.runtime.pipeline.inputs import placed
 
 Array = NDArray[Any]
+FREE = (301, 207)  # pixels of a made-up picture, where any size will do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +24,36 @@ class Case:
 
     Attributes:
         pixels: float32 [views, 3, H, W] of all images, or one such array per image.
+        sizes: (width, height) of the images, for references whose rows depend on them.
     """
 
     name: str
     prompt: tuple[int, ...]
     pixels: Array | Sequence[Array]
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
-def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
-    """Seeded prompts of several lengths, with the images at several places, on noise pictures."""
+def planned_sizes(pipe: Pipeline, capacity: Capacity) -> tuple[tuple[int, int], ...]:
+    """(width, height) of the images that a bundle is for: as asked, or those that fill their canvas.
+
+    Args:
+        capacity: what the export was asked for.
+    """
+    pairs = zip(capacity.sizes, pipe.manifest.pictures, strict=True)
+    return tuple(_some(picture.views.canvas) if size is None else size for size, picture in pairs)
+
+
+def _some(canvas: Canvas) -> tuple[int, int]:
+    """A size (width, height) that belongs on a canvas."""
+    return FREE if canvas.rule == "any" else canvas.size
+
+
+def synthetic(pipe: Pipeline, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ()) -> list[Case]:
+    """Seeded prompts of several lengths, with the images at several places, on noise pictures.
+
+    Args:
+        sizes: (width, height) of the images.
+    """
     rng, manifest = np.random.default_rng(seed), pipe.manifest
     room, images = manifest.counts.text_tokens, len(manifest.pictures)
     found = []
@@ -47,5 +70,5 @@ def synthetic(pipe: Pipeline, seed: int = 0) -> list[Case]:
         pixels = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
         same = len({shape[1:] for shape in shapes}) == 1
         joined = np.concatenate(pixels) if same else pixels
-        found.append(Case(name=name, prompt=tuple(prompt), pixels=joined))
+        found.append(Case(name=name, prompt=tuple(prompt), pixels=joined, sizes=sizes))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,25 @@ from lvlm_edge.exporter.checkpoints import text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, read_json
 from lvlm_edge.exporter.planning import Plan
 from lvlm_edge.exporter.proof.judge import CHECKPOINT, Row, close
+from lvlm_edge.exporter.references.original import Original
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import sha256
 from lvlm_edge.runtime.pipeline.inputs import user_turn
 
 QUESTION = "What is shown here? 1 <2> déjà vu"
-SIZE = (301, 207)  # of the made-up picture, in pixels
 
 
-def compare(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> tuple[list[Row], list[str]]:
+def compare(
+    pipe: Pipeline, of: Checkpoint, plan: Plan, model: Original, sizes: Sequence[tuple[int, int]], seed: int
+) -> tuple[list[Row], list[str]]:
     """Rows, and what could not be judged.
 
     Args:
         of: the checkpoint.
         plan: of the bundle, made from it.
-        seed: of the made-up picture.
+        model: the reference.
+        sizes: (width, height) of the made-up pictures.
+        seed: of these pictures.
     """
     folder = of.folder
     rows = [
@@ -39,7 +43,7 @@ def compare(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> tuple[list
         _ends(pipe, folder),
         _generation(pipe, folder),
     ]
-    prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, plan, seed))
+    prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, model, sizes, seed))
     missing = [what for what, found in ((NO_PROMPT, prompt), (NO_PIXELS, pixels)) if not found]
     return rows + prompt + pixels, missing
 
@@ -145,16 +149,29 @@ def _encoded(folder: Path, config: Any, template: str, messages: list[Any]) -> l
     return list(ids)
 
 
-def _pixels(pipe: Pipeline, of: Checkpoint, plan: Plan, seed: int) -> Iterator[Row]:
-    """A made-up picture through transformers' image processor, where the checkpoint names one that makes one view."""
+def _pixels(
+    pipe: Pipeline, of: Checkpoint, model: Original, sizes: Sequence[tuple[int, int]], seed: int
+) -> Iterator[Row]:
+    """Made-up pictures through transformers' image processor, where the checkpoint names one."""
+    import torch
     from PIL import Image
     from transformers import AutoImageProcessor
 
     named = [name for name in ("preprocessor_config.json", "processor_config.json") if (of.folder / name).is_file()]
-    if plan.family.name != "llava" or not named:
+    if model.processed is None or not named:
         return
-    noise = np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
-    picture = Image.fromarray(noise)
+    rng = np.random.default_rng(seed)
+    pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
     processor = AutoImageProcessor.from_pretrained(of.folder, backend="pil", local_files_only=True)
-    wanted = processor(images=picture, return_tensors="np")["pixel_values"]
-    yield close(CHECKPOINT, "pixels", pipe.pixels([picture] * len(pipe.manifest.pictures))[0][:1], wanted, 1e-6)
+    given: Any = [pictures] if len(pictures) > 1 and _joins(processor) else pictures
+    wanted = np.asarray(processor(images=given, return_tensors="np", **model.processed)["pixel_values"])
+    own = np.concatenate([model.as_processor(torch.from_numpy(views)).numpy() for views in pipe.pixels(pictures)])
+    wanted = wanted.reshape(-1, *own.shape[1:])
+    if len(wanted) > len(own):  # views of zeros, where pictures have different numbers of them
+        wanted = wanted[[bool(view.any()) for view in wanted]]
+    yield close(CHECKPOINT, "pixels", own, wanted, 1e-6)
+
+
+def _joins(processor: Any) -> bool:
+    """Whether an image processor takes the pictures of a conversation as one list."""
+    return "batch_num_images" in getattr(processor, "model_input_names", ())

@@ -18,6 +18,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.exporter.proof import as_run, certificate, host, polygraphy, tensors, vision
 from lvlm_edge.exporter.proof.cases import Case as Case
+from lvlm_edge.exporter.proof.cases import planned_sizes
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, judged, kept_set
 from lvlm_edge.exporter.proof.judge import Row as Row
@@ -29,6 +30,7 @@ from lvlm_edge.runtime.bundle import Bundle, WeightFormats
 from lvlm_edge.runtime.bundle.kv_cache import PRESENT
 from lvlm_edge.runtime.errors import UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
+from lvlm_edge.runtime.pipeline.inputs import media
 
 Array = NDArray[Any]
 
@@ -95,13 +97,16 @@ def check(
     model = references.load(folder, ratios.settings(pipe.bundle.folder).adapter)
     of = checkpoint.Checkpoint.open(folder)
     plan = host.planned(pipe, of)
-    around, not_judged = host.compare(pipe, of, plan, seed)
+    sizes = planned_sizes(pipe, ratios.capacity(pipe.bundle.folder))
+    around, not_judged = host.compare(pipe, of, plan, references.view(model), sizes, seed)
     around = tensors.compare(pipe, of, plan, model) + around
-    cases = synthetic(pipe, seed) if cases is None else list(cases)
+    cases = synthetic(pipe, seed, sizes) if cases is None else list(cases)
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None
-        cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels))
+        seen = [pipe.manifest.pictures.index(one.picture) for one in media(pipe.manifest, pixels)]
+        asked = tuple(sizes[i] for i in seen)
+        cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels, sizes=asked))
     steps = _steps(pipe, cases, settings.steps)
     rounded = ratios.rounded(pipe.bundle.folder) if pipe.manifest.formats.quantized else WeightFormats()
     given = [_run(pipe, model, case, n) for case, n in zip(cases, steps, strict=True)] if rounded.quantized else []
@@ -154,7 +159,7 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     """Every comparison of one case. Each graph is fed what PyTorch had, so that a difference shows where it arises."""
     manifest = pipe.manifest
     run = references.module(manifest.method).run
-    pixels = references.pixels(case.pixels)
+    pixels = references.given(model, case.pixels, case.sizes)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
     rows = vision.compare(pipe, case, expected, TOLERANCE[manifest.dtype]) + _image_kv(pipe, case, expected)
     inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected))
@@ -195,7 +200,7 @@ def _steps(pipe: Pipeline, cases: Sequence[Case], most: int) -> list[int]:
 def _run(pipe: Pipeline, model: Any, case: Case, steps: int) -> Reference:
     """What PyTorch says of a case."""
     run = references.module(pipe.manifest.method).run
-    pixels = references.pixels(case.pixels)
+    pixels = references.given(model, case.pixels, case.sizes)
     found: Reference = run(model, pipe.manifest.method_config, case.prompt, pixels, steps)
     return found
 

@@ -105,7 +105,7 @@ def quantize(
     of = Checkpoint.open(folder)
     _check_plain(of)
     family = families.of(of)
-    if family.axes > 1:
+    if family.sized:
         raise UnsupportedError(
             f"quantize: {family.name} is not supported, whose pictures have no one size; export with --weights int4"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
-from lvlm_edge.exporter.references import families, lora, original, quantised, stored
+from lvlm_edge.exporter.references import families, lora, original, quantised, released, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Reference:
     injected: dict[str, Tensor] = field(default_factory=dict)
 
 
-__all__ = ["Reference", "load", "module", "pixels", "quantised", "view"]
+__all__ = ["Reference", "given", "load", "module", "pixels", "quantised", "view"]
 view = original.view
 
 
@@ -63,6 +64,16 @@ def pixels(values: Any) -> Any:
     """Pixel values as the references take them: a tensor where all images have one size, else a list of tensors."""
     found = [torch.from_numpy(part) for part in (values if isinstance(values, list | tuple) else [values])]
     return torch.cat(found) if len({part.shape[1:] for part in found}) == 1 else found
+
+
+def given(model: Any, values: Any, sizes: Sequence[tuple[int, int]]) -> Any:
+    """Pixel values as `pixels` makes them; a model whose rows depend on the pictures' sizes is told these.
+
+    Args:
+        sizes: (width, height) of the pictures that the values are of.
+    """
+    view(model).sizes = tuple(sizes)
+    return pixels(values)
 
 
 def load(folder: Path, adapter: str | None = None) -> Any:
@@ -99,8 +110,8 @@ def _loaded(folder: Path) -> Any:
     logging.set_verbosity_error()  # what it warns of, export has said in a line of its own
     try:
         config = read_json(folder / "config.json")
-        if original.known(config):
-            return original.load(folder)
+        if released.known(config):
+            return released.load(folder)
         if config["model_type"] in [m.name for m in pkgutil.iter_modules(families.__path__)]:
             return importlib.import_module(f"{families.__name__}.{config['model_type']}").load(folder)
         if stored.quantised(folder) is not None:

@@ -189,7 +189,9 @@ class _TorchRunner:
         ids, pictures = prompt(self._manifest, seed, self._contender.text_tokens)
         with torch.no_grad():
             began = time.perf_counter()
-            seen = references.pixels(pixels(self._manifest, pictures))
+            canvases = [picture.views.canvas for picture in self._manifest.pictures]
+            sizes = [canvas.picture if any(canvas.picture) else canvas.size for canvas in canvases]
+            seen = references.given(self._view, pixels(self._manifest, pictures), sizes)
             prepared = time.perf_counter() - began
             out, step = self._view.prefill(ids, seen)
             token = out.logits[:, -1].argmax(-1, keepdim=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lvlm_edge.exporter.checkpoints.checkpoint import read_json
-from lvlm_edge.exporter.references import original, stored
+from lvlm_edge.exporter.references import original
 from lvlm_edge.exporter.references.original import Read
 
 
@@ -20,6 +18,8 @@ class Qwen(original.Original):
     Attributes:
         whole: the stock model.
     """
+
+    processed: ClassVar[dict[str, Any] | None] = {}
 
     def __init__(self, whole: Any) -> None:
         language = nn.Module()
@@ -55,6 +55,10 @@ class Qwen(original.Original):
             next=int(ids.shape[1] + delta.item()),
             injected=self.injected(out),
         )
+
+    def as_processor(self, views: Tensor) -> Tensor:
+        config = self.whole.config.vision_config
+        return patches(views, config.patch_size, config.spatial_merge_size)
 
     def features(self, seen: Tensor, grids: Tensor) -> Tensor:
         """What the merger reads, in merge order, [patches of all images, E]."""
@@ -113,12 +117,3 @@ def patches(picture: Tensor, patch: int, merge: int) -> Tensor:
     cells = picture[0].reshape(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
     frames = cells[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, 2, -1, -1)
     return frames.reshape(rows * columns * merge**2, -1)
-
-
-def load(kind: Any, folder: Path) -> Any:
-    """A stock model of a class, float32, eager attention; from plain weights where the checkpoint is quantised."""
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if stored.quantised(folder) is None:
-        return kind.from_pretrained(folder, local_files_only=True, **settings).eval()
-    config = kind.config_class.from_dict(stored.plain(read_json(folder / "config.json")))
-    return kind.from_pretrained(None, config=config, state_dict=stored.state(folder), **settings).eval()

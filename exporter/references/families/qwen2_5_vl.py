@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from lvlm_edge.exporter.references.families import _qwen
+from lvlm_edge.exporter.references.families import _qwen, _stock
 
 
 class Windowed(_qwen.Qwen):
@@ -25,4 +25,4 @@ def load(folder: Path) -> Windowed:
     """A checkpoint's stock model."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    return Windowed(_qwen.load(Qwen2_5_VLForConditionalGeneration, folder))
+    return Windowed(_stock.load(Qwen2_5_VLForConditionalGeneration, folder))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_edge.exporter.references.families import _qwen
+from lvlm_edge.exporter.references.families import _qwen, _stock
 
 
 class Injecting(_qwen.Qwen):
@@ -22,4 +22,4 @@ def load(folder: Path) -> Injecting:
     """A checkpoint's stock model."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    return Injecting(_qwen.load(Qwen3VLForConditionalGeneration, folder))
+    return Injecting(_stock.load(Qwen3VLForConditionalGeneration, folder))
