@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.bundles import atomic, plans
 from lvlm_edge.exporter.checkpoints import adapter, checkpoint, generation, text
-from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.exporter.planning.report import model as dimensions
 from lvlm_edge.runtime import bundle as manifests
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
+from lvlm_edge.runtime.pictures.layout import is_complete
 
 if TYPE_CHECKING:
     from lvlm_edge.exporter.graphs.parts import Weight
@@ -75,6 +76,7 @@ def export(
         raise UsageError(f"{output}: holds the checkpoint itself; choose another --output")
     of = Checkpoint.open(folder)
     model = plans.model(of, capacity)
+    _check_frames(folder, model)
     plans.make(model, capacity, settings, method=method, options=rest)  # its errors come before those of tensors
     provenance = manifests.Provenance(
         source=str(source),
@@ -96,6 +98,15 @@ def _check_output(output: Path, force: bool) -> None:
             raise UsageError(f"{output}: exists; choose another --output, or replace it with --force")
         if not output.is_dir() or (any(output.iterdir()) and not _is_bundle(output)):
             raise UsageError(f"{output}: is not a bundle, so --force does not replace it; choose another --output")
+
+
+def _check_frames(folder: Path, model: Model) -> None:
+    """Raise CheckpointError where text stands around images whose tokens nobody knows."""
+    if not all(map(is_complete, (run for picture in model.pictures for run in picture.runs))):
+        raise CheckpointError(
+            f"{folder}: has no tokenizer.json, which says what stands around an image's visual tokens; add the one "
+            "that belongs to this checkpoint"
+        )
 
 
 def _is_bundle(folder: Path) -> bool:

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _SQUARE_BY_DEFAULT = frozenset({"SiglipImageProcessor"})
 _WHERE = "preprocessor_config.json"
+_ALWAYS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
 def read(config: Mapping[str, Any], *, default_size: int) -> Preprocessing:
@@ -67,6 +68,65 @@ def read(config: Mapping[str, Any], *, default_size: int) -> Preprocessing:
     )
     _check_fixed_size(how)
     return how
+
+
+def of_processor(
+    folder: Path, kinds: Mapping[str, Mapping[str, Any]], *, fixed: tuple[str, ...] = _ALWAYS
+) -> tuple[Path, dict[str, Any]]:
+    """Settings of an image processor that makes several views, and the file that they are from.
+
+    Args:
+        kinds: by the processor's name without the suffix of its backend, what a key that is missing means.
+        fixed: steps that must be on.
+
+    Raises:
+        CheckpointError: no file, or settings that make no picture.
+        UnsupportedError: another image processor, or one of its steps is off.
+    """
+    named = [folder / name for name in (_WHERE, "processor_config.json")]
+    where = next((path for path in named if path.is_file()), None)
+    given: Any = {} if where is None else read_json(where)
+    if where is not None and where.name != _WHERE:
+        given = given.get("image_processor")
+    if where is None or not isinstance(given, dict) or not given:
+        raise CheckpointError(f"{folder}: has no {_WHERE}; add the file that belongs to this checkpoint")
+    name = str(given.get("image_processor_type") or next(iter(kinds)))
+    plain = name.removesuffix("Fast").removesuffix("Pil")
+    if plain not in kinds:
+        raise UnsupportedError(f"{where}: image_processor_type is {name!r}; {nearest(plain, kinds)}")
+    values = {**kinds[plain], **{key: value for key, value in given.items() if value is not None}}
+    for step in fixed:
+        if values.get(step, True) is not True:
+            raise UnsupportedError(f"{where}: {step} is {values[step]!r}, not supported; expected true")
+    return where, values
+
+
+def view(where: Path, values: Mapping[str, Any], size: int) -> Preprocessing:
+    """The steps of one view: resized to a square whatever its shape, then to floats.
+
+    Args:
+        where: the file that the settings are from, for errors.
+        values: of `of_processor`.
+        size: side of the square in pixels.
+
+    Raises:
+        CheckpointError: settings that make no finite picture.
+    """
+    how = Preprocessing(
+        resize_to=(size, size),
+        resample=resampling(values["resample"]),
+        rescale=_number("rescale_factor", values.get("rescale_factor", 1 / 255)),
+        mean=channels("image_mean", values["image_mean"]),
+        std=channels("image_std", values["image_std"]),
+    )
+    check_finite(where, how)
+    return how
+
+
+def check_finite(where: Path, how: Preprocessing) -> None:
+    """Raise CheckpointError for steps that make no finite picture."""
+    if not all(map(math.isfinite, (how.rescale or 0, *(how.mean or ()), *(how.std or ())))) or 0 in (how.std or ()):
+        raise CheckpointError(f"{where}: mean, std and rescale_factor make no finite picture; correct the file")
 
 
 def for_config_only(image_size: int, tower: Literal["clip", "siglip"]) -> Preprocessing:
@@ -110,8 +170,7 @@ def of_folder(folder: Path, vision: EncoderSpec) -> Preprocessing:
             f"{path}: makes pictures of {list(size)}, config.json says {list(wanted)} (channels, height, width); "
             "correct the file that is wrong"
         )
-    if not all(map(math.isfinite, (how.rescale or 0, *(how.mean or ()), *(how.std or ())))) or 0 in (how.std or ()):
-        raise CheckpointError(f"{path}: mean, std and rescale_factor make no finite picture; correct the file")
+    check_finite(path, how)
     return how
 
 

@@ -12,6 +12,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.checkpoints.templates import BRACKETS, ENDS, PLACEHOLDER, PUBLISHED
 from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.prompt import Text, TextConfig
+from lvlm_edge.runtime.prompt.chat_template import one_line
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]}]
@@ -94,6 +95,26 @@ def _ask(folder: Path, out: Path, config: TextConfig, published: str | None) -> 
             f"{folder}: its chat template cannot ask about a picture, as a language model's own cannot ({reason}); "
             f"{advice}put the template that belongs to this model into {TEMPLATE} beside its config.json"
         ) from error
+
+
+def encoded(folder: Path, text: str) -> tuple[int, ...] | None:
+    """Token ids of a text that holds special tokens, nothing added; None for a checkpoint without a tokenizer.
+
+    Raises:
+        CheckpointError: its tokenizer is damaged.
+        UnsupportedError: a package is missing that converting the tokenizer takes.
+    """
+    from tokenizers import Tokenizer
+
+    where = folder / TOKENIZER
+    converted = None if where.is_file() else conversion.convert(folder)
+    if converted is None and not where.is_file():
+        return None
+    content = where.read_text("utf-8") if converted is None else converted.content
+    try:
+        return tuple(Tokenizer.from_str(content).encode(text, add_special_tokens=False).ids)
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"{where}: is no tokenizer ({one_line(error)}); restore the file") from error
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvlm_edge.runtime.pictures.layout import Picture, is_complete, positions_of
-from lvlm_edge.runtime.pictures.views import RULES, view_size
+from lvlm_edge.runtime.pictures.views import FITS, RULES, WHOLE, covered, view_size
 from lvlm_edge.runtime.prompt import TextConfig
 
 SCHEMA = 5
@@ -255,9 +255,15 @@ def _possible(picture: Picture) -> bool:
     """Whether a picture's views are made of sizes above 0, and its canvas is one that its rule can give."""
     views, canvas = picture.views, picture.views.canvas
     sizes = (*canvas.size, *(views.tiles or (1,)), canvas.factor)
-    if canvas.rule not in RULES or min(sizes) < 1 or max(sizes) > 1 << 20:
+    if canvas.rule not in RULES or views.fit not in FITS or views.whole not in WHOLE:
         return False
-    return canvas.rule != "pinpoints" or (canvas.size in canvas.among and all(min(size) > 0 for size in canvas.among))
+    free = (canvas.longest, *canvas.picture, *canvas.cells)
+    if min(sizes) < 1 or max(*sizes, *free) > 1 << 20 or min(free) < 0:
+        return False
+    if any(canvas.picture) and not (all(free[1:]) and all(map(len, covered(canvas.picture, canvas.cells)))):
+        return False
+    among = canvas.among if canvas.rule in ("pinpoints", "ratio") else (canvas.size,)
+    return canvas.size in among and all(min(size) > 0 for size in among)
 
 
 def _graph_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:

@@ -118,10 +118,28 @@ def patch_boxes(size: tuple[int, int], how: Preprocessing, grid: tuple[int, int]
         padding = (padded[axis] - original) // 2
         marks = np.arange(grid[axis] + 1, dtype=np.float64) * patch + cropped_off
         edges.append(marks * (padded[axis] / resized[axis]) - padding)
-    y, x = edges
+    return grid_boxes(edges[1], edges[0])
+
+
+def grid_boxes(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(left, top, right, bottom) of the cells between lines across both axes, row by row, [rows * columns, 4]."""
     top, left = np.meshgrid(y[:-1], x[:-1], indexing="ij")
     bottom, right = np.meshgrid(y[1:], x[1:], indexing="ij")
     return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
+
+
+def resized(image: Image, size: tuple[int, int], resample: int = 3) -> Image:
+    """A picture as RGB, resized to (width, height).
+
+    Args:
+        resample: Pillow's filter number; 3 is bicubic.
+
+    Raises:
+        InputError: the result would have too many pixels.
+    """
+    from PIL import Image
+
+    return Image.fromarray(_resized(np.array(image.convert("RGB")), size[::-1], resample))
 
 
 def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:

@@ -6,7 +6,6 @@ and knows no family.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ class Run:
         grid: (rows, columns) of the cells that visual tokens lie on, row-major; None where they lie on none.
         leading: visual tokens before those of the grid, which belong to no cell (a class token).
         missing: cells at the front of the grid that have no visual token.
+        row_ends: visual tokens behind each row of the grid, which belong to no cell (a newline).
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Run:
     grid: tuple[int, int] | None = None
     leading: int = 0
     missing: int = 0
+    row_ends: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,11 @@ def positions_of(pictures: Sequence[Picture], axes: int) -> int:
 
 def is_complete(run: Run) -> bool:
     """Whether a run's rows fill its grid, and its ids its rows."""
-    if run.kind not in KINDS or run.rows < 1 or min(run.leading, run.missing) < 0:
+    if run.kind not in KINDS or run.rows < 1 or min(run.leading, run.missing, run.row_ends) < 0:
         return False
     if run.kind == "text":
         return len(run.ids) == run.rows and min(run.ids) >= 0
-    return run.grid is None or run.rows == math.prod(run.grid) + run.leading - run.missing
+    if run.grid is None:
+        return True
+    rows, columns = run.grid
+    return run.rows == rows * (columns + run.row_ends) + run.leading - run.missing

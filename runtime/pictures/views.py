@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvlm_edge.runtime.errors import InputError
-from lvlm_edge.runtime.pictures.image import Preprocessing, patch_boxes, preprocess
+from lvlm_edge.runtime.pictures.image import Preprocessing, grid_boxes, patch_boxes, preprocess, resized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-RULES = ("any", "pinpoints", "multiple")
+RULES = ("any", "pinpoints", "multiple", "ratio", "ceil")
+FITS = ("letterbox", "stretch")
+WHOLE = ("first", "last")
 LONGEST = 200  # times that a picture may be longer than wide under the rule `multiple`
+MOST = 4096  # pixels of the longer side of a picture that is resized to a longest edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,16 @@ class Canvas:
 
     Attributes:
         size: (width, height) in pixels.
-        rule: `any` (every picture), `pinpoints` (the best of `among`), or `multiple` (sides rounded to multiples of
-            `factor`, areas kept within `pixels`).
-        among: (width, height) of the canvases of `pinpoints`.
+        rule: `any` (every picture), `pinpoints` (the best of `among`), `multiple` (sides rounded to multiples of
+            `factor`, areas kept within `pixels`), `ratio` (that of `among` whose shape is nearest), or `ceil` (sides
+            rounded up to multiples of `factor`).
+        among: (width, height) of the canvases of `pinpoints` and `ratio`, in the order in which they are tried.
         factor: side of a cell in pixels.
         pixels: least and most pixels of a picture.
+        longest: pixels of the longer side that pictures are resized to before anything else; 0 where they are not.
+        picture: (width, height) of the pictures that the bundle is for, where only those belong on the canvas that
+            cover as many `cells` of it; (0, 0) where all do.
+        cells: (rows, columns) of cells on the whole canvas; with `picture` only.
     """
 
     size: tuple[int, int]
@@ -42,6 +50,9 @@ class Canvas:
     among: tuple[tuple[int, int], ...] = ()
     factor: int = 1
     pixels: tuple[int, int] = (0, 0)
+    longest: int = 0
+    picture: tuple[int, int] = (0, 0)
+    cells: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +61,17 @@ class Views:
 
     Attributes:
         canvas: what the picture is laid on.
-        tiles: (rows, columns) that cut up the canvas; None where the whole picture is the only view.
-        how: preprocessing of each view. The whole picture is the first view, tiles follow row by row.
+        tiles: (rows, columns) that cut up the canvas, row by row; None where the whole picture is the only view.
+        fit: how the picture lies on a canvas of tiles: `letterbox` (in its own shape, in the middle, on black) or
+            `stretch` (over all of it).
+        whole: where the view of the whole picture stands among the tiles: `first` or `last`.
+        how: preprocessing of each view.
     """
 
     canvas: Canvas
     tiles: tuple[int, int] | None = None
+    fit: str = "letterbox"
+    whole: str = "first"
     how: Preprocessing
 
     @property
@@ -88,7 +104,90 @@ def canvas_of(size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
         return best_canvas(size, canvas.among)
     if canvas.rule == "multiple":
         return multiple(size, canvas.factor, canvas.pixels)
+    if canvas.rule == "ratio":
+        return nearest_shape(size, canvas.among)
+    if canvas.rule == "ceil":
+        return rounded_up(edged(size, canvas.longest), canvas.factor)
     return canvas.size
+
+
+def belongs(size: tuple[int, int], canvas: Canvas) -> bool:
+    """Whether a picture (width, height) belongs on a canvas.
+
+    Raises:
+        InputError: see `canvas_of`.
+    """
+    return canvas_of(size, canvas) == canvas.size and (
+        not any(canvas.picture) or covered(size, canvas.cells) == covered(canvas.picture, canvas.cells)
+    )
+
+
+def covered(size: tuple[int, int], cells: tuple[int, int]) -> tuple[range, range]:
+    """Rows and columns of cells that a picture covers in the middle of a canvas; those outside hold padding alone.
+
+    Args:
+        size: (width, height) of the picture in pixels.
+        cells: (rows, columns) of the canvas.
+
+    Source: `unpad_image` of LLaVA-NeXT in transformers 5.23, in its order of float64 operations. One row or column
+    of padding stays where an odd number would have to go.
+    """
+    (width, height), (rows, columns) = size, cells
+    if width / height > columns / rows:
+        cut = (rows - int(round(height * (columns / width), 7))) // 2
+        return range(cut, rows - cut), range(columns)
+    cut = (columns - int(round(width * (rows / height), 7))) // 2
+    return range(rows), range(cut, columns - cut)
+
+
+def nearest_shape(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The canvas whose width by height is nearest to a picture's.
+
+    Of equally near ones a later one takes the place of an earlier one where the picture has more than half its pixels.
+
+    Args:
+        size: (width, height) of the picture.
+        canvases: (width, height) of each, in the order in which they are tried.
+
+    Source: `find_closest_aspect_ratio` of InternVL, in its order of float64 operations.
+    """
+    best, least = canvases[0], math.inf
+    for canvas in canvases:
+        apart = abs(size[0] / size[1] - canvas[0] / canvas[1])
+        if apart < least or (apart == least and size[0] * size[1] > 0.5 * canvas[0] * canvas[1]):
+            best, least = canvas, apart
+    return best
+
+
+def edged(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size (width, height) whose longer side is `longest`, the other one even; the size itself where that is 0.
+
+    Source: `_resize_output_size_rescale_to_max_len` and `_resize_output_size_scale_below_upper_bound` of Idefics3 in
+    transformers 5.23.
+    """
+    if not longest:
+        return size
+    ratio = size[0] / size[1]
+    wide = size[0] >= size[1]
+    other = int(longest / ratio) if wide else int(longest * ratio)
+    long, short = longest, max(1, other + other % 2)
+    if long > MOST:
+        ratio = (long if wide else short) / (short if wide else long)
+        long, short = MOST, max(1, int(MOST / ratio) if wide else int(MOST * ratio))
+    return (long, short) if wide else (short, long)
+
+
+def rounded_up(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Sides (width, height) rounded up to multiples of `factor`: the longer one first, the other by the shape.
+
+    Source: `resize_for_vision_encoder` of Idefics3 in transformers 5.23.
+    """
+    ratio = size[0] / size[1]
+    if size[0] >= size[1]:
+        width = math.ceil(size[0] / factor) * factor
+        return width, math.ceil(int(width / ratio) / factor) * factor
+    height = math.ceil(size[1] / factor) * factor
+    return math.ceil(int(height * ratio) / factor) * factor, height
 
 
 def multiple(size: tuple[int, int], factor: int, pixels: tuple[int, int]) -> tuple[int, int]:
@@ -124,27 +223,44 @@ def multiple(size: tuple[int, int], factor: int, pixels: tuple[int, int]) -> tup
 
 
 def pixels(picture: Image, views: Views) -> NDArray[np.float32]:
-    """The views of a picture, laid on the canvas whatever its own size, float32 [views, 3, H, W]."""
+    """The views of a picture, laid on the canvas whatever its own size, float32 [views, 3, H, W].
+
+    A picture that covers other cells of the canvas than planned is resized to the planned picture's size.
+    """
+    canvas = views.canvas
+    if any(canvas.picture) and not belongs(picture.size, canvas):
+        picture = resized(picture, canvas.picture)
+    if canvas.longest:
+        picture = resized(picture, edged(picture.size, canvas.longest), views.how.resample)
     if views.tiles is None:
-        return preprocess(picture, views.how)
-    return tiled(picture, views.how, views.canvas.size, views.tiles)
+        return preprocess(resized(picture, canvas.size, views.how.resample) if canvas.longest else picture, views.how)
+    if views.fit == "stretch":
+        return stretched(picture, views)
+    return tiled(picture, views.how, canvas.size, views.tiles)
 
 
 def boxes(size: tuple[int, int], views: Views, grids: Sequence[tuple[int, int]]) -> list[NDArray[np.float64]]:
-    """Where the cells of each view lie on the original picture, see `patch_boxes`.
+    """Where the cells of each grid lie on the original picture, see `patch_boxes`.
 
     Args:
         size: (width, height) of the original picture in pixels.
-        grids: (rows, columns) of cells, of each view.
+        grids: (rows, columns) of cells, of each view; or of the whole picture and of all tiles together, without the
+            cells that hold padding alone.
 
     Returns:
-        [rows * columns, 4] of each view.
+        [rows * columns, 4] of each grid.
     """
-    found = [patch_boxes(size, views.how, grids[0])]
-    if views.tiles is not None:
-        whole = tile_boxes(size, views.canvas.size, views.tiles, grids[1])
-        found += list(whole.reshape(len(grids) - 1, -1, 4))
-    return found
+    first = views.tiles is None or views.whole == "first"
+    rest = list(grids)
+    whole = patch_boxes(size, views.how, rest.pop(0 if first else -1))
+    tiles: list[NDArray[np.float64]] = []
+    if rest and any(views.canvas.picture):
+        shown = size if belongs(size, views.canvas) else views.canvas.picture
+        scale = np.array([size[0] / shown[0], size[1] / shown[1]] * 2)
+        tiles = [map_boxes(shown, views, rest[0]) * scale]
+    elif rest:
+        tiles = list(tile_boxes(size, views, rest[0]).reshape(len(rest), -1, 4))
+    return [whole, *tiles] if first else [*tiles, whole]
 
 
 def best_canvas(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -187,31 +303,53 @@ def tiled(image: Image, how: Preprocessing, canvas: tuple[int, int], grid: tuple
 
     left, top, *size = _placed(image.size, canvas)
     sheet = Image.new("RGB", canvas)
-    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
-    width, height = canvas[0] // grid[1], canvas[1] // grid[0]
-    tiles = [
+    sheet.paste(resized(image, (size[0], size[1])), (left, top))
+    return np.concatenate([preprocess(view, how) for view in (image, *_cut(sheet, grid))])
+
+
+def stretched(image: Image, views: Views) -> NDArray[np.float32]:
+    """The tiles of a picture that is resized to the whole canvas, and a view of the whole picture.
+
+    Args:
+        image: the picture.
+        views: with tiles.
+
+    Returns:
+        `pixel_values`, [rows * columns + 1, 3, H, W], float32.
+
+    Source: `crop_image_to_patches` of GotOcr2 and `split_images` of Idefics3 in transformers 5.23.
+    """
+    assert views.tiles is not None
+    sheet = resized(image, views.canvas.size, views.how.resample)
+    tiles = _cut(sheet, views.tiles)
+    whole = sheet if views.canvas.longest else image
+    found = [whole, *tiles] if views.whole == "first" else [*tiles, whole]
+    return np.concatenate([preprocess(view, views.how) for view in found])
+
+
+def _cut(sheet: Image, tiles: tuple[int, int]) -> list[Image]:
+    """The tiles of a canvas, (rows, columns) of them, row by row."""
+    width, height = sheet.width // tiles[1], sheet.height // tiles[0]
+    return [
         sheet.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
-        for row in range(grid[0])
-        for column in range(grid[1])
+        for row in range(tiles[0])
+        for column in range(tiles[1])
     ]
-    return np.concatenate([preprocess(view, how) for view in (image, *tiles)])
 
 
-def tile_boxes(
-    size: tuple[int, int], canvas: tuple[int, int], tiles: tuple[int, int], grid: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Where the patches of the tiles of `tiled` lie on the original picture.
+def tile_boxes(size: tuple[int, int], views: Views, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """Where the patches of tiles lie on the original picture.
 
     Args:
         size: (width, height) of the original picture in pixels.
-        canvas: (width, height).
-        tiles: (rows, columns) of tiles.
+        views: with tiles.
         grid: (rows, columns) of patches on each tile.
 
     Returns:
         As `patch_boxes`, tile by tile, [tiles * rows * columns, 4], float64.
     """
-    left, top, width, height = _placed(size, canvas)
+    canvas, tiles = views.canvas.size, views.tiles or (1, 1)
+    left, top, width, height = (0, 0, *canvas) if views.fit == "stretch" else _placed(size, canvas)
     tile = canvas[0] // tiles[1], canvas[1] // tiles[0]
     patch = tile[0] // grid[1], tile[1] // grid[0]
     rows, columns, r, c = np.mgrid[: tiles[0], : tiles[1], : grid[0], : grid[1]]
@@ -220,6 +358,50 @@ def tile_boxes(
     scale = size[0] / width, size[1] / height
     found: NDArray[np.float64] = (corners - np.array([left, top] * 2)) * np.array([*scale, *scale])
     return found
+
+
+def map_boxes(size: tuple[int, int], views: Views, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """Where the cells of all tiles together lie on the original picture, without those that hold padding alone.
+
+    Args:
+        size: (width, height) of the original picture in pixels.
+        views: with tiles, letterboxed; of the canvas's `cells`.
+        grid: (rows, columns) that the covered cells were resampled to.
+
+    Returns:
+        As `patch_boxes`, [rows * columns, 4], float64.
+    """
+    canvas, tiles = views.canvas, views.tiles or (1, 1)
+    left, top, width, height = _placed(size, canvas.size)
+    x, y = (
+        (_edges(inside, cells // count, side // count, asked) - first) * (original / shown)
+        for inside, cells, count, side, asked, first, original, shown in zip(
+            covered(size, canvas.cells)[::-1],
+            canvas.cells[::-1],
+            tiles[::-1],
+            canvas.size,
+            grid[::-1],
+            (left, top),
+            size,
+            (width, height),
+            strict=True,
+        )
+    )
+    return grid_boxes(x, y)
+
+
+def _edges(inside: range, each: int, tile: int, asked: int) -> NDArray[np.float64]:
+    """Pixels of a canvas between which its covered cells lie along one axis, shared out to another number of cells.
+
+    Args:
+        inside: the covered cells.
+        each: cells of a tile.
+        tile: pixels of a tile; what its cells leave over belongs to the last one.
+        asked: cells.
+    """
+    cell = np.arange(inside.start, inside.stop + 1)
+    marks = (cell // each * tile + cell % each * (tile // each)).astype(np.float64)
+    return np.interp(np.linspace(0, len(inside), asked + 1), np.arange(len(inside) + 1), marks)
 
 
 def _placed(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:

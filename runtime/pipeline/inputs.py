@@ -13,7 +13,7 @@ from lvlm_edge.runtime.bundle import Manifest
 from lvlm_edge.runtime.errors import InputError, UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
 from lvlm_edge.runtime.pictures.sources import Reading
-from lvlm_edge.runtime.pictures.views import Canvas, canvas_of, pixels, view_size
+from lvlm_edge.runtime.pictures.views import Canvas, belongs, canvas_of, covered, pixels, view_size
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class Media:
     pixels: Array
 
 
-def user_turn(prompt: str, images: int, system: str | None) -> list[dict[str, Any]]:
+def user_turn(prompt: str, images: int, system: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The messages of one question, the images before its text.
+
+    Args:
+        system: a message before it.
 
     Raises:
         InputError: the prompt is empty.
@@ -34,7 +37,7 @@ def user_turn(prompt: str, images: int, system: str | None) -> list[dict[str, An
         raise InputError("prompt: is empty; ask something")
     parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    return messages if system is None else [dict(system), *messages]
 
 
 def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -80,7 +83,7 @@ def _planned(size: tuple[int, int], free: Sequence[Picture], fit: bool) -> Pictu
         InputError: it belongs on none.
     """
     for picture in free:
-        if canvas_of(size, picture.views.canvas) == picture.views.canvas.size:
+        if belongs(size, picture.views.canvas):
             return picture
     if fit:
         return free[0]
@@ -90,6 +93,12 @@ def _planned(size: tuple[int, int], free: Sequence[Picture], fit: bool) -> Pictu
 def _misfit(size: tuple[int, int], canvas: Canvas, tiles: tuple[int, int] | None) -> InputError:
     best = canvas_of(size, canvas)
     advice = f"export another with --image-size {size[0]}x{size[1]}"
+    if best == canvas.size:
+        own, planned = ("x".join(str(len(part)) for part in covered(s, canvas.cells)) for s in (size, canvas.picture))
+        return InputError(
+            f"picture: {size[0]}x{size[1]} covers {own} cells of its tiles, the bundle is for {planned} (rows x "
+            f"columns), as of {canvas.picture[0]}x{canvas.picture[1]}; resize it with --fit (fit=True), or {advice}"
+        )
     if tiles is not None:
         tile = canvas.size[0] // tiles[1], canvas.size[1] // tiles[0]
         return InputError(

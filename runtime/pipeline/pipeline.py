@@ -176,7 +176,8 @@ class Pipeline:
         """
         images = listed(images)
         if messages is None:
-            messages = inputs.user_turn(prompt or "", len(images), system)
+            before = None if system is None else self._load_text().system_message(system)
+            messages = inputs.user_turn(prompt or "", len(images), before)
         elif prompt is not None or system is not None:
             raise InputError("prepare: takes either a prompt or messages; leave out the prompt and the system message")
         named = inputs.count_images(messages)

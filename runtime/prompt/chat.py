@@ -6,7 +6,9 @@ see `Text.encode_chat`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,10 @@ from lvlm_edge.runtime.prompt.time_limit import TimeLimitError
 if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import AddedToken, Tokenizer
+
+
+_PROBE = "PROBE"  # stands for a system message
+_log = logging.getLogger("lvlm_edge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +107,24 @@ class Text:
             raise BundleError(
                 f"{self._config.tokenizer}: cannot encode this prompt ({one_line(error)}); export the bundle again"
             ) from error
+
+    def system_message(self, system: str) -> dict[str, Any]:
+        """A system message in the form that the template reads: text, or a list with a part of type text.
+
+        Templates that take every content as a list leave out one that is text, or refuse it. A template without a place
+        for system messages leaves out both, which is logged as a warning.
+        """
+        forms: tuple[Any, ...] = (system, [{"type": "text", "text": system}])
+        messages = [{"role": "system", "content": form} for form in forms]
+        for message, form in zip(messages, (_PROBE, [{"type": "text", "text": _PROBE}]), strict=True):
+            asked = [{"role": "system", "content": form}, {"role": "user", "content": [{"type": "text", "text": "?"}]}]
+            with suppress(InputError):
+                if _PROBE in self._render(asked, True):
+                    return message
+        _log.warning(
+            "system message: the chat template has no place for one, so it is left out; put it into the prompt"
+        )
+        return messages[0]
 
     def _ids(self, plain: list[Any], add_generation_prompt: bool) -> list[int]:
         """Token ids of messages of plain values."""

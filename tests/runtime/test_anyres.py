@@ -75,7 +75,8 @@ def test_boxes_lie_on_what_their_patches_show(size):
     canvas, tiles = (112, 112), (2, 2)
 
     found = views.tiled(PIL.Image.fromarray(colours), plain, canvas, tiles)[1:]
-    boxes = views.tile_boxes(size, canvas, tiles, (4, 4))
+    planned = views.Views(canvas=views.Canvas(size=canvas), tiles=tiles, how=plain)
+    boxes = views.tile_boxes(size, planned, (4, 4))
 
     assert boxes.shape == (64, 4)
     inside = [(i, box) for i, box in enumerate(boxes) if box.min() >= 0 and box[2] <= size[0] and box[3] <= size[1]]
