@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import encoders, preprocess
+from lvlm_edge.exporter.checkpoints import configs, encoders, preprocess
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec, check_kind
@@ -41,6 +42,30 @@ class VisionSpec:
     projector_bias: bool
     newline: bool = False
     pinpoints: tuple[tuple[int, int], ...] = ()
+
+
+def nested(
+    of: Checkpoint, family: str, defaults: Mapping[str, Any], decoders: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A hub config whose parts are nested: all of it, its encoder's part and its decoder's, without missing fields.
+
+    Args:
+        defaults: what a field that config.json leaves out means; a part that is there takes those of its own class.
+        decoders: kinds that are supported.
+
+    Raises:
+        UnsupportedError: a tower or decoder that is not known.
+    """
+    full = {**defaults, **of.config}
+    found = []
+    for part, known, own in (
+        ("vision_config", encoders.ENCODERS, encoders.DEFAULTS),
+        ("text_config", decoders, configs.DEFAULTS),
+    ):
+        given = full[part] or defaults[part]
+        kind = given.get("model_type", defaults[part]["model_type"])
+        found.append(configs.completed(f"{family}: {part}", given, known, kind, own))
+    return full, found[0], found[1]
 
 
 def check(spec: ModelSpec[VisionSpec], path: Path) -> ModelSpec[VisionSpec]:

@@ -59,19 +59,11 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
         UnsupportedError: a tower, decoder, RoPE or activation this family does not know.
         CheckpointError: fields that are not valid or contradict each other.
     """
-    full = {**DEFAULTS, **of.config}
-    parts = {}
-    for part, known, defaults in (
-        ("vision_config", encoders.ENCODERS, encoders.DEFAULTS),
-        ("text_config", DECODERS, configs.DEFAULTS),
-    ):
-        given = full[part] or DEFAULTS[part]
-        kind = given.get("model_type", DEFAULTS[part]["model_type"])
-        parts[part] = configs.completed(f"llava: {part}", given, known, kind, defaults)
+    full, seen, text = _llava.nested(of, "llava", DEFAULTS, DECODERS)
     strategy = full["vision_feature_select_strategy"]
     # image_seq_length is not read: transformers' model does not, and configs carry its default of 576 for any tower.
     try:
-        encoder = encoders.read(parts["vision_config"], full["vision_feature_layer"], drop_first=strategy == "default")
+        encoder = encoders.read(seen, full["vision_feature_layer"], drop_first=strategy == "default")
         if strategy not in ("default", "full"):
             raise UnsupportedError(
                 f"llava: vision_feature_select_strategy is {strategy!r}; {nearest(str(strategy), ('default', 'full'))}"
@@ -83,7 +75,7 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
                 projector_act=full["projector_hidden_act"],
                 projector_bias=bool(full["multimodal_projector_bias"]),
             ),
-            decoder=configs.decoder("llava", parts["text_config"], tied=full["tie_word_embeddings"]),
+            decoder=configs.decoder("llava", text, tied=full["tie_word_embeddings"]),
             image_token_id=full.get("image_token_id", full["image_token_index"]),
         )
         return _llava.check(spec, of.folder / "config.json")
