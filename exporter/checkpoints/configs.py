@@ -57,6 +57,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {**_DECODER, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936,
               "max_position_embeddings": 32768, "sliding_window": 4096, "use_sliding_window": False,
               "max_window_layers": 28},
+    "qwen3": {**_DECODER, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936,
+              "head_dim": 128, "max_position_embeddings": 32768, "attention_bias": False, "sliding_window": 4096,
+              "use_sliding_window": False, "max_window_layers": 28},
 }  # fmt: skip
 
 
@@ -172,6 +175,8 @@ def _rope(family: str, text: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise CheckpointError(f"config.json: rope_parameters is {type(given).__name__}, expected an object; correct it")
     kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "dynamic":  # which changes nothing up to max_position_embeddings, and a plan goes no further
+        given, kind = {key: value for key, value in given.items() if key != "factor"}, "default"
     if kind not in STATIC_ROPE:
         raise UnsupportedError(
             f"{family}: rope_type is {kind!r}, not supported (or its tables change with the prompt); "

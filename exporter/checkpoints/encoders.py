@@ -30,6 +30,7 @@ class EncoderSpec:
         feature_layers: hidden states handed to the projector, as numbers of layers run, concatenated.
         drop_first: the first token of each hidden state is removed (select strategy `default`).
         mlp_act: activation name as in the config (`quick_gelu`, `gelu`, `gelu_pytorch_tanh`).
+        post_norm: a LayerNorm comes behind the layers.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class EncoderSpec:
     mlp_act: str
     feature_layers: tuple[int, ...]
     drop_first: bool
+    post_norm: bool = False
 
     @property
     def grid(self) -> int:
@@ -61,12 +63,19 @@ class EncoderSpec:
         return self.positions - self.drop_first
 
 
-def read(config: dict[str, Any], wanted: Any, *, drop_first: bool, name: str = "vision_feature_layer") -> EncoderSpec:
+def read(
+    config: dict[str, Any],
+    wanted: Any,
+    *,
+    drop_first: bool,
+    name: str = "vision_feature_layer",
+    post_norm: bool = False,
+) -> EncoderSpec:
     """The vision encoder from its completed config.
 
     Args:
         wanted: hidden states for the projector, a number or a list, counted from the end where negative.
-        drop_first: see `EncoderSpec`.
+        drop_first, post_norm: see `EncoderSpec`.
         name: of the field that `wanted` is from, for errors.
 
     Raises:
@@ -91,6 +100,7 @@ def read(config: dict[str, Any], wanted: Any, *, drop_first: bool, name: str = "
         mlp_act=config["hidden_act"],
         feature_layers=tuple(layer % (count + 1) for layer in layers),
         drop_first=drop_first,
+        post_norm=post_norm,
     )
 
 

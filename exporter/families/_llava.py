@@ -149,10 +149,9 @@ def _tiles(
     return grid
 
 
-def work(spec: ModelSpec[VisionSpec], picture: Picture) -> tuple[Work, Work]:
-    """Products of the encoder up to the highest feature layer, per crop, and of the projector, per picture."""
-    v, d, depth = spec.vision.encoder, spec.decoder.hidden, max(spec.vision.encoder.feature_layers)
-    n = v.positions
+def encoder_work(v: EncoderSpec) -> Work:
+    """Products of an encoder up to the highest feature layer, per crop."""
+    n, depth = v.positions, max(v.feature_layers)
     patches = Product(v.patch_size**2 * v.channels, v.hidden, v.grid**2, matrix=False)
     layer = (
         Product(v.hidden, v.hidden, n, 4 * depth),
@@ -161,9 +160,15 @@ def work(spec: ModelSpec[VisionSpec], picture: Picture) -> tuple[Work, Work]:
         Attention(n, n, v.heads, v.hidden // v.heads, depth),
     )
     vectors = n * v.hidden + (3 if v.kind == "clip" else 1) * v.hidden  # class token and pre-norm, or the patch bias
-    vectors += depth * (9 * v.hidden + v.ffn)
+    vectors += depth * (9 * v.hidden + v.ffn) + 2 * v.hidden * v.post_norm
     wide = max(3 * v.hidden, 2 * v.ffn)
-    encoder = Work((patches, *layer), vectors, layers=depth, hidden=v.hidden, wide=wide, rows=n)
+    return Work((patches, *layer), vectors, layers=depth, hidden=v.hidden, wide=wide, rows=n)
+
+
+def work(spec: ModelSpec[VisionSpec], picture: Picture) -> tuple[Work, Work]:
+    """Products of the encoder up to the highest feature layer, per crop, and of the projector, per picture."""
+    v, d = spec.vision.encoder, spec.decoder.hidden
+    encoder = encoder_work(v)
     if spec.vision.projector_act is None:
         return encoder, Work()
     rows = v.tokens * picture.views.count

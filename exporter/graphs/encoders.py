@@ -65,12 +65,17 @@ class _Encoder(nn.Module):
         self.patch_embedding = PatchEmbedding(v.hidden, v.channels, v.patch_size, bias=bias)
         self.position_embedding = Table(v.positions, v.hidden)
         self.layers = nn.ModuleList(VisionLayer(v, ops) for _ in range(max(v.feature_layers)))
+        self.post_layernorm = Norm(v.hidden, bias=True) if v.post_norm else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixel_values [1, C, H, W] to the features the projector reads, [1, V, D * number of feature layers]."""
         states = [self.embed(pixels)]
         for layer in self.layers:
             states.append(layer(states[-1]))
+        if self.post_layernorm is not None:
+            norm = self.post_layernorm
+            assert norm.bias is not None
+            states[-1] = self.ops.layer_norm(states[-1], norm.weight, norm.bias, self.spec.eps)
         chosen = [states[i][:, 1:] if self.spec.drop_first else states[i] for i in self.spec.feature_layers]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1)
 
@@ -106,6 +111,16 @@ class Siglip(_Encoder):
 
 
 ENCODERS: dict[str, type[Clip] | type[Siglip]] = {"clip": Clip, "siglip": Siglip}
+
+
+def cells_to_channels(x: Tensor, grid: int, merge: int) -> Tensor:
+    """Patches [1, grid^2, E] to cells of merge x merge, [1, (grid / merge)^2, merge^2 * E].
+
+    Cells stand row by row; inside of one the order is row, column, channel.
+    """
+    side, width = grid // merge, x.shape[-1]
+    cells = x.reshape(side, merge, side, merge, width).permute(0, 2, 1, 3, 4)
+    return cells.reshape(1, side * side, merge * merge * width)
 
 
 class Projector(nn.Module):

@@ -23,9 +23,9 @@ class Stock(original.Original):
 
     processed: ClassVar[dict[str, Any] | None] = {}
 
-    def __init__(self, whole: Any, *, tower: Any, projector: Any) -> None:
+    def __init__(self, whole: Any, *, tower: Any, projector: Any, decoder: Any = None) -> None:
         language = nn.Module()
-        language.model, language.lm_head = whole.model.language_model, whole.lm_head
+        language.model, language.lm_head = decoder or whole.model.language_model, whole.lm_head
         language.config = whole.config.text_config
         super().__init__(
             image_token_id=whole.config.image_token_id,
