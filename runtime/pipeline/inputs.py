@@ -16,6 +16,16 @@ from lvlm_edge.runtime.pictures.sources import Reading
 from lvlm_edge.runtime.pictures.views import Canvas, belongs, canvas_of, covered, pixels, view_size
 
 
+class Pixels(np.ndarray[Any, Any]):
+    """Pixel values of `Pipeline.prepare`, which know the planned pictures that they were made for.
+
+    Attributes:
+        pictures: in the order of the views; empty for what was computed from such values.
+    """
+
+    pictures: tuple[Picture, ...] = ()
+
+
 @dataclass(frozen=True)
 class Media:
     """A picture of a prompt: what its placeholder stands for, and its views, float32 [views, 3, H, W]."""
@@ -66,14 +76,22 @@ def read_images(
     _check_count(manifest, len(images), "images")
     opened = [reading.open(image) for image in images]
     free = list(manifest.pictures)
-    found = []
+    chosen, found = list[Picture](), list[Array]()
     for picture in opened:
-        chosen = _planned(picture.size, free, fit)
-        free.remove(chosen)
-        found.append(np.asarray(pixels(picture, chosen.views)))
+        chosen.append(_planned(picture.size, free, fit))
+        free.remove(chosen[-1])
+        found.append(np.asarray(pixels(picture, chosen[-1].views)))
     if not found:
         return None
-    return np.concatenate(found) if len({views.shape[1:] for views in found}) == 1 else found
+    if len({views.shape[1:] for views in found}) == 1:
+        return _named(np.concatenate(found), chosen)
+    return [_named(views, [picture]) for views, picture in zip(found, chosen, strict=True)]
+
+
+def _named(values: Array, pictures: Sequence[Picture]) -> Array:
+    named = values.view(Pixels)
+    named.pictures = tuple(pictures)
+    return named
 
 
 def _planned(size: tuple[int, int], free: Sequence[Picture], fit: bool) -> Picture:
@@ -111,22 +129,31 @@ def _misfit(size: tuple[int, int], canvas: Canvas, tiles: tuple[int, int] | None
     )
 
 
-def media(manifest: Manifest, pixel_values: Any) -> tuple[Media, ...]:
+def media(manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Media, ...]:
     """Pixel values with the pictures that they are planned for.
+
+    Planned pictures of equal views may stand for different rows. Values of `read_images` know theirs; others are those
+    of the planned pictures in order, unless sizes are given.
 
     Args:
         pixel_values: float32 [views, 3, H, W] of all pictures, or a list of one such array per picture, or None.
+        sizes: (width, height) of the pictures that they were made of.
 
     Raises:
-        InputError: another shape or number than the bundle is planned for, or values that are not finite.
+        InputError: another shape or number than the bundle is planned for, values that are not finite, or fewer
+            pictures than planned without a way to tell which.
     """
     if pixel_values is None:
         _check_count(manifest, 0, "pixel_values")
         return ()
-    free = list(manifest.pictures)
+    named = _pictures_of(manifest, pixel_values, sizes)
+    free = list(manifest.pictures) if named is None else named
     if isinstance(pixel_values, list | tuple):
         _check_count(manifest, len(pixel_values), "pixel_values")
-        return tuple(_matched(manifest, np.asarray(views), free) for views in pixel_values)
+        several = tuple(_matched(manifest, np.asarray(views), free) for views in pixel_values)
+        if named is None and len(several) < len(manifest.pictures):
+            _check_alike(manifest, several)
+        return several
     whole = np.asarray(pixel_values)
     found: list[Media] = []
     while not found or len(whole):
@@ -136,7 +163,38 @@ def media(manifest: Manifest, pixel_values: Any) -> tuple[Media, ...]:
         found.append(_matched(manifest, whole[:views], free, given=np.asarray(pixel_values)))
         whole = whole[len(found[-1].pixels) :]
     _check_count(manifest, len(found), "pixel_values")
+    if named is None and len(found) < len(manifest.pictures):
+        _check_alike(manifest, found)
     return tuple(found)
+
+
+def _pictures_of(
+    manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]] | None
+) -> list[Picture] | None:
+    """The planned pictures that pixel values were made for, in order; None where nothing says so."""
+    if sizes is not None:
+        _check_count(manifest, len(sizes), "image_sizes")
+        free, found = list(manifest.pictures), []
+        for width, height in sizes:
+            found.append(_planned((width, height), free, fit=False))
+            free.remove(found[-1])
+        return found
+    values = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+    if not all(isinstance(value, Pixels) and value.pictures for value in values):
+        return None
+    named = [picture for value in values for picture in value.pictures]
+    return named if set(named) <= set(manifest.pictures) and len(named) <= len(manifest.pictures) else None
+
+
+def _check_alike(manifest: Manifest, found: Sequence[Media]) -> None:
+    """Raise InputError where another planned picture has the same views as one that was found, and other rows."""
+    for one in found:
+        for picture in manifest.pictures:
+            if _shape(picture) == _shape(one.picture) and picture.runs != one.picture.runs:
+                raise InputError(
+                    "pixel_values: planned pictures of these views stand for different rows; give image_sizes, (width, "
+                    "height) of each, or all planned pictures in order"
+                )
 
 
 def _matched(manifest: Manifest, views: Array, free: list[Picture], *, given: Array | None = None) -> Media:
@@ -183,8 +241,8 @@ def placed(text: Sequence[int], before: int, image: int, count: int) -> list[int
     return found + rest
 
 
-def check_sizes(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: int) -> None:
-    """Raise InputError unless pictures of these sizes, (width, height), belong on the planned canvases, in order.
+def check_sizes(sizes: Sequence[tuple[int, int]], images: int) -> None:
+    """Raise InputError unless there is a size, (width, height), of each picture.
 
     Args:
         images: how many pictures are given.
@@ -193,9 +251,6 @@ def check_sizes(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: in
         raise InputError(
             f"image_sizes: has {len(sizes)} entries, {images} image(s) given; give (width, height) of each"
         )
-    free = list(manifest.pictures)
-    for width, height in sizes:
-        free.remove(_planned((width, height), free, fit=False))
 
 
 def check_prompt(manifest: Manifest, prompt: Sequence[int], images: int) -> Array:

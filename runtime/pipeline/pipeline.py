@@ -224,9 +224,9 @@ class Pipeline:
         Raises:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
         """
-        media = inputs.media(self.manifest, pixel_values)
+        media = inputs.media(self.manifest, pixel_values, image_sizes)
         if image_sizes is not None:
-            inputs.check_sizes(self.manifest, image_sizes, len(media))
+            inputs.check_sizes(image_sizes, len(media))
         result, rows = Result(), list[Array]()
         turn = Turn(
             prompt_token_ids,
