@@ -25,7 +25,7 @@ def build(
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    config = json.loads((source / "config.json").read_text("utf-8")) | top
+    config = {"tie_word_embeddings": False} | json.loads((source / "config.json").read_text("utf-8")) | top
     config["text_config"] |= {"model_type": decoder, "num_hidden_layers": 2} | (text or {})
     config["vision_config"] |= {"num_hidden_layers": 2} | (vision or {})
     folder.mkdir()

@@ -186,7 +186,7 @@ class _Writer:
         matched = self._matched(sources, known)
         _check_room(out, planning.weights_bytes(plan))
         published = plan.family.chat_template(self.of)
-        chosen = plan.settings.chat_template
+        chosen = plan.settings.chat_template if plan.family.own_template else "published"
         text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id, chosen)
         ends = text.eos_token_ids(self.of.folder)
         if text_config is None:
@@ -195,7 +195,7 @@ class _Writer:
                 "takes token ids alone (generate_tokens), and run needs one of them beside config.json"
             )
         else:
-            ends += tuple(i for i in text.turn_end(out) if i not in ends)
+            ends += tuple(i for i in text.turn_end(out, published) if i not in ends)
         drawn, skipped = generation.read(self.of.folder), generation.not_applied(self.of.folder)
         if skipped:
             log.warning(f"{self.of.folder / generation.FILE}: {', '.join(skipped)} has no effect on a bundle's answers")

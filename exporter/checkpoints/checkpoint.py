@@ -9,7 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,6 +89,27 @@ class Derived:
 
     def read(self) -> Tensor:
         return self.make()
+
+
+def cut(tensor: Source, rows: Mapping[str, int]) -> dict[str, Stored]:
+    """Parts of a tensor that stand one above the other, by their names.
+
+    Args:
+        rows: of each part, in order.
+
+    Raises:
+        CheckpointError: the tensor has another number of rows, or does not lie in its file as it is.
+    """
+    whole = sum(rows.values())
+    if not isinstance(tensor, Stored) or not tensor.shape or tensor.shape[0] != whole:
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.key} is {list(tensor.shape)}, config.json says {whole} rows; correct config.json"
+        )
+    found, start = {}, 0
+    for name, count in rows.items():
+        found[name] = replace(tensor, shape=(count, *tensor.shape[1:]), rows=(start, start + count))
+        start += count
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

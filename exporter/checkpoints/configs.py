@@ -41,7 +41,8 @@ HOW_TO_ADD = (
     "transformers has this model, but the exporter has no graphs for it: CONTRIBUTING.md says what a new family takes"
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their tables with the prompt's length
+# The others change their tables with the prompt's length; longrope does so beyond the length that it was extended from.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
 
 # What a field that config.json leaves out means: the defaults of transformers' config classes (tested against them).
 # Written here because reading a config must not load PyTorch, which those classes do.
@@ -122,6 +123,7 @@ def decoder(
     """
     kind, heads = KINDS[text["model_type"]], text["num_attention_heads"]
     bias = bool(text.get("attention_bias", False))
+    rope = _rope(family, text)
     return DecoderSpec(
         layers=text["num_hidden_layers"],
         hidden=text["hidden_size"],
@@ -137,12 +139,28 @@ def decoder(
         mlp_bias=bool(text.get("mlp_bias", False)),
         tied=bool(tied or text["tie_word_embeddings"]),
         window=_window(family, text, kind),
-        max_positions=text["max_position_embeddings"],
-        rope={"rope_parameters": _rope(family, text), "max_position_embeddings": text["max_position_embeddings"]},
+        max_positions=_positions(rope, text["max_position_embeddings"]),
+        rope={"rope_parameters": rope, "max_position_embeddings": text["max_position_embeddings"]},
         qk_norm=kind.qk_norm,
         rope_sections=sections,
         rope_interleaved=interleaved,
     )
+
+
+def _positions(rope: dict[str, Any], most: Any) -> Any:
+    """Positions up to which the rotary tables do not change.
+
+    Raises:
+        CheckpointError: tables that do change, without the position from which they do so.
+    """
+    if rope["rope_type"] != "longrope":
+        return most
+    original = rope["original_max_position_embeddings"]
+    if type(original) is not int or original < 1:
+        raise CheckpointError(
+            f"config.json: original_max_position_embeddings is {original!r}, expected a whole number above 0; add it"
+        )
+    return min(original, most)
 
 
 def _window(family: str, text: dict[str, Any], kind: Kind) -> int | None:
@@ -177,6 +195,8 @@ def _rope(family: str, text: dict[str, Any]) -> dict[str, Any]:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "dynamic":  # which changes nothing up to max_position_embeddings, and a plan goes no further
         given, kind = {key: value for key, value in given.items() if key != "factor"}, "default"
+    if kind == "su":  # the first releases' word
+        kind = "longrope"
     if kind not in STATIC_ROPE:
         raise UnsupportedError(
             f"{family}: rope_type is {kind!r}, not supported (or its tables change with the prompt); "
@@ -186,4 +206,6 @@ def _rope(family: str, text: dict[str, Any]) -> dict[str, Any]:
     if text["model_type"] == "phi3" and share != 1.0:
         raise UnsupportedError(f"{family}: partial_rotary_factor is {share!r}, expected 1.0; use another checkpoint")
     rest = {key: value for key, value in given.items() if key != "type"}
+    if kind == "longrope":
+        rest = {"original_max_position_embeddings": text.get("original_max_position_embeddings"), **rest}
     return {"rope_theta": text.get("rope_theta", 10000.0), **rest, "rope_type": kind}

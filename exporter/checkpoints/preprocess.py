@@ -15,6 +15,7 @@ from lvlm_edge.runtime.pictures.image import Preprocessing
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 # What transformers takes for a key that is missing; null is a value, mostly "no". Sizes come from the vision encoder

@@ -66,6 +66,36 @@ def _template(
     )
 
 
+def turns(roles: tuple[str, str, str], end: str, system: str, *, image: str, before: str = "") -> str:
+    """A Jinja template of messages `role, content, end`, whose contents have their parts in order.
+
+    Args:
+        roles: what opens a system message, a question, and an answer.
+        system: the message where a conversation has none.
+        image: what stands for an image.
+        before: a variable that is written before everything where it is known.
+    """
+    names = dict(zip(("system", "user", "assistant"), roles, strict=True))
+    opened = "".join(
+        f"{{% {'if' if i == 0 else 'elif'} message['role'] == '{name}' %}}{{{{ {_quoted(role)} }}}}"
+        for i, (name, role) in enumerate(names.items())
+    )
+    default = _quoted(roles[0] + system + end)
+    return (
+        (f"{{% if {before} is defined %}}{{{{ {before} }}}}{{% endif %}}" if before else "")
+        + f"{{% if messages[0]['role'] != 'system' %}}{{{{ {default} }}}}{{% endif %}}"
+        + "{% for message in messages %}"
+        + opened
+        + "{% else %}{{ raise_exception('role ' + message['role'] + ' is not known') }}{% endif %}"
+        + "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        + "{% for part in message['content'] %}"
+        + f"{{% if part['type'] == 'image' %}}{{{{ {_quoted(image)} }}}}"
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        + f"{{{{ {_quoted(end)} }}}}{{% endfor %}}"
+        + f"{{% if add_generation_prompt %}}{{{{ {_quoted(roles[2])} }}}}{{% endif %}}"
+    )
+
+
 def _quoted(text: str) -> str:
     """A Jinja string."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

@@ -136,13 +136,16 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def turn_end(out: Path) -> tuple[int, ...]:
+def turn_end(out: Path, published: str | None = None) -> tuple[int, ...]:
     """The id of what closes an answer in a bundle's published conversation format; none for another template.
 
     A language model's own end-of-sequence is not always it: Phi-3's answers end with `<|end|>`.
+
+    Args:
+        published: the family's template.
     """
     template = (out / TEMPLATE).read_text("utf-8")
-    if template not in PUBLISHED:
+    if template not in PUBLISHED and template != published:
         return ()
     known = _added(read_json(out / TOKENIZER))
     return tuple(known[end] for end in ENDS if end in template and type(known.get(end)) is int)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import preprocess
-from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
+from lvlm_edge.exporter.checkpoints import preprocess, text
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec, check_kind, check_shares, check_sizes
 from lvlm_edge.exporter.planning import (
     Attention,
@@ -29,6 +29,7 @@ from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run
 from lvlm_edge.runtime.pictures.views import Canvas, Views, nearest_shape
 
+AROUND = ("<img>", "</img>")
 NORMS = ("layer_norm", "rms_norm")
 QK_EPS, PROJECTOR_EPS = 1e-6, 1e-5  # which no config names
 MOST_TILES = 1024  # that a processor may ask for
@@ -151,6 +152,21 @@ def tiles_of(where: Path, least: Any, most: Any) -> tuple[int, int]:
     return least, most
 
 
+def token(of: Checkpoint, name: str) -> tuple[int, ...]:
+    """The token's id; none where the checkpoint has no tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer does not know it.
+    """
+    ids = text.encoded(of.folder, name)
+    if ids is not None and len(ids) != 1:
+        raise CheckpointError(
+            f"{of.folder}: its tokenizer has no token {name}, which stands beside an image's visual tokens; use the "
+            "tokenizer that belongs to this checkpoint"
+        )
+    return ids or ()
+
+
 def canvases(least: int, most: int, side: int) -> tuple[tuple[int, int], ...]:
     """(width, height) of all canvases of so many tiles, in the order in which they are tried."""
     grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most]
@@ -163,12 +179,15 @@ def pictures(
     how: Preprocessing,
     bounds: tuple[int, int],
     around: tuple[Run, Run],
+    *,
+    thumbnail: bool = True,
 ) -> tuple[Picture, ...]:
     """The tiles of the canvas of the nearest shape, and the whole picture behind them where there are several.
 
     Args:
         bounds: the least and most tiles.
         around: the text before and behind the visual tokens.
+        thumbnail: the whole picture comes behind its tiles.
 
     Raises:
         PlanError: no size and no grid, or a grid that the checkpoint does not have.
@@ -181,7 +200,7 @@ def pictures(
         rows, columns = height // side, width // side
         canvas = Canvas(size=(width, height), rule="ratio", among=among)
         tiles = (rows, columns) if rows * columns > 1 else None
-        views = Views(canvas=canvas, tiles=tiles, fit="stretch", whole="last", how=how)
+        views = Views(canvas=canvas, tiles=tiles, fit="stretch", whole="last" if thumbnail else "none", how=how)
         visual = (Run(kind="visual", rows=cells**2, grid=(cells, cells)),) * views.count
         runs = (around[0], *visual, around[1])
         found.append(Picture(token_id=spec.image_token_id, graphs=("vision",), views=views, runs=runs))

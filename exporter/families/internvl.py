@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import configs, integers, text
+from lvlm_edge.exporter.checkpoints import configs, integers
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source, renamed
 from lvlm_edge.exporter.checkpoints.preprocess import CLIP_MEAN, CLIP_STD
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
@@ -17,7 +17,6 @@ from lvlm_edge.runtime.errors import UnsupportedError
 from lvlm_edge.runtime.pictures.layout import Picture, Run
 
 DECODERS = ("qwen2", "qwen3", "llama")
-AROUND = ("<img>", "</img>")
 
 # What a field that config.json or preprocessor_config.json leaves out means.
 DEFAULTS: dict[str, Any] = {
@@ -118,23 +117,8 @@ def chat_template(of: Checkpoint) -> None:
 def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
     """Tiles and thumbnail between `<img>` and `</img>`."""
     how, bounds = _intern.preprocessing(of.folder, PROCESSORS, spec.vision.image_size)
-    before, behind = (Run(kind="text", rows=1, ids=_id(of, token)) for token in AROUND)
+    before, behind = (Run(kind="text", rows=1, ids=_intern.token(of, token)) for token in _intern.AROUND)
     return _intern.pictures(spec, capacity, how, bounds, (before, behind))
-
-
-def _id(of: Checkpoint, token: str) -> tuple[int, ...]:
-    """The token's id; none where the checkpoint has no tokenizer.
-
-    Raises:
-        CheckpointError: the tokenizer does not know it.
-    """
-    ids = text.encoded(of.folder, token)
-    if ids is not None and len(ids) != 1:
-        raise CheckpointError(
-            f"{of.folder}: its tokenizer has no token {token}, which stands beside an image's visual tokens; use the "
-            "tokenizer that belongs to this checkpoint"
-        )
-    return ids or ()
 
 
 def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:

@@ -285,6 +285,8 @@ class Family(Generic[V]):
         chat_template: checkpoint -> the published template, for a checkpoint that brings none.
         injected: spec -> outputs of image graphs that are added to visual rows after decoder layers 0, 1, ....
         axes: of positions: 1, or 3 (time, row, column).
+        own_template: a checkpoint's own template knows images; else it is its language model's, and the published one
+            is used.
         sized: visual tokens depend on the picture's size, which an export is told (`--image-size`).
     """
 
@@ -302,3 +304,4 @@ class Family(Generic[V]):
     injected: Callable[[ModelSpec[V]], tuple[str, ...]] = lambda spec: ()
     axes: int = 1
     sized: bool = False
+    own_template: bool = True

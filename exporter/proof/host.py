@@ -40,7 +40,7 @@ def compare(
     rows = [
         _equal("config", pipe.manifest.provenance.config_sha256, sha256(folder / "config.json")),
         *(_equal(stage, found, wanted) for stage, found, wanted in _settings(pipe, plan)),
-        _ends(pipe, folder),
+        _ends(pipe, folder, plan.family.chat_template(of)),
         _generation(pipe, folder),
     ]
     prompt, pixels = list(_prompt(pipe, of, plan)), list(_pixels(pipe, of, model, sizes, seed))
@@ -87,7 +87,7 @@ def _settings(pipe: Pipeline, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
     yield "precision", (manifest.dtype, manifest.lowering), (plan.dtype, plan.lowering.name)
 
 
-def _ends(pipe: Pipeline, folder: Path) -> Row:
+def _ends(pipe: Pipeline, folder: Path, published: str | None) -> Row:
     """End-of-sequence ids: those of generation_config.json, else of config.json; and what closes published answers."""
     config = read_json(folder / "config.json")
     path = folder / "generation_config.json"
@@ -95,7 +95,7 @@ def _ends(pipe: Pipeline, folder: Path) -> Row:
     ids: Any = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), [])
     wanted = set(ids) if isinstance(ids, list) else {ids}
     found = set(pipe.manifest.eos_token_ids)
-    more = set(text.turn_end(pipe.bundle.folder)) if pipe.manifest.text is not None else set()
+    more = set(text.turn_end(pipe.bundle.folder, published)) if pipe.manifest.text is not None else set()
     note = f"{sorted(found)}, the checkpoint has {sorted(wanted)}"
     return _equal("end of sequence", sorted(found), sorted(wanted | more), note)
 
@@ -117,7 +117,8 @@ def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
     found, folder = pipe.manifest.text, pipe.bundle.folder
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
-        published, chosen = plan.family.chat_template(of), plan.settings.chat_template
+        published = plan.family.chat_template(of)
+        chosen = plan.settings.chat_template if plan.family.own_template else "published"
         wanted = text.copy(of.folder, out, published, plan.spec.image_token_id, chosen)
         if found is None or wanted is None:
             if found is not wanted:

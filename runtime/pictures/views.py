@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RULES = ("any", "pinpoints", "multiple", "ratio", "ceil")
 FITS = ("letterbox", "stretch")
-WHOLE = ("first", "last")
+WHOLE = ("first", "last", "none")
 LONGEST = 200  # times that a picture may be longer than wide under the rule `multiple`
 MOST = 4096  # pixels of the longer side of a picture that is resized to a longest edge
 
@@ -64,7 +64,7 @@ class Views:
         tiles: (rows, columns) that cut up the canvas, row by row; None where the whole picture is the only view.
         fit: how the picture lies on a canvas of tiles: `letterbox` (in its own shape, in the middle, on black) or
             `stretch` (over all of it).
-        whole: where the view of the whole picture stands among the tiles: `first` or `last`.
+        whole: where the view of the whole picture stands among the tiles: `first`, `last`, or `none` for tiles alone.
         how: preprocessing of each view.
     """
 
@@ -76,7 +76,7 @@ class Views:
 
     @property
     def count(self) -> int:
-        return 1 if self.tiles is None else self.tiles[0] * self.tiles[1] + 1
+        return 1 if self.tiles is None else self.tiles[0] * self.tiles[1] + (self.whole != "none")
 
 
 def view_size(views: Views) -> tuple[int, int]:
@@ -250,6 +250,8 @@ def boxes(size: tuple[int, int], views: Views, grids: Sequence[tuple[int, int]])
     Returns:
         [rows * columns, 4] of each grid.
     """
+    if views.tiles is not None and views.whole == "none":
+        return list(tile_boxes(size, views, grids[0]).reshape(len(grids), -1, 4))
     first = views.tiles is None or views.whole == "first"
     rest = list(grids)
     whole = patch_boxes(size, views.how, rest.pop(0 if first else -1))
@@ -323,7 +325,7 @@ def stretched(image: Image, views: Views) -> NDArray[np.float32]:
     sheet = resized(image, views.canvas.size, views.how.resample)
     tiles = _cut(sheet, views.tiles)
     whole = sheet if views.canvas.longest else image
-    found = [whole, *tiles] if views.whole == "first" else [*tiles, whole]
+    found = [*[whole] * (views.whole == "first"), *tiles, *[whole] * (views.whole == "last")]
     return np.concatenate([preprocess(view, views.how) for view in found])
 
 
