@@ -99,6 +99,7 @@ class Machine:
         self.modern, self.jit, self.capturable = modern, jit, capturable
         self.driver = 13000
         self.calls: Counter[str] = Counter()
+        self.copied: list[tuple[str, int]] = []  # copies between host and device: the way and the bytes
         self.fail: dict[str, int] = {}
         self.skip: dict[str, int] = {}
         self.memory: dict[int, Any] = {}  # base address to bytes
@@ -232,6 +233,7 @@ class Functions:
         import ctypes
 
         device = {1: target, 2: source}[kind]
+        m.copied.append(({1: "in", 2: "out"}[kind], size))
         m.enqueue(lambda: (m.at(device, size), ctypes.memmove(target, source, size)))
 
     def cudaMemcpy2DAsync(
