@@ -111,7 +111,7 @@ class Machine:
         self.names = itertools.count(0x1000)
         self.scratch: list[tuple[int, int]] = []
         self.jit_loaded: list[bytes] = []
-        self.refuse_load = self.refuse_run = self.refuse_context = False
+        self.refuse_load = self.refuse_run = self.refuse_context = self.refuse_address = False
 
     def install(self, patch: Any, module: str) -> Machine:
         """Put the double in the place of the libraries."""
@@ -393,7 +393,7 @@ class Context:
         assert name in self._engine.tensors
         self._machine.at(address, 1)
         self._addresses[name] = address
-        return True
+        return not self._machine.refuse_address
 
     def execute_async_v3(self, stream: int) -> bool:
         machine = self._machine

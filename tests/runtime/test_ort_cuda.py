@@ -459,8 +459,17 @@ def test_a_machine_that_cannot_run_it_says_why_and_what_to_install(monkeypatch, 
     with pytest.raises(UnsupportedError, match=f"^ort-cuda: .*{said}") as caught:
         backends.load("ort-cuda")
 
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     assert capsys.readouterr().out == ""
+
+
+def test_both_wheels_at_once_are_one_line_of_the_command_line(modern, machine):
+    machine.wheels.add("onnxruntime")
+
+    said = tiny.refused(3, "run", modern, "--backend", "ort-cuda", "--prompt", "w5")
+
+    assert "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files" in said
+    assert said.endswith("pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'lvlm-edge[ort-cuda]'")
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "cuda.bindings.runtime"])

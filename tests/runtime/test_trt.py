@@ -127,9 +127,9 @@ def generate(pipe):
     return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True)
 
 
-def few(pipe):
+def few(pipe, **options):
     """One decode step plain, one captured and launched, one launched."""
-    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4)
+    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4, **options)
 
 
 # Tokens.
@@ -420,7 +420,7 @@ def test_every_call_that_runs_make_is_among_those_that_fail_below(legacy, monkey
 def test_each_cuda_error_at_each_call_is_one_error_that_names_both(legacy, monkeypatch, quick_collection, call):
     integrated = call.startswith("cudaHost")
     counting = Machine(integrated=integrated).install(monkeypatch, "tensorrt_rtx")
-    few(Pipeline.load(legacy, "trt-rtx", verify=False))
+    few(Pipeline.load(legacy, "trt-rtx", verify=False), logits=False)
     total = counting.calls[call]
     codes = {name: code for name, code in CODES.items() if code}
     if call in CAPTURING:
@@ -431,7 +431,7 @@ def test_each_cuda_error_at_each_call_is_one_error_that_names_both(legacy, monke
         # from the first call to the last, one after the other
         machine.fail[call], machine.skip[call] = code, i * (total - 1) // (len(codes) - 1)
         with pytest.raises(LvlmEdgeError, match=f"^{call}: CUDA says {name}; ") as caught:
-            few(Pipeline.load(legacy, "trt-rtx", verify=False))
+            few(Pipeline.load(legacy, "trt-rtx", verify=False), logits=False)
         assert isinstance(caught.value, DeviceError) and caught.value.exit_code == 1
         assert machine.recording is None
         assert not machine.fail
@@ -452,7 +452,11 @@ def test_what_tensorrt_says_when_it_does_not_run_is_passed_on(modern, monkeypatc
     with pytest.raises(DeviceError, match=r"vision\.engine: TensorRT has no context for it"):
         Pipeline.load(modern, "trt-rtx")
 
-    machine.refuse_context, machine.refuse_load = False, True
+    machine.refuse_context, machine.refuse_address = False, True
+    with pytest.raises(DeviceError, match=r"vision\.engine: TensorRT does not take the address of pixel_values"):
+        Pipeline.load(modern, "trt-rtx")
+
+    machine.refuse_address, machine.refuse_load = False, True
     with pytest.raises(BundleError, match=r"does not load it .no kernel image.; run lvlm-edge build"):
         Pipeline.load(modern, "trt-rtx")
 
