@@ -19,6 +19,7 @@ from lvlm_edge.runtime.backends import ort_cuda
 from tests import fake_tensorrt
 from tests.fake_tensorrt import Status
 
+OF_ORT = ("InferenceSession", "from_dlpack", "io_binding", "bind", "run", "capture")
 DTYPES = {1: np.float32, 10: np.float16, 7: np.int64}
 CODES = {(2, 32): np.float32, (2, 16): np.float16}  # DLPack's
 
@@ -27,7 +28,8 @@ class Machine(fake_tensorrt.Machine):
     """One GPU, with what ONNX Runtime is told of it.
 
     Attributes:
-        fail: as the base has it; `run` and `InferenceSession` are ONNX Runtime's.
+        fail: as the base has it; `OF_ORT` are ONNX Runtime's.
+        words: by call of ONNX Runtime, what it says in place of an error of CUDA, once.
         silent: sessions run on the CPU without a word, as without CUDA's libraries.
         wheels: distributions that are installed.
         missing: shared libraries that are not there.
@@ -40,6 +42,7 @@ class Machine(fake_tensorrt.Machine):
         self.wheels, self.missing = {"onnxruntime-gpu"}, set[str]()
         self.providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         self.sessions: list[Session] = []
+        self.words: dict[str, str] = {}
 
     def install(self, patch: Any, module: str = "onnxruntime") -> Machine:
         """Put the double in the place of the libraries."""
@@ -52,6 +55,8 @@ class Machine(fake_tensorrt.Machine):
     def failing(self, call: str) -> None:
         """Fail once as ONNX Runtime words an error of CUDA."""
         self.calls[call] += 1
+        if call in self.words:
+            raise RuntimeError(self.words.pop(call))
         if call in self.fail and self.calls[call] > self.skip.get(call, 0):
             status = Status(self.fail.pop(call))
             raise RuntimeError(
@@ -67,6 +72,7 @@ def onnxruntime(machine: Machine) -> types.ModuleType:
 
     def session(content: Any, options: Any, *, providers: list[Any], **more: Any) -> Any:
         if isinstance(providers[0], tuple):
+            assert more == {"enable_fallback": 0, "disabled_optimizers": ["ConstantFolding"]}
             return Session(machine, content, options, providers)
         return real.InferenceSession(content, options, providers=providers, **more)
 
@@ -74,7 +80,9 @@ def onnxruntime(machine: Machine) -> types.ModuleType:
     module.get_available_providers = lambda: machine.providers
     module.preload_dlls = lambda: print("Failed to load libcudnn.so.9")  # what it finds missing goes to stdout
     module.SessionOptions, module.InferenceSession = Options, session
-    module.OrtValue = types.SimpleNamespace(from_dlpack=lambda capsule: View(machine, capsule))
+    module.OrtValue = types.SimpleNamespace(
+        from_dlpack=lambda capsule: machine.failing("from_dlpack") or View(machine, capsule)
+    )
     module.RunOptions = RunOptions
     return module
 
@@ -152,6 +160,7 @@ class Session:
         return ["CPUExecutionProvider"] if self.machine.silent else ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def io_binding(self) -> Binding:
+        self.machine.failing("io_binding")
         return Binding(self)
 
     def run_with_iobinding(self, binding: Binding, how: RunOptions) -> None:
@@ -163,6 +172,8 @@ class Session:
         times = 1
         if number != "-1":
             times = 1 if number in self.captured else 3
+            if times == 3:
+                machine.failing("capture")
             machine.calls["replayed" if times == 1 else "captured"] += 1
             assert self.captured.setdefault(number, bound) == bound, "replayed over other addresses"
         for _ in range(times):
@@ -187,5 +198,6 @@ class Binding:
 
     def bind(self, name: str, device: str, number: int, kind: int, shape: list[int], address: int) -> None:
         assert (device, number) == ("cuda", 0)
+        self.session.machine.failing("bind")
         self.session.machine.at(address, 1)
         self.bound[name] = kind, tuple(shape), address

@@ -99,6 +99,7 @@ class Machine:
         self.modern, self.jit, self.capturable = modern, jit, capturable
         self.driver = 13000
         self.calls: Counter[str] = Counter()
+        self.copied: list[tuple[str, int]] = []  # copies between host and device: the way and the bytes
         self.fail: dict[str, int] = {}
         self.skip: dict[str, int] = {}
         self.memory: dict[int, Any] = {}  # base address to bytes
@@ -110,7 +111,7 @@ class Machine:
         self.names = itertools.count(0x1000)
         self.scratch: list[tuple[int, int]] = []
         self.jit_loaded: list[bytes] = []
-        self.refuse_load = self.refuse_run = self.refuse_context = False
+        self.refuse_load = self.refuse_run = self.refuse_context = self.refuse_address = False
 
     def install(self, patch: Any, module: str) -> Machine:
         """Put the double in the place of the libraries."""
@@ -232,6 +233,7 @@ class Functions:
         import ctypes
 
         device = {1: target, 2: source}[kind]
+        m.copied.append(({1: "in", 2: "out"}[kind], size))
         m.enqueue(lambda: (m.at(device, size), ctypes.memmove(target, source, size)))
 
     def cudaMemcpy2DAsync(
@@ -391,7 +393,7 @@ class Context:
         assert name in self._engine.tensors
         self._machine.at(address, 1)
         self._addresses[name] = address
-        return True
+        return not self._machine.refuse_address
 
     def execute_async_v3(self, stream: int) -> bool:
         machine = self._machine

@@ -11,12 +11,14 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lvlm_edge.runtime import bundle as manifests
+from lvlm_edge.runtime.backends.cuda import highest
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES as ENGINES
 from lvlm_edge.runtime.backends.cuda.engines import MODULES, SCHEMA, folder
 from lvlm_edge.runtime.backends.cuda.engines import PORTABLE as PORTABLE
@@ -56,7 +58,7 @@ def build(
     """Build a bundle's engines. What is up to date stays; after a kill the same call goes on where it stopped.
 
     Args:
-        graphs: names of graphs to build; all by default.
+        graphs: names of graphs to build; all by default, and the one that finds the highest logits.
         keep_ratio: one of those that the bundle holds; that of its export by default.
         engines: folder of all engines; by default this user's own (`runtime.backends.cuda.engines.home`).
 
@@ -80,20 +82,53 @@ def build(
         "settings": json.loads(json.dumps(asdict(settings))),
         "weights_sha256": opened.manifest.files[opened.manifest.weights].sha256,
     }
-    for file in wanted:
-        opened.graph(file)  # which reads the bundle's weights alone
     record = _read(out / ENGINES)
     if {key: record.get(key) for key in common} != common:
         record = {**common, "engines": {}}
-    for i, file in enumerate(wanted):
-        entry = record["engines"].get(file)
-        if entry is None or not _current(entry, out, opened.manifest.files[file].sha256):
-            if progress:
-                progress(f"building {file}", i, len(wanted))
-            record["engines"][file] = _build_one(opened, file, out, settings, progress)
-            _write(out / ENGINES, record)
+    with tempfile.TemporaryDirectory() as own:
+        sources = [_source(opened, file) for file in wanted]
+        sources += [] if graphs is not None else _highest(opened.manifest, Path(own))
+        for i, source in enumerate(sources):
+            entry = record["engines"].get(source.file)
+            if entry is None or not _current(entry, out, source.sha256):
+                if progress:
+                    progress(f"building {source.file}", i, len(sources))
+                record["engines"][source.file] = _build_one(source, out, settings, progress)
+                _write(out / ENGINES, record)
     _write(out / ENGINES, record)
     return out
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that an engine is built from.
+
+    Attributes:
+        file: what its engine is listed as.
+        graphs: that run it.
+    """
+
+    file: str
+    path: Path
+    sha256: str
+    graphs: tuple[manifests.Graph, ...] = ()
+
+
+def _source(bundle: manifests.Bundle, file: str) -> Source:
+    """A graph of the bundle, once it is sure that it reads the bundle's weights alone."""
+    bundle.graph(file)
+    manifest = bundle.manifest
+    return Source(file, bundle.path(file), manifest.files[file].sha256, manifest.graphs_of(file))
+
+
+def _highest(manifest: manifests.Manifest, folder: Path) -> list[Source]:
+    """The graph that finds the highest logits, written into a folder, where this vocabulary has one."""
+    vocab = manifest.embedding.vocab
+    if highest.row_of(manifests.TensorInfo("logits", "float32", (1, 1, vocab))) is None:
+        return []
+    path = folder / highest.FILE
+    path.write_bytes(highest.graph(vocab))
+    return [Source(highest.FILE, path, manifests.sha256(path))]
 
 
 def _made(out: Path) -> Path:
@@ -141,31 +176,26 @@ def _current(entry: dict[str, Any], out: Path, graph_sha256: str) -> bool:
     return same and manifests.sha256(path) == entry.get("sha256")
 
 
-def _build_one(
-    bundle: manifests.Bundle, file: str, out: Path, settings: Settings, progress: Progress | None
-) -> dict[str, Any]:
+def _build_one(source: Source, out: Path, settings: Settings, progress: Progress | None) -> dict[str, Any]:
     """Build one engine in a process of its own; its entry for `engines.json`."""
-    graphs = bundle.manifest.graphs_of(file)
-    plan = out / f"{Path(file).stem}.engine"
+    plan = out / f"{Path(source.file).stem}.engine"
     with replacing(plan, 0o600) as partial:
-        said = _work(bundle, file, partial, settings, progress)
+        said = _work(source, partial, settings, progress)
     return {
         "file": plan.name,
         "size": plan.stat().st_size,
         "sha256": manifests.sha256(plan),
-        "graph_sha256": bundle.manifest.files[file].sha256,
-        "aliases": _aliases(graphs[0]),
+        "graph_sha256": source.sha256,
+        "aliases": _aliases(source.graphs[0]) if source.graphs else {},
         "peak_bytes": said["peak"],
         "seconds": said["seconds"],
     }
 
 
-def _work(
-    bundle: manifests.Bundle, file: str, plan: Path, settings: Settings, progress: Progress | None
-) -> dict[str, Any]:
+def _work(source: Source, plan: Path, settings: Settings, progress: Progress | None) -> dict[str, Any]:
     """Build a plan in another process; what that says last: its `peak` memory in bytes, and `seconds`."""
-    graphs = bundle.manifest.graphs_of(file)
-    job = {"onnx": str(bundle.path(file)), "plan": str(plan), "profiles": _profiles(graphs), **asdict(settings)}
+    profiles = _profiles(source.graphs) if source.graphs else []
+    job = {"onnx": str(source.path), "plan": str(plan), "profiles": profiles, **asdict(settings)}
     worker = subprocess.Popen(
         [sys.executable, "-m", __name__, json.dumps(job)],
         stdout=subprocess.PIPE,
@@ -179,7 +209,7 @@ def _work(
         for line in worker.stdout:
             said = json.loads(line) if line.startswith("{") else said
             if progress and "done" in said:
-                progress(f"building {file}: {said['phase']}", said["done"], said["total"])
+                progress(f"building {source.file}: {said['phase']}", said["done"], said["total"])
         noise = worker.stderr.read()
         status = worker.wait()
     finally:
@@ -191,7 +221,7 @@ def _work(
             # What TensorRT-RTX falls back to without a GPU; its own log does not say what made it.
             reason += "; without a GPU it says this when memory ran out or a head size has no attention kernel"
         raise LvlmEdgeError(
-            f"{bundle.path(file)}: {MODULES[settings.backend]} did not build it ({reason}); see "
+            f"{source.path}: {MODULES[settings.backend]} did not build it ({reason}); see "
             "`lvlm-edge devices` for dtypes and lowerings, or export with --lowering legacy"
         )
     return said

@@ -50,13 +50,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     if causal:
         rows = torch.arange(query.shape[2])
         scores = scores.masked_fill(rows[None, :] > rows[:, None], float("-inf"))
-    return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
+    return _weighted(scores.softmax(-1).to(value.dtype), value).reshape(query.shape)
 
 
 def attend_where(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention of queries [1, H, Q, D_h] to the keys [1, H_kv, K, D_h] they see, `visible` [Q, K], bool."""
     scores = _scores(query, key).masked_fill(~visible, float("-inf"))
-    return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(query.shape)
+    return _weighted(scores.softmax(-1).to(value.dtype), value).reshape(query.shape)
 
 
 def prefill_inputs(plan: Plan, layers: Iterable[int]) -> tuple[TensorInfo, ...]:
@@ -100,17 +100,27 @@ def append(
     capacity = past_key.shape[2]
     past = _scores(query, past_key).masked_fill(torch.arange(capacity) >= slot, float("-inf"))
     weights = torch.cat([past, _scores(query, key)], -1).softmax(-1).to(value.dtype)
-    attended = weights[..., :capacity] @ past_value[:, :, None] + weights[..., capacity:] @ value[:, :, None]
+    attended = _weighted(weights[..., :capacity], past_value) + _weighted(weights[..., capacity:], value)
     return attended.reshape(query.shape), store(inputs, group, key, value)
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled products, float32, [B, H_kv, H / H_kv, rows, keys]; query head h reads key head h * H_kv // H."""
+    """Scaled products, float32, [B, H_kv, H / H_kv, rows, keys]; query head h reads key head h * H_kv // H.
+
+    The rows of query heads that read one key head are multiplied together. A product whose operands differ in their
+    batch is one of pointers on CUDA, which ONNX Runtime copies from the host.
+    """
     batch, heads, rows, size = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, size) * size**-0.5
-    products: Tensor = grouped @ key[:, :, None].transpose(-1, -2)
-    return products.float()
+    kv_heads, keys = key.shape[1:3]
+    stacked = query.reshape(batch, kv_heads, heads // kv_heads * rows, size) * size**-0.5
+    products: Tensor = stacked @ key.transpose(-1, -2)
+    return products.reshape(batch, kv_heads, heads // kv_heads, rows, keys).float()
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Values [B, H_kv, keys, D_h] summed by weights as `_scores` has them, [B, H_kv, H / H_kv * rows, D_h]."""
+    batch, kv_heads, shared, rows, keys = weights.shape
+    return weights.reshape(batch, kv_heads, shared * rows, keys) @ value
 
 
 LOWERING = Lowering(

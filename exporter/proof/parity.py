@@ -174,7 +174,20 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     answer = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=steps, ignore_eos=True)
     if not np.isfinite(forced[0]).all():
         rows.append(_overflow(pipe, case, inputs))
-    return rows + answers(case.name, expected, forced, answer.token_ids, TOLERANCE[manifest.dtype])
+    return (
+        rows + answers(case.name, expected, forced, answer.token_ids, TOLERANCE[manifest.dtype]) + _highest(pipe, case)
+    )
+
+
+def _highest(pipe: Pipeline, case: Case) -> list[Row]:
+    """The logits that the backend calls the highest, where it looks for them, among all that it computed last."""
+    highest = pipe.highest()
+    if highest is None:
+        return []
+    logits = pipe.buffer(pipe.manifest.role("decode")[-1].name, "logits").read().reshape(-1)
+    above = np.flatnonzero(logits > highest.scores.min())
+    wrong = int((logits[highest.ids] != highest.scores).sum()) + len(np.setdiff1d(above, highest.ids))
+    return [Row(case=case.name, stage="highest logits", figure=wrong, bound=0, passed=wrong == 0)]
 
 
 def _overflow(pipe: Pipeline, case: Case, inputs: dict[str, Array]) -> Row:

@@ -142,7 +142,8 @@ class _BundleRunner:
         seen = pixels(manifest, pictures)
         prepared = time.perf_counter() - began
         self._pipe.forget_images()
-        seconds = self._pipe.generate_tokens(ids, seen, max_new_tokens=new, ignore_eos=True).seconds
+        answer = self._pipe.generate_tokens(ids, seen, max_new_tokens=new, ignore_eos=True, logits=False)
+        seconds = answer.seconds
         graphs = {g.name: seconds[g.name] for g in manifest.graphs if g.role != "decode"}
         between = seconds["first_token"] - sum(graphs.values())
         return {

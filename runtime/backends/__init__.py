@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,37 @@ class Buffer(Protocol):
         """Put rows [1, heads, R, D_h] into this cache [1, heads, C, D_h] from `slot` on, where both buffers live."""
 
 
+class Inputs(Protocol):
+    """Buffers that the host fills all at once."""
+
+    @property
+    def buffers(self) -> Mapping[TensorInfo, Buffer]:
+        """The buffers by tensor."""
+
+    def write(self, values: Mapping[TensorInfo, Array]) -> None:
+        """Fill every buffer; see `Buffer.write`."""
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The highest logits: every one that is above the lowest of these is among them.
+
+    Attributes:
+        ids: their tokens, int64 [K], ascending.
+        scores: float32 [K].
+    """
+
+    ids: Array
+    scores: Array
+
+
+class Finder(Protocol):
+    """Finds the highest logits where the logits are."""
+
+    def find(self) -> Highest | None:
+        """The highest of the logits as they are now; None where one may not be finite."""
+
+
 class Session(Protocol):
     """One graph, its inputs and outputs bound to buffers once."""
 
@@ -49,8 +81,14 @@ class Backend(Protocol):
             host: whether the host reads or writes it; other buffers are for graphs alone.
         """
 
+    def together(self, infos: Sequence[TensorInfo]) -> Inputs:
+        """Zeroed buffers that the host mostly fills all at once."""
+
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """A graph with every input and output of its file bound to the buffer of its name in the file."""
+
+    def finder(self, bundle: Bundle, logits: Buffer) -> Finder | None:
+        """What brings the highest logits to the host; None where reading all of them costs no copy."""
 
 
 def load(name: str, **options: Any) -> Backend:

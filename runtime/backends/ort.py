@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +38,17 @@ class HostBuffer:
     def copy_rows(self, rows: Buffer, slot: int) -> None:
         new = rows.read()
         self.array[:, :, slot : slot + new.shape[2]] = new
+
+
+@dataclass(frozen=True)
+class HostInputs:
+    """Arrays that are filled one after the other: the host's memory has no copies to save."""
+
+    buffers: Mapping[TensorInfo, HostBuffer]
+
+    def write(self, values: Mapping[TensorInfo, Array]) -> None:
+        for info, buffer in self.buffers.items():
+            buffer.write(values[info])
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,12 @@ class OrtBackend:
                 "float32 or float16, or run the bundle with TensorRT"
             )
         return HostBuffer(np.zeros(info.shape, np.dtype(info.dtype)))
+
+    def together(self, infos: Sequence[TensorInfo]) -> HostInputs:
+        return HostInputs({info: self.allocate(info, host=True) for info in infos})
+
+    def finder(self, bundle: Bundle, logits: Buffer) -> None:
+        """Nothing: the host has the logits."""
 
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """A graph bound to its buffers; graphs of one file share its session, and with it the weights.

@@ -13,7 +13,7 @@ import importlib.metadata
 import io
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_edge.runtime.backends import Buffer, Session, ort
-from lvlm_edge.runtime.backends.cuda.device import Cuda, DeviceBuffer, library
-from lvlm_edge.runtime.bundle import WIDTHS, Bundle, Graph, Manifest, TensorInfo, external
-from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
+from lvlm_edge.runtime.backends.cuda import highest
+from lvlm_edge.runtime.backends.cuda.device import Cuda, DeviceBuffer, DeviceInputs, library
+from lvlm_edge.runtime.bundle import WIDTHS, Bundle, Graph, TensorInfo, external
+from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -97,10 +98,8 @@ class OrtCudaSession:
     def run(self) -> None:
         # With a CUDA graph the first run computes three times: to see what it allocates, to capture and to replay.
         # A step of decode gives the same when it is done again: it writes the same rows into the same slots.
-        try:
+        with _naming(self._path, "did not run it"):
             self._opened.session.run_with_iobinding(self._binding, self._how)
-        except Exception as error:  # the bindings raise their own types
-            raise DeviceError(f"{self._path}: ONNX Runtime's CUDA provider did not run it ({_said(error)}") from error
         self._cuda.wait()
 
 
@@ -125,6 +124,25 @@ class OrtCudaBackend:
         """
         return DeviceBuffer(self._cuda, info, host=host)
 
+    def together(self, infos: Sequence[TensorInfo]) -> DeviceInputs:
+        return DeviceInputs(self._cuda, infos)
+
+    def finder(self, bundle: Bundle, logits: Buffer) -> highest.OnDevice | None:
+        """The highest logits' graph in a session of its own, replayed as a CUDA graph like decode.
+
+        Raises:
+            DeviceError: the CUDA provider cannot run it.
+        """
+        assert isinstance(logits, DeviceBuffer)
+        info = highest.row_of(logits.info)
+        if info is None or self._cuda.properties.integrated:  # which share their memory with the host
+            return None
+        path, content = bundle.folder / highest.FILE, highest.graph(logits.info.shape[-1])
+        opened = self._session(path, content, {}, captured=self._can_capture)
+        row = self.allocate(info, host=True)
+        how = self._run_options(1 if opened.captured else None)
+        return highest.OnDevice(self._bound(path, opened, {"logits": logits, "highest": row}, how), row)
+
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """A graph bound to its buffers; graphs of one file share its session.
 
@@ -140,13 +158,21 @@ class OrtCudaBackend:
             if (bundle.manifest.lowering, bundle.manifest.dtype) == ("legacy", "bfloat16"):
                 raise UnsupportedError(f"{NAME}: {path} is of bfloat16, which {LEGACY}")
             self._sessions[path] = self._opened(bundle, graph.file)
-        opened = self._sessions[path]
-        binding, kept = opened.session.io_binding(), []
-        for bind, infos in (
-            (binding.bind_input, opened.session.get_inputs()),
-            (binding.bind_output, opened.session.get_outputs()),
-        ):
-            for info in infos:
+        opened, number = self._sessions[path], None
+        if opened.captured:
+            number = bundle.manifest.graphs_of(graph.file).index(graph) + 1 if graph.role == "decode" else -1
+        return self._bound(path, opened, buffers, self._run_options(number))
+
+    def _bound(self, path: Path, opened: Opened, buffers: Mapping[str, Buffer], how: Any) -> OrtCudaSession:
+        """A session with its inputs and outputs bound to buffers by name."""
+        kept = []
+        with _naming(path, "does not take its buffers"):
+            binding, inputs, outputs = (
+                opened.session.io_binding(),
+                opened.session.get_inputs(),
+                opened.session.get_outputs(),
+            )
+            for bind, info in [(binding.bind_input, i) for i in inputs] + [(binding.bind_output, o) for o in outputs]:
                 buffer = buffers.get(info.name)
                 assert buffer is None or isinstance(buffer, DeviceBuffer)
                 ort.check_tensor(path, info, None if buffer is None else buffer.info)
@@ -154,16 +180,19 @@ class OrtCudaBackend:
                 shape = list(buffer.info.shape)
                 bind(info.name, "cuda", self._cuda.device, ELEMENTS[buffer.info.dtype], shape, buffer.address)
                 kept.append(buffer)
-        session = OrtCudaSession(path, opened, binding, self._how(bundle.manifest, graph, opened), self._cuda)
+        session = OrtCudaSession(path, opened, binding, how, self._cuda)
         session.buffers = tuple(kept)
         return session
 
-    def _how(self, manifest: Manifest, graph: Graph, opened: Opened) -> Any:
-        """How a graph is run: which CUDA graph of its session it is, and that the stream is waited for by us."""
+    def _run_options(self, number: int | None) -> Any:
+        """How a graph is run: which CUDA graph of its session it is, and that the stream is waited for by us.
+
+        Args:
+            number: from 1 on, or -1 for none; None for a session that captures nothing.
+        """
         how = self._runtime.RunOptions()
         how.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if opened.captured:
-            number = manifest.graphs_of(graph.file).index(graph) + 1 if graph.role == "decode" else -1  # -1: none
+        if number is not None:
             how.add_run_config_entry("gpu_graph_id", str(number))
         return how
 
@@ -171,30 +200,48 @@ class OrtCudaBackend:
         path, content = bundle.path(file), bundle.graph(file)
         _check_operators(path, content)
         weights = {w.name: self._weight(bundle, w) for w in external.weights(content) if w.kind in FLOATS}
-        captured = self._captures(bundle.manifest, file)
+        decodes = any(graph.role == "decode" for graph in bundle.manifest.graphs_of(file))
+        captured = decodes and self._can_capture
+        return self._session(path, content, weights, captured=captured, linked=ort.linked(bundle))
+
+    def _session(
+        self, path: Path, content: bytes, weights: Mapping[str, Weight], *, captured: bool, linked: Path | None = None
+    ) -> Opened:
+        """The session of a graph's bytes.
+
+        Args:
+            path: of the graph, beside which its weights are.
+            weights: those that are on the device.
+            linked: the file of weights, where it is a link.
+        """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is raised, and stderr belongs to our one line
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         for name, weight in weights.items():
             options.add_initializer(name, weight.view)
-        try:
-            if (linked := ort.linked(bundle)) is not None:
+        with _naming(path, "does not take it"):
+            if linked is not None:
                 with linked.open("rb") as rows:
                     mapped = mmap.mmap(rows.fileno(), 0, access=mmap.ACCESS_READ)
                 options.add_external_initializers_from_files_in_memory([linked.name], [mapped], [len(mapped)])
             provider = (PROVIDER, self._provider_options(captured))
-            session = self._runtime.InferenceSession(content, options, providers=[provider], enable_fallback=0)
-        except Exception as error:  # the bindings raise their own types
-            raise DeviceError(f"{path}: ONNX Runtime's CUDA provider does not take it ({_said(error)}") from error
+            session = self._runtime.InferenceSession(
+                content,
+                options,
+                providers=[provider],
+                enable_fallback=0,
+                # it would hold parts of weights once more where a graph reads slices of them
+                disabled_optimizers=["ConstantFolding"],
+            )
         if session.get_providers()[0] != PROVIDER:
             raise DeviceError(f"{path}: ONNX Runtime would run it on the CPU, without its CUDA provider; {AGAIN}")
         return Opened(session, tuple(weights.values()), captured)
 
-    def _captures(self, manifest: Manifest, file: str) -> bool:
-        """Whether a file's decode is replayed as a CUDA graph."""
-        decodes = any(graph.role == "decode" for graph in manifest.graphs_of(file))
-        return decodes and self._capture and _version(self._runtime) >= CAPTURES
+    @property
+    def _can_capture(self) -> bool:
+        """Whether what runs once per token is replayed as a CUDA graph."""
+        return self._capture and _version(self._runtime) >= CAPTURES
 
     def _provider_options(self, captured: bool) -> dict[str, str]:
         return {
@@ -222,9 +269,21 @@ class OrtCudaBackend:
             buffer = DeviceBuffer(self._cuda, TensorInfo(weight.name, dtype, weight.shape))
             rows = mapped[weight.offset : weight.offset + size]
             self._cuda.copy(buffer.address, rows.ctypes.data, size, "HostToDevice")
-            view = self._runtime.OrtValue.from_dlpack(capsule(buffer, self._cuda.device))
+            with _naming(path, f"does not take {weight.name}"):
+                view = self._runtime.OrtValue.from_dlpack(capsule(buffer, self._cuda.device))
             self._weights[path, weight] = Weight(view, buffer)
         return self._weights[path, weight]
+
+
+@contextlib.contextmanager
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """Make what ONNX Runtime raises one line: a file, what its CUDA provider does not do, and why."""
+    try:
+        yield
+    except (AssertionError, LvlmEdgeError):
+        raise
+    except Exception as error:  # the bindings raise their own types
+        raise DeviceError(f"{path}: ONNX Runtime's CUDA provider {what} ({_said(error)}") from error
 
 
 def _said(error: Exception) -> str:

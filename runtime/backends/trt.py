@@ -8,13 +8,15 @@ as one CUDA graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvlm_edge.runtime.backends import Buffer, Session
-from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, Scratch, library
+from lvlm_edge.runtime.backends.cuda import highest
+from lvlm_edge.runtime.backends.cuda.device import Cuda, CudaError, DeviceBuffer, DeviceInputs, Scratch, library
 from lvlm_edge.runtime.backends.cuda.engines import ENGINES, MODULES, Wrong, checked_plan, entry_of, folder
 from lvlm_edge.runtime.bundle import Bundle, Graph, TensorInfo
 from lvlm_edge.runtime.bundle.replacing import replacing
@@ -126,6 +128,9 @@ class TrtBackend:
         """
         return DeviceBuffer(self._cuda, info, host=host)
 
+    def together(self, infos: Sequence[TensorInfo]) -> DeviceInputs:
+        return DeviceInputs(self._cuda, infos)
+
     def open(self, bundle: Bundle, graph: Graph, buffers: Mapping[str, Buffer]) -> Session:
         """The engine of a graph, bound to its buffers; graphs of one file share their engine, and with it the weights.
 
@@ -135,9 +140,37 @@ class TrtBackend:
             BundleError: there is no engine of this graph that was built here, or it is not what was built.
             DeviceError: TensorRT has no context for it, for want of memory say.
         """
+        source = bundle.manifest.files[graph.file].sha256
+        return self._session(bundle, graph, source, buffers, replay=graph.role == "decode")
+
+    def finder(self, bundle: Bundle, logits: Buffer) -> highest.OnDevice | None:
+        """The highest logits' graph as an engine of its own, replayed as a CUDA graph like decode.
+
+        Raises:
+            BundleError: see `open`.
+            DeviceError: see `open`.
+        """
+        assert isinstance(logits, DeviceBuffer)
+        info = highest.row_of(logits.info)
+        if info is None or self._cuda.properties.integrated:  # which share their memory with the host
+            return None
+        graph = Graph(name="highest", file=highest.FILE, role="", inputs=(logits.info,), outputs=(info,), names={})
+        row, source = self.allocate(info, host=True), hashlib.sha256(highest.graph(logits.info.shape[-1])).hexdigest()
+        session = self._session(bundle, graph, source, {"logits": logits, "highest": row}, replay=True)
+        return highest.OnDevice(session, row)
+
+    def _session(
+        self, bundle: Bundle, graph: Graph, source: str, buffers: Mapping[str, Buffer], *, replay: bool
+    ) -> TrtSession:
+        """An engine bound to buffers.
+
+        Args:
+            source: sha256 of the graph's file.
+            replay: whether it is made a CUDA graph.
+        """
         wrong = Wrong(bundle.folder, self.name)
         if graph.file not in self._engines:
-            self._engines[graph.file] = self._engine(bundle, graph.file, wrong)
+            self._engines[graph.file] = self._engine(bundle, graph.file, source, wrong)
         engine, plan, aliases = self._engines[graph.file]
         shared = bundle.manifest.graphs_of(graph.file)
         bound = _bind(engine, graph, buffers, aliases, plan.name, wrong)
@@ -150,16 +183,15 @@ class TrtBackend:
             if not context.set_tensor_address(name, buffer.address):
                 raise DeviceError(f"{plan}: TensorRT does not take the address of {name} ({self._log.last()})")
         self._scratch.reserve(int(engine.device_memory_size_v2))
-        replay = graph.role == "decode"
         session = TrtSession(graph.name, context, self._cuda, self._scratch, self._log, replay=replay)
         session.after_first, session.buffers = keep, tuple(bound.values())
         return session
 
-    def _engine(self, bundle: Bundle, file: str, wrong: Wrong) -> tuple[Any, Path, dict[str, str]]:
+    def _engine(self, bundle: Bundle, file: str, source: str, wrong: Wrong) -> tuple[Any, Path, dict[str, str]]:
         """The engine of a file, the path of its plan, and which outputs it writes over which inputs."""
         version, capability = self._module.__version__, self._cuda.capability
         place = folder(bundle, self.name, self._base)
-        entry = entry_of(bundle, file, place, version, capability, wrong)
+        entry = entry_of(bundle, file, source, place=place, version=version, capability=capability, wrong=wrong)
         plan = place / entry["file"]
         with checked_plan(plan, entry, wrong) as content:
             if self._runtime is None:

@@ -300,6 +300,8 @@ def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     ):
         found = [t.shape for t in tensors if t.name == name]
         yield f"{graph.name} has {name} of shape {found}, expected {shape}", found == [shape]
+    kinds = [t.dtype for graph in (last, decode[-1]) for t in graph.outputs if t.name == "logits"]
+    yield f"logits are {', '.join(kinds)}, expected float32", set(kinds) == {"float32"}
     yield from _image_beliefs(m)
 
 

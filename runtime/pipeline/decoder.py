@@ -99,8 +99,11 @@ class Decoder:
         result = Result()
         with self.lock:
             self._begun += 1
-            rows = [self._prefill(result, turn).copy()]
-            rows += [self._decode(token, result.prompt_tokens + i).copy() for i, token in enumerate(tokens[:-1])]
+            self._prefill(result, turn)
+            rows = [self._logits().copy()]
+            for i, token in enumerate(tokens[:-1]):
+                self._decode(token, result.prompt_tokens + i)
+                rows.append(self._logits().copy())
         return np.stack(rows)
 
     def prompt_tensors(self, rows: Rows, image_rows: Mapping[str, Array]) -> dict[str, Array]:
@@ -144,15 +147,11 @@ class Decoder:
             with self.lock:
                 if step == 0:
                     number = self._begun = self._begun + 1
-                    logits = self._prefill(result, turn)
+                    self._prefill(result, turn)
                 else:
                     self._check_newest(number)
-                    logits = self._decode(token, result.prompt_tokens + step - 1)
-                if turn.rows is not None:
-                    turn.rows.append(logits.copy())
-                else:
-                    self._check_finite(logits, step)
-                token = sampler.pick(logits, seen)
+                    self._decode(token, result.prompt_tokens + step - 1)
+                token = self._pick(sampler, seen, turn.rows, step)
             seen.append(token)
             result.token_ids.append(token)
             ended = token in self.manifest.eos_token_ids and not turn.ignore_eos
@@ -164,6 +163,21 @@ class Decoder:
             yield token
             if ended:
                 break
+
+    def _pick(self, sampler: Sampler, seen: Sequence[int], rows: list[Array] | None, step: int) -> int:
+        """The next token, from the highest logits where these are enough."""
+        finder = self.memory.finder
+        if rows is None and finder is not None and sampler.few:
+            highest = finder.find()
+            token = None if highest is None else sampler.pick_among(highest, seen)
+            if token is not None:
+                return token
+        logits = self._logits()
+        if rows is None:
+            self._check_finite(logits, step)
+        else:
+            rows.append(logits.copy())
+        return sampler.pick(logits, seen)
 
     def _check_newest(self, number: int) -> None:
         if number != self._begun:
@@ -179,7 +193,7 @@ class Decoder:
                 f"{self.manifest.dtype}; export with --dtype bfloat16 or float32"
             )
 
-    def _prefill(self, result: Result, turn: Turn) -> Array:
+    def _prefill(self, result: Result, turn: Turn) -> None:
         pictures = tuple(media.picture for media in turn.media)
         ids = inputs.check_prompt(self.manifest, turn.prompt, len(pictures))
         rows = lay_out(ids.tolist(), pictures, self.manifest.axes)
@@ -202,8 +216,6 @@ class Decoder:
             for info in (t for t in graph.outputs if t.name == "kept_visual"):
                 kept = self.memory.buffer(info).read()
                 result.kept_visual = kept[kept < visual].copy()
-        logits: Array = self._logits(graphs[-1]).read().reshape(-1)
-        return logits
 
     def _demote(self, score: Buffer, visual: int) -> None:
         """Rank the visual tokens that are not to be kept behind padding, which stands for pictures that did not come.
@@ -222,8 +234,8 @@ class Decoder:
             return 0
         return (counts.visual_tokens - counts.kept_tokens) - (visual - inputs.kept_of(self.manifest, visual))
 
-    def _decode(self, token: int, length: int) -> Array:
-        """Logits after one more token, `length` rows having gone by."""
+    def _decode(self, token: int, length: int) -> None:
+        """Run one more token, `length` rows having gone by."""
         graphs = self.manifest.role("decode")
         coded = coded_length(length, self._restored)
         given = {
@@ -235,8 +247,6 @@ class Decoder:
         self.memory.write(graphs, given | self._no_image_rows(graphs))
         for graph in graphs:
             self.memory.run(graph, coded)
-        logits: Array = self._logits(graphs[-1]).read().reshape(-1)
-        return logits
 
     def _no_image_rows(self, graphs: Sequence[Graph]) -> dict[str, Array]:
         """Zeros for what graphs that also serve prompts add at the rows of images."""
@@ -248,8 +258,10 @@ class Decoder:
         rows: Array = self._table[ids]
         return from_bfloat16(rows) if self.manifest.embedding.dtype == "bfloat16" else rows
 
-    def _logits(self, graph: Graph) -> Buffer:
-        return self.memory.buffer(next(t for t in graph.outputs if t.name == "logits"))
+    def _logits(self) -> Array:
+        """The logits of what ran last: prompts and tokens have one buffer for them."""
+        info = next(t for t in self.manifest.role("decode")[-1].outputs if t.name == "logits")
+        return self.memory.buffer(info).read().reshape(-1)
 
 
 def _embedding(bundle: Bundle) -> Array:

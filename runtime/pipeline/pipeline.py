@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_edge.runtime.backends import Array, Backend, Buffer, load
+from lvlm_edge.runtime.backends import Array, Backend, Buffer, Highest, load
 from lvlm_edge.runtime.bundle import Bundle, certificate, open_bundle
 from lvlm_edge.runtime.errors import InputError, UnsupportedError
 from lvlm_edge.runtime.pictures.layout import Picture, lay_out
@@ -208,6 +208,7 @@ class Pipeline:
         image_sizes: Sequence[tuple[int, int]] | None = None,
         sampling: Sampling | None = None,
         replace: Mapping[str, Array] | None = None,
+        logits: bool = True,
     ) -> Result:
         """Tokens and logits from tokens and pixels; needs no tokenizer.
 
@@ -220,9 +221,11 @@ class Pipeline:
             image_sizes: (width, height) of the originals; checked against the canvases that the bundle is for.
             replace: values that take the place of prefill graphs' outputs, by name, before later graphs read them:
                 another selection policy than the model's is `{"score": ...}`.
+            logits: whether the result has them; a GPU returns all of them only where somebody wants them.
 
         Raises:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
+            LvlmEdgeError: logits are not finite, where the result does not have them.
         """
         media = inputs.media(self.manifest, pixel_values, image_sizes)
         if image_sizes is not None:
@@ -234,14 +237,15 @@ class Pipeline:
             inputs.limit(self.manifest, max_new_tokens),
             sampling or Sampling(),
             ignore_eos=ignore_eos,
-            rows=rows,
+            rows=rows if logits else None,
             replace=replace or {},
         )
         with self._decoder.lock:
             for _ in self._decoder.tokens(result, turn):
                 pass
-        vocab = self.manifest.embedding.vocab
-        result.logits = np.stack(rows) if rows else np.zeros((0, vocab), np.float32)
+        if logits:
+            vocab = self.manifest.embedding.vocab
+            result.logits = np.stack(rows) if rows else np.zeros((0, vocab), np.float32)
         return result
 
     def score_tokens(self, prompt_token_ids: Sequence[int], pixel_values: Any, tokens: Sequence[int]) -> Array:
@@ -293,6 +297,11 @@ class Pipeline:
         """The buffer behind a graph's input or output, for checks and debugging."""
         found = self.manifest.graph(graph)
         return self._decoder.memory.buffer(next(t for t in (*found.inputs, *found.outputs) if t.name == name))
+
+    def highest(self) -> Highest | None:
+        """The highest of the logits that were computed last, as the backend finds them; None where it does not."""
+        finder = self._decoder.memory.finder
+        return None if finder is None else finder.find()
 
     def run_graph(self, graph: str, given: Mapping[str, Array], *, length: int | None = None) -> dict[str, Array]:
         """One graph on given inputs; copies of its outputs. Inputs not given keep what their buffers hold.

@@ -14,6 +14,8 @@ from lvlm_edge.runtime.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lvlm_edge.runtime.backends import Highest
+
 COLDEST = 1e-4  # temperature below which scores divided by it leave float32
 
 
@@ -54,6 +56,30 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
+
+    @property
+    def few(self) -> bool:
+        """Whether the highest logits may be enough to pick from."""
+        return (self.sampling.greedy or self.sampling.top_k > 0) and self.sampling.repetition_penalty >= 1
+
+    def pick_among(self, highest: Highest, seen: Sequence[int]) -> int | None:
+        """The token that `pick` takes of all logits, from the highest alone; None where others may count too.
+
+        A logit that is not among them is at most as high as the lowest of them, and so it stays: a repetition penalty
+        of 1 or more raises none.
+
+        Args:
+            seen: see `pick`.
+        """
+        ids, given, s = highest.ids, highest.scores, self.sampling
+        count = 1 if s.greedy else s.top_k
+        if not self.few or count >= len(ids):
+            return None
+        places = [] if s.repetition_penalty == 1 else np.flatnonzero(np.isin(ids, seen)).tolist()
+        divisor = np.float32(1 if s.greedy else s.temperature)  # which makes equals of scores that were nearly so
+        scores = _penalized(given.copy(), places, s.repetition_penalty) / divisor
+        enough = np.partition(scores, -count)[-count] > given.min() / divisor
+        return int(ids[self.pick(given, places)]) if enough else None
 
     def pick(self, logits: NDArray[np.float32], seen: Sequence[int]) -> int:
         """The next token.
@@ -162,7 +188,8 @@ def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
 
 def _top_p(scores: NDArray[np.float32], p: float) -> NDArray[np.float32]:
     """The fewest tokens whose probabilities sum to p, at least one. Source: arXiv:1904.09751."""
-    order = np.argsort(scores, kind="stable")
+    left = np.flatnonzero(scores > -np.inf)
+    order = left[np.argsort(scores[left], kind="stable")]
     cumulative = np.cumsum(_softmax(scores[order])).astype(np.float32)  # ascending: the tail comes first
     removed = order[cumulative <= np.float32(1 - p)]
     out = scores.copy()

@@ -219,13 +219,16 @@ def prompt(bundle: Bundle, memory: Memory, bindings: Bindings) -> dict[str, obje
 
 
 def decode(bundle: Bundle, memory: Memory, bindings: Bindings) -> dict[str, object]:
-    """What the first token's step and the second's do, from the inputs' writing to the logits' reading."""
+    """What the first token's step and the second's do, from the inputs' writing to the highest logits' reading.
+
+    And what the third does, whose logits are all read.
+    """
     graphs = bundle.manifest.role("decode")
     logits = next(t for t in graphs[-1].outputs if t.name == "logits")
     counts = bundle.manifest.counts
     names = {"inputs_embeds", "position_ids", "cache_length", "last_index"} | set(bundle.manifest.image_rows.values())
     steps = []
-    for step in range(2):
+    for step in range(3):
         length = counts.prompt_tokens + step
         given = {t.name: np.zeros(t.shape, np.float32) for g in graphs for t in g.inputs if t.name in names}
         given |= {name: np.full_like(given[name], length) for name in ("position_ids", "cache_length") if name in given}
@@ -233,24 +236,48 @@ def decode(bundle: Bundle, memory: Memory, bindings: Bindings) -> dict[str, obje
         memory.write(graphs, given)
         for graph in graphs:
             memory.run(graph, length)
-        memory.buffer(logits).read()
+        if memory.finder is not None and step < 2:
+            memory.finder.find()
+        else:
+            memory.buffer(logits).read()
         steps.append(bindings.take())
-    first, second = ([what for _, what, *_ in events] for events in steps)
+    first, second = ([what for _, what, *_ in events] for events in steps[:2])
     by_ort = [what for by, what, *_ in steps[1] if by == "ort"]
-    captured = steps[0][first.index("capture-begin") : first.index("capture-end")] if "capture-end" in first else []
+    replayed = len(graphs) + (memory.finder is not None)
     return {
-        "captured": "capture-end" in first and second.count("graph-launch") == len(graphs),
+        "captured": first.count("capture-end") == second.count("graph-launch") == replayed,
         "copies": copies(steps[1]),
-        "copies_captured": copies(captured),
+        "bytes": sizes(steps[1]),
+        "copies_captured": copies(inside(steps[0])),
+        "copies_with_logits": copies(steps[2]),
+        "bytes_with_logits": sizes(steps[2]),
         "launches": by_ort.count("launch") + by_ort.count("graph-launch"),
         "launches_uncaptured": first.count("launch"),
         "allocations": second.count(ALLOCATED),
     }
 
 
+def inside(events: list[list[str]]) -> list[list[str]]:
+    """What happened while something was captured."""
+    found, capturing = [], False
+    for event in events:
+        capturing = event[1] == "capture-begin" or (capturing and event[1] != "capture-end")
+        found += [event] * capturing
+    return found
+
+
 def copies(events: list[list[str]]) -> dict[str, int]:
     """Numbers of copies, by who made them and which way they go."""
     return dict(Counter(f"{by} {what[5:]}" for by, what, *_ in events if what.startswith("copy-")))
+
+
+def sizes(events: list[list[str]]) -> dict[str, int]:
+    """Bytes of copies, as `copies` has their numbers."""
+    found = Counter[str]()
+    for by, what, *size in events:
+        if what.startswith("copy-"):
+            found[f"{by} {what[5:]}"] += int(size[0])
+    return dict(found)
 
 
 # The table.
@@ -262,7 +289,7 @@ def row(name: str, found: dict[str, dict]) -> str:
     step, held = found["decode"], found["weights"]
     inside = Counter(step["copies"]) + Counter(step["copies_captured"])  # what is captured is done again by each replay
     host = sum(n for by, n in inside.items() if by.startswith("ort") and "D2D" not in by)
-    own = sum(n for by, n in step["copies"].items() if by.startswith("own") and "D2D" not in by)
+    own = " + ".join(f"{step['copies'].get(way, 0)} ({step['bytes'].get(way, 0)} B)" for way in ("own H2D", "own D2H"))
     nodes = found["nodes"]
     cpu = sum(n for provider, n in nodes.items() if not provider.startswith("CUDA"))
     once = "yes" if held["by_us"] == held["in_the_file"] else f"no, {held['by_us']} of {held['in_the_file']}"
@@ -273,7 +300,7 @@ def row(name: str, found: dict[str, dict]) -> str:
     )
 
 
-HEAD = """| bundle | nodes on the CPU | host copies per token in graphs | host copies around them | captured \
+HEAD = """| bundle | nodes on the CPU | host copies per token in graphs | in and out around them | captured \
 | launches | float weights copied once | bytes copied by sessions |
 |---|---|---|---|---|---|---|---|"""
 

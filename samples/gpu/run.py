@@ -141,20 +141,26 @@ def bundles(s: Setting) -> dict[str, Any]:
 
 
 def timed(s: Setting, pipe: Pipeline, into: Path) -> dict[str, Any]:
-    """Milliseconds to the first token and per further token: median, least and most; what the GPU holds meanwhile."""
+    """Milliseconds to the first token and per further token: median, least and most; what the GPU holds meanwhile.
+
+    Per token also where all logits come back to the host (`all_logits`).
+    """
     prompt, pixels = s.question(pipe.manifest)
     turns = []
     for _ in range(WARM_UP + s.rounds):
         pipe.forget_images()
+        answer = pipe.generate_tokens(prompt, pixels, max_new_tokens=NEW, ignore_eos=True, logits=False)
         result = pipe.generate_tokens(prompt, pixels, max_new_tokens=NEW, ignore_eos=True)
-        turns.append(result.seconds | {"decode": result.seconds["decode"] / (NEW - 1)})
+        steps = {"decode": answer.seconds["decode"] / (NEW - 1), "all_logits": result.seconds["decode"] / (NEW - 1)}
+        turns.append(answer.seconds | steps)
     assert result.logits is not None
     np.savez(into, tokens=result.token_ids, logits=result.logits)
     counted = turns[WARM_UP:]
     stages = {key: spread([1e3 * turn[key] for turn in counted]) for key in counted[0]}
     files = {graph.file for graph in pipe.manifest.role("decode")}
     read = sum(w.size or 0 for file in files for w in external.weights(pipe.bundle.graph(file)))
-    return {"ms": stages, "gpu_bytes": used(s), "weights_bytes": read}
+    same = answer.token_ids == result.token_ids  # chosen from the highest logits, and from all
+    return {"ms": stages, "gpu_bytes": used(s), "weights_bytes": read, "same_tokens_of_all_logits": same}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -253,7 +259,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"| parity | {name} | {row if isinstance(row, str) else 'passed' if row['passed'] else row['failure']} |"
         )
-    lines += ["| | first token ms | per token ms | GPU GB | weights read, of bandwidth |", "|---|---|---|---|---|"]
+    lines += ["| | first token ms | per token ms | with all logits | GPU GB | weights read, of bandwidth |"]
+    lines += ["|---|---|---|---|---|---|"]
     torch = found.get("transformers", {})
     rate = torch.get("bytes_per_second")
     rows = dict(found.get("bundles", {})) | {
@@ -264,9 +271,10 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row} |")
             continue
         first, step = row["ms"]["first_token"][0], row["ms"]["decode"][0]
+        whole = f"{row['ms']['all_logits'][0]:.2f}" if "all_logits" in row["ms"] else ""
         share = f"{row['weights_bytes'] / (step / 1e3) / rate:.0%}" if rate and "weights_bytes" in row else ""
         memory = f"{row['gpu_bytes'] / 1e9:.1f}" if row["gpu_bytes"] else ""
-        lines.append(f"| {name} | {first:.1f} | {step:.2f} | {memory} | {share} |")
+        lines.append(f"| {name} | {first:.1f} | {step:.2f} | {whole} | {memory} | {share} |")
     for name, row in torch.get("logits", {}).items():
         lines.append(f"logits of {name}: {row['largest']:.1e} of the largest, {row['same_choices']:.0%} equal choices")
     return "\n".join(lines)

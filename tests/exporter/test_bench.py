@@ -24,6 +24,7 @@ from lvlm_edge.exporter.timing.contenders import Contender
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from tests import tiny
+from tests.fake_onnxruntime import Machine
 from tests.test_imports import probe
 from tests.tiny import cli, refused, tree
 
@@ -412,6 +413,48 @@ def test_a_damaged_bundle_and_one_given_twice_are_refused(bundles, tmp_path):
     assert "given twice" in refused(2, "bench", bundles[0], bundles[0])
     assert "holds keep ratio 0.5, not 0.3" in refused(2, "bench", bundles[1], "--keep-ratio", 0.3)
     assert "Missing argument" in refused(2, "bench")
+
+
+class InProcess:
+    """A contender without a process of its own, which a double of a library would not reach."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.name, self._runner = contender.name, contenders.RUNNERS[contender.kind](contender)
+        self.about, self.ask = self._runner.about, self._runner.ask
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def test_a_gpus_backend_is_timed_over_its_double(bundles, monkeypatch, without_onnx_ir):
+    """Contenders take turns on one device, each with its own streams and buffers, and no logits come back."""
+    machine = Machine().install(monkeypatch)
+    monkeypatch.setattr(bench, "Worker", InProcess)
+
+    found = bench.bench(bundles, backends=["ort-cuda"], rounds=2, warm_up=1, new_tokens=4)
+
+    assert [(row["method"], row["backend"]) for row in found["contenders"]] == [
+        ("none", "ort-cuda"),
+        ("fastv", "ort-cuda"),
+    ]
+    for row in found["contenders"]:
+        assert {"vision", "preprocess", "between"} < {stage["name"] for stage in row["stages"]}
+        assert len(row["decode"]["all_ms"]) == 2 and min(row["decode"]["all_ms"]) > 0
+    assert "no floors for ort-cuda: the rates measured are those of a processor" in found["notes"]
+    assert machine.calls["captured"] == 4 and machine.calls["replayed"] > 4  # decode and the search, of both
+    vocab = open_bundle(bundles[0]).manifest.embedding.vocab
+    assert ("out", 4 * vocab) not in machine.copied and "out" in dict(machine.copied)
+
+
+def test_threads_are_left_to_a_gpu_and_its_errors_keep_their_exit_code(bundles, monkeypatch):
+    machine = Machine()
+    machine.driver = 12040
+    machine.install(monkeypatch)
+    monkeypatch.setattr(bench, "Worker", InProcess)
+
+    said = refused(3, "bench", bundles[0], "--backend", "ort-cuda", "-q", "--rounds", 1, "--threads", 2)
+
+    assert "ort-cuda: the driver is too old: it is for CUDA 12.4" in said
 
 
 def test_another_checkpoint_than_the_bundles_is_refused(bundles, checkpoint_once, without_onnx_ir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from lvlm_edge.exporter.devices import engine
 from lvlm_edge.exporter.devices.engine import PORTABLE, Settings
+from lvlm_edge.runtime.backends.cuda import highest
 from lvlm_edge.runtime.bundle import open_bundle, sha256
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
 from tests import tiny
@@ -68,11 +70,13 @@ def test_every_graph_of_the_oracle_checkpoint_builds(oracles, export_once, optio
 
     manifest = open_bundle(bundle).manifest
     found = entries(out)
-    assert set(found) == {graph.file for graph in manifest.graphs}
+    assert set(found) == {graph.file for graph in manifest.graphs} | {highest.FILE}
+    sources = {name: info.sha256 for name, info in manifest.files.items()}
+    sources[highest.FILE] = hashlib.sha256(highest.graph(manifest.embedding.vocab)).hexdigest()
     for name, entry in found.items():
         assert (out / entry["file"]).read_bytes()[:4] == b"vtrt"
         assert sha256(out / entry["file"]) == entry["sha256"]
-        assert entry["graph_sha256"] == manifest.files[name].sha256
+        assert entry["graph_sha256"] == sources[name]
 
 
 @pytest.mark.slow
@@ -85,7 +89,7 @@ def test_every_graph_of_the_sample_builds(export_once, options, dtype):
     for targets in (every, (PORTABLE,)):
         out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=targets))
 
-        assert set(entries(out)) == graphs
+        assert set(entries(out)) == graphs | {highest.FILE}
         assert all((out / entry["file"]).read_bytes()[:4] == b"vtrt" for entry in entries(out).values())
 
 
@@ -104,7 +108,7 @@ def test_legacy_graphs_build_too(gqa, export_once, options, dtype):
 
     out = engine.build(bundle, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 
-    assert set(entries(out)) == {graph.file for graph in open_bundle(bundle).manifest.graphs}
+    assert set(entries(out)) == {graph.file for graph in open_bundle(bundle).manifest.graphs} | {highest.FILE}
 
 
 def test_caches_written_in_place_are_listed_as_aliases(own):
@@ -154,12 +158,12 @@ engine.build({str(own)!r}, engine.Settings(backend="trt-rtx", compute_capabiliti
     child.wait()
     done = entries(out)
     first = {name: (out / entry["file"]).stat().st_mtime_ns for name, entry in done.items()}
-    assert 0 < len(done) < 5
+    assert 0 < len(done) < 6
 
     engine.build(own, Settings(backend="trt-rtx", compute_capabilities=("8.6",)))
 
     found = entries(out)
-    assert len(found) == 5
+    assert len(found) == 6
     assert {name: (out / found[name]["file"]).stat().st_mtime_ns for name in first} == first
     assert not list(out.glob(".*"))
 

@@ -18,7 +18,7 @@ from lvlm_edge.exporter import references
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
 from lvlm_edge.runtime.errors import InputError
-from tests import originals
+from tests import fake_onnxruntime, originals
 from tests.fake_tensorrt import Machine
 from tests.runtime.test_trt import with_engines
 
@@ -37,15 +37,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("method_oracle", cases or [("proxyv", "missing")])
 
 
-@pytest.mark.parametrize("backend", ["ort", "trt-rtx"])
+@pytest.mark.parametrize("backend", ["ort", "trt-rtx", "ort-cuda"])
 @pytest.mark.parametrize("lowering", ["modern", pytest.param("legacy", marks=pytest.mark.slow)])
 def test_the_bundle_gives_the_released_codes_tokens_and_logits(
     method_oracle, oracles, export_once, with_engines, monkeypatch, lowering, backend
 ):
     bundle = of_oracle(export_once, oracles, method_oracle, lowering)
-    if backend != "ort":  # a double of TensorRT and CUDA
+    if backend == "trt-rtx":  # a double of TensorRT and CUDA
         Machine().install(monkeypatch, "tensorrt_rtx")
         bundle = with_engines(bundle)
+    elif backend == "ort-cuda":
+        fake_onnxruntime.Machine().install(monkeypatch)
 
     says(method_oracle, oracles, Pipeline.load(bundle, backend))
 

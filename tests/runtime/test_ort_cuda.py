@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -12,16 +14,19 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
 
 from lvlm_edge.exporter.proof import certificate, parity
 from lvlm_edge.exporter.proof.cases import synthetic
 from lvlm_edge.runtime import Pipeline, backends
-from lvlm_edge.runtime.backends import ort_cuda
+from lvlm_edge.runtime.backends import Highest, ort_cuda
+from lvlm_edge.runtime.backends.cuda import highest
 from lvlm_edge.runtime.bundle import external, load_manifest, open_bundle
-from lvlm_edge.runtime.errors import BundleError, DeviceError, UnsupportedError, UsageError
+from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
+from lvlm_edge.runtime.pipeline.sampling import Sampling
 from tests import tiny
 from tests.cases import some
-from tests.fake_onnxruntime import Machine
+from tests.fake_onnxruntime import OF_ORT, Machine
 from tests.fake_tensorrt import CODES
 from tests.tiny import PROMPT, pixels
 
@@ -35,7 +40,6 @@ CALLS = (
     "cudaMemcpy2DAsync",
     "cudaStreamSynchronize",
 )
-OF_ORT = ("InferenceSession", "run")
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def legacy(checkpoint_once, export_once) -> Path:
     return tiny.bundle(checkpoint_once, export_once, "fastv", lowering="legacy")
 
 
-def few(pipe):
-    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4)
+def few(pipe, **options):
+    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4, **options)
 
 
 # Tokens.
@@ -109,6 +113,99 @@ def test_every_method_says_what_onnx_runtime_says_on_the_cpu(bundle, machine):
     assert machine.calls["captured"] == len(pipe.manifest.role("decode"))
 
 
+ORACLES = ("fastv_0", "fastv_1", "fastv_2")
+PAIRINGS = itertools.product(ORACLES, ("fastv", "none"), ("float32", "float16"), ("modern", "legacy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "dtype", "lowering"), some(PAIRINGS, {("fastv_1", "fastv", "float32", "modern")})
+)
+def test_tokens_and_logits_of_every_oracle_are_those_of_onnx_runtime(
+    name, oracles, export_once, machine, method, dtype, lowering
+):
+    """Those of ProxyV, YOPO and HiMix are in `test_methods.py`."""
+    case = json.loads((oracles / "fastv" / f"{name}.json").read_text())
+    tensors = load_file(oracles / "fastv" / f"{name}.safetensors")
+    options = {"prune_layer": case["prune_layer"], "keep_ratio": case["keep_ratio"]} if method == "fastv" else {}
+    bundle = export_once(oracles / "llava_mha", method=method, dtype=dtype, lowering=lowering, **options)
+    given = (case["prompt_token_ids"], tensors["pixel_values"])
+    expected = Pipeline.load(bundle, portable=True).generate_tokens(*given, ignore_eos=True)
+    pipe = Pipeline.load(bundle, "ort-cuda")
+
+    found = pipe.generate_tokens(*given, ignore_eos=True)
+
+    assert found.token_ids == expected.token_ids and len(found.token_ids) == 16
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5 if dtype == "float32" else 1e-2)
+    assert pipe.generate_tokens(*given, ignore_eos=True, logits=False).token_ids == found.token_ids
+    if (method, dtype) == ("fastv", "float32"):
+        assert found.token_ids[: len(case["expected_new_token_ids"])] == case["expected_new_token_ids"]
+
+
+SAMPLING = {
+    "greedy": (Sampling(), True),
+    "greedy, penalty": (Sampling(repetition_penalty=1.3), True),
+    "top-k": (Sampling(temperature=0.8, top_k=20, seed=3), True),
+    "top-k, top-p, penalty": (Sampling(temperature=1.2, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=4), True),
+    "top-p": (Sampling(temperature=1, top_p=0.9, seed=5), False),
+    "small penalty": (Sampling(repetition_penalty=0.8), False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_tokens_chosen_on_the_device_are_those_of_the_host(name, modern, machine):
+    """Every prompt's tokens in turn, and the highest logits alone come back wherever they are enough."""
+    sampling, few_are_enough = SAMPLING[name]
+    expected, pipe = Pipeline.load(modern), Pipeline.load(modern, "ort-cuda")
+    vocab = pipe.manifest.embedding.vocab
+
+    for case in (*synthetic(expected, 0), *synthetic(expected, 1)):
+        given = {"ignore_eos": True, "sampling": sampling}
+        right = expected.generate_tokens(case.prompt, case.pixels, **given)
+        machine.copied.clear()
+        found = pipe.generate_tokens(case.prompt, case.pixels, **given, logits=False)
+
+        assert found.token_ids == right.token_ids and found.logits is None
+        assert (("out", 4 * vocab) not in machine.copied) == few_are_enough
+        assert (("out", 4 * (2 * highest.COUNT + 1)) in machine.copied) == few_are_enough
+
+
+@pytest.mark.parametrize(("logits", "out"), [(False, 4 * (2 * highest.COUNT + 1)), (True, 4 * 160)])
+def test_a_token_is_one_copy_in_and_one_copy_out(modern, machine, logits, out):
+    pipe, copies = Pipeline.load(modern, "ort-cuda"), []
+    assert pipe.manifest.embedding.vocab == 160
+    few(pipe)  # whose picture is not encoded again
+
+    for count in (3, 4):
+        machine.copied.clear()
+        pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=count, logits=logits)
+        copies.append(machine.copied.copy())
+
+    assert copies[1] == [*copies[0], copies[1][-2], ("out", out)]
+    assert copies[1][-2] == ("in", 3 * 256)  # the token's embedding, position and length, each at a multiple of 256
+
+
+def test_logits_that_are_not_finite_are_noticed_on_the_device(modern, machine, monkeypatch):
+    pipe = Pipeline.load(modern, "ort-cuda")
+    right, logits = pipe._decoder._decode, pipe.buffer("decode", "logits")
+    monkeypatch.setattr(pipe._decoder, "_decode", lambda *given: (right(*given), logits.write(np.nan)))
+
+    with pytest.raises(LvlmEdgeError, match=r"logits of token 1 are not finite.*export with --dtype"):
+        few(pipe, logits=False)
+
+
+def test_streams_that_take_turns_answer_as_each_alone(modern, legacy, machine, tmp_path):
+    picture = tiny.picture(tmp_path / "picture.png")
+    prompts = "w5 w6", "w7 w8 w9"
+    expected = [list(Pipeline.load(b).stream(p, [picture])) for b, p in zip((modern, legacy), prompts, strict=True)]
+    pipes = [Pipeline.load(bundle, "ort-cuda") for bundle in (modern, legacy)]
+
+    streams = [pipe.stream(prompt, [picture]) for pipe, prompt in zip(pipes, prompts, strict=True)]
+    pieces = list(itertools.zip_longest(*streams, fillvalue=None))
+
+    assert [[p for p in column if p is not None] for column in zip(*pieces, strict=True)] == expected
+    assert all(len(words) > 1 for words in expected)
+
+
 def test_two_pipelines_take_turns(modern, legacy, machine):
     expected = [few(Pipeline.load(bundle)).token_ids for bundle in (modern, legacy)]
     pipes = [Pipeline.load(bundle, "ort-cuda") for bundle in (modern, legacy)]
@@ -141,14 +238,16 @@ def test_float_weights_are_on_the_device_once(modern, machine):
     assert sorted(w.name for w in named) == sorted(name for s in machine.sessions for name in s.shared)
 
 
-def test_decode_alone_is_a_cuda_graph(modern, machine):
+def test_decode_and_the_search_behind_it_alone_are_cuda_graphs(modern, machine):
     pipe = Pipeline.load(modern, "ort-cuda")
 
     few(pipe)
     few(pipe)
 
     assert (machine.calls["captured"], machine.calls["replayed"]) == (1, 5)
-    assert [s.captures for s in machine.sessions].count(True) == 1
+    few(pipe, logits=False)
+    assert (machine.calls["captured"], machine.calls["replayed"]) == (2, 5 + 3 + 3)
+    assert [s.captures for s in machine.sessions].count(True) == 2
 
 
 def test_a_run_is_over_when_it_returns(modern, machine):
@@ -206,24 +305,45 @@ FAILING = (*CALLS, *OF_ORT)
 def test_each_error_is_one_line_that_names_it_and_the_call(legacy, monkeypatch, quick_collection, call):
     """Every code at two of the calls, and seven codes at every call, from the call's first time to its last."""
     counting = Machine().install(monkeypatch)
-    few(Pipeline.load(legacy, "ort-cuda", verify=False))
+    few(Pipeline.load(legacy, "ort-cuda", verify=False), logits=False)
     total = counting.calls[call]
     every = [(name, code) for name, code in CODES.items() if code]
     codes = every[FAILING.index(call) % 5 :: 5]
-    said = r"{}\.onnx: ONNX Runtime's CUDA provider d.*CUDA failure {}: {}" if call in OF_ORT else "^{}: CUDA says {}"
+    assert total > 0
+    said = r"{}: ONNX Runtime's CUDA provider d.*CUDA failure {}: {}" if call in OF_ORT else "^{}: CUDA says {}"
 
     for i, (name, code) in enumerate(codes):
         machine = Machine().install(monkeypatch)
         machine.fail[call], machine.skip[call] = code, i * (total - 1) // (len(codes) - 1)
-        expected = said.format(r"\w+", code, name) if call in OF_ORT else said.format(call, name)
+        expected = said.format(r"\w+\.(onnx|bin)", code, name) if call in OF_ORT else said.format(call, name)
         with pytest.raises(DeviceError, match=expected) as caught:
-            few(Pipeline.load(legacy, "ort-cuda", verify=False))
+            few(Pipeline.load(legacy, "ort-cuda", verify=False), logits=False)
         assert "\n" not in str(caught.value) and caught.value.exit_code == 1
         assert not machine.fail
         machine.sessions.clear()
         del caught
         gc.collect()
         assert not machine.kinds, "something was not given back"
+
+
+@pytest.mark.parametrize("call", OF_ORT)
+@pytest.mark.parametrize("words", ort_cuda.ADVICE)
+def test_what_helps_is_told_of_every_error_that_is_known(legacy, machine, call, words, tmp_path):
+    """On the command line, wherever ONNX Runtime says it: one line, with the advice for it, and exit code 1."""
+    machine.words[call] = f"[ONNXRuntimeError] : 6 : FAIL : a.cc:1\nhere: {words} (13)"
+    picture = tiny.picture(tmp_path / "picture.png")
+
+    said = tiny.refused(1, "run", legacy, "--backend", "ort-cuda", "--image", picture, "--prompt", "w5 w6")
+
+    assert not machine.words and words in said and said.endswith(ort_cuda.ADVICE[words])
+
+
+def test_the_devices_own_memory_running_out_is_told_apart(legacy, machine):
+    machine.fail["cudaMalloc"] = CODES["cudaErrorMemoryAllocation"]
+
+    said = tiny.refused(1, "run", legacy, "--backend", "ort-cuda", "--prompt", "w5 w6")
+
+    assert "cudaMalloc: CUDA says cudaErrorMemoryAllocation; close what else uses the GPU" in said
 
 
 def test_a_session_that_falls_to_the_cpu_is_refused(modern, monkeypatch):
@@ -339,8 +459,17 @@ def test_a_machine_that_cannot_run_it_says_why_and_what_to_install(monkeypatch, 
     with pytest.raises(UnsupportedError, match=f"^ort-cuda: .*{said}") as caught:
         backends.load("ort-cuda")
 
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     assert capsys.readouterr().out == ""
+
+
+def test_both_wheels_at_once_are_one_line_of_the_command_line(modern, machine):
+    machine.wheels.add("onnxruntime")
+
+    said = tiny.refused(3, "run", modern, "--backend", "ort-cuda", "--prompt", "w5")
+
+    assert "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files" in said
+    assert said.endswith("pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'lvlm-edge[ort-cuda]'")
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "cuda.bindings.runtime"])
@@ -392,6 +521,26 @@ def test_check_judges_what_it_runs(modern, machine, checkpoint_once):
 
     assert verdict.passed, verdict.first_failure
     assert machine.calls["run"] > 20
+    assert [row.stage for row in verdict.rows].count("highest logits") == 3  # prompts
+
+
+@pytest.mark.parametrize("wrong", ["id", "score", "missing"])
+def test_check_fails_where_the_device_chooses_wrongly(modern, machine, checkpoint_once, monkeypatch, wrong):
+    right = highest.OnDevice.find
+
+    def find(self):
+        found = right(self)
+        best = int(found.scores.argmax())
+        if wrong == "missing":
+            return Highest(np.delete(found.ids, best), np.delete(found.scores, best))
+        (found.ids if wrong == "id" else found.scores)[best] += 1
+        return found
+
+    monkeypatch.setattr(highest.OnDevice, "find", find)
+
+    verdict = parity.check(modern, tiny.checkpoint(checkpoint_once), backend="ort-cuda", steps=3, store=False)
+
+    assert {row.stage for row in verdict.rows if not row.passed} == {"highest logits"}
 
 
 def test_a_certificate_names_the_wheel_that_is_installed(monkeypatch):

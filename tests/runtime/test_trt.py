@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 
 from lvlm_edge.runtime import Pipeline, backends
 from lvlm_edge.runtime.backends import trt
-from lvlm_edge.runtime.backends.cuda import engines
+from lvlm_edge.runtime.backends.cuda import engines, highest
 from lvlm_edge.runtime.bundle import kv_cache, load_manifest, open_bundle, sha256
 from lvlm_edge.runtime.errors import BundleError, DeviceError, LvlmEdgeError, UnsupportedError, UsageError
+from lvlm_edge.runtime.pipeline.sampling import Sampling
 from tests import fake_tensorrt, tiny
 from tests.cases import some
 from tests.fake_tensorrt import CODES, Machine
@@ -48,13 +49,15 @@ def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None
     out = place(bundle, backend)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     entries = {}
-    for i, file in enumerate({g.file: None for g in manifest.graphs}):
-        graph, *others = manifest.graphs_of(file)
-        found = aliases(graph)
-        bits = [info.name for info in (*graph.inputs, *graph.outputs) if info.dtype == "bfloat16"]
-        content = fake_tensorrt.plan(
-            (graphs or bundle) / file, scratch=1000 * (i + 1), aliases=found, bfloat16=bits, profiles=1 + len(others)
-        )
+    (out / highest.FILE).write_bytes(highest.graph(manifest.embedding.vocab))
+    for i, file in enumerate(dict.fromkeys([*(g.file for g in manifest.graphs), highest.FILE])):
+        found, bits, others, source = {}, [], [], out / file
+        if file != highest.FILE:
+            graph, *others = manifest.graphs_of(file)
+            found, source = aliases(graph), (graphs or bundle) / file
+            bits = [info.name for info in (*graph.inputs, *graph.outputs) if info.dtype == "bfloat16"]
+        scratch = 500 if file == highest.FILE else 1000 * (i + 1)
+        content = fake_tensorrt.plan(source, scratch=scratch, aliases=found, bfloat16=bits, profiles=1 + len(others))
         path = (out / file).with_suffix(".engine")
         path.write_bytes(content)
         path.chmod(0o600)
@@ -62,7 +65,7 @@ def write_engines(bundle: Path, backend: str = "trt-rtx", *, graphs: Path | None
             "file": path.name,
             "size": len(content),
             "sha256": sha256(path),
-            "graph_sha256": manifest.files[file].sha256,
+            "graph_sha256": sha256(out / file) if file == highest.FILE else manifest.files[file].sha256,
             "aliases": found,
             "peak_bytes": 1,
             "seconds": 0.1,
@@ -124,9 +127,9 @@ def generate(pipe):
     return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True)
 
 
-def few(pipe):
+def few(pipe, **options):
     """One decode step plain, one captured and launched, one launched."""
-    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4)
+    return pipe.generate_tokens(PROMPT, pixels(), ignore_eos=True, max_new_tokens=4, **options)
 
 
 # Tokens.
@@ -173,6 +176,36 @@ def test_tensorrt_gives_the_same_tokens(small, monkeypatch, integrated, modern_a
     expected = generate(Pipeline.load(small))
     assert found.token_ids == expected.token_ids
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("integrated", [True, False])
+def test_the_highest_logits_are_enough_for_the_same_tokens(small, monkeypatch, integrated):
+    """And where the device shares its memory with the host, nobody looks for them."""
+    machine = Machine(integrated=integrated).install(monkeypatch, "tensorrt_rtx")
+    expected, pipe = Pipeline.load(small), Pipeline.load(small, "trt-rtx")
+    row, all_of_them = ("out", 4 * (2 * highest.COUNT + 1)), ("out", 4 * pipe.manifest.embedding.vocab)
+
+    for sampling in (Sampling(), Sampling(temperature=1, top_k=30, seed=2)):
+        given = {"ignore_eos": True, "sampling": sampling}
+        machine.copied.clear()
+        found = pipe.generate_tokens(PROMPT, pixels(), **given, logits=False)
+
+        assert found.token_ids == expected.generate_tokens(PROMPT, pixels(), **given).token_ids
+        assert machine.copied.count(row) == (0 if integrated else len(found.token_ids))
+        assert all_of_them not in machine.copied
+    if not integrated:
+        assert machine.copied[-4:-2] == machine.copied[-2:] == [machine.copied[-2], row]  # one in, one out
+
+
+def test_engines_without_the_highest_logits_are_built_again(own, monkeypatch):
+    record = tiny.read_json(place(own) / "engines.json")
+    del record["engines"][highest.FILE]
+    tiny.write_json(place(own) / "engines.json", record)
+
+    Machine().install(monkeypatch, "tensorrt_rtx")
+    with pytest.raises(BundleError, match=r"lists no engine of highest\.onnx.*run lvlm-edge build") as caught:
+        Pipeline.load(own, "trt-rtx")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pipeline_forgets_the_prompt_before(small, monkeypatch):
@@ -387,7 +420,7 @@ def test_every_call_that_runs_make_is_among_those_that_fail_below(legacy, monkey
 def test_each_cuda_error_at_each_call_is_one_error_that_names_both(legacy, monkeypatch, quick_collection, call):
     integrated = call.startswith("cudaHost")
     counting = Machine(integrated=integrated).install(monkeypatch, "tensorrt_rtx")
-    few(Pipeline.load(legacy, "trt-rtx", verify=False))
+    few(Pipeline.load(legacy, "trt-rtx", verify=False), logits=False)
     total = counting.calls[call]
     codes = {name: code for name, code in CODES.items() if code}
     if call in CAPTURING:
@@ -398,7 +431,7 @@ def test_each_cuda_error_at_each_call_is_one_error_that_names_both(legacy, monke
         # from the first call to the last, one after the other
         machine.fail[call], machine.skip[call] = code, i * (total - 1) // (len(codes) - 1)
         with pytest.raises(LvlmEdgeError, match=f"^{call}: CUDA says {name}; ") as caught:
-            few(Pipeline.load(legacy, "trt-rtx", verify=False))
+            few(Pipeline.load(legacy, "trt-rtx", verify=False), logits=False)
         assert isinstance(caught.value, DeviceError) and caught.value.exit_code == 1
         assert machine.recording is None
         assert not machine.fail
@@ -419,7 +452,11 @@ def test_what_tensorrt_says_when_it_does_not_run_is_passed_on(modern, monkeypatc
     with pytest.raises(DeviceError, match=r"vision\.engine: TensorRT has no context for it"):
         Pipeline.load(modern, "trt-rtx")
 
-    machine.refuse_context, machine.refuse_load = False, True
+    machine.refuse_context, machine.refuse_address = False, True
+    with pytest.raises(DeviceError, match=r"vision\.engine: TensorRT does not take the address of pixel_values"):
+        Pipeline.load(modern, "trt-rtx")
+
+    machine.refuse_address, machine.refuse_load = False, True
     with pytest.raises(BundleError, match=r"does not load it .no kernel image.; run lvlm-edge build"):
         Pipeline.load(modern, "trt-rtx")
 

@@ -51,15 +51,21 @@ def test_copies_that_a_cuda_graph_holds_are_counted_with_each_token(dry_run, mon
     graph = SimpleNamespace(name="decode", inputs=(TensorInfo("position_ids", "int64", (1, 1)),), outputs=(logits,))
     manifest = SimpleNamespace(role=lambda _: (graph,), counts=SimpleNamespace(prompt_tokens=8), image_rows={})
     memory = SimpleNamespace(
-        write=lambda *_: None, run=lambda *_: None, buffer=lambda _: SimpleNamespace(read=lambda: None)
+        write=lambda *_: None,
+        run=lambda *_: None,
+        buffer=lambda _: SimpleNamespace(read=lambda: None),
+        finder=SimpleNamespace(find=lambda: None),
     )
-    first = "own copy-H2D 8,ort copy-H2D 4,ort launch k,ort capture-begin,ort copy-H2D 4,ort launch k,ort capture-end"
-    second = "own copy-H2D 8,ort graph-launch,own copy-D2H 16"
+    captured = "ort capture-begin,ort copy-H2D 4,ort launch k,ort capture-end"
+    first = f"own copy-H2D 8,ort copy-H2D 4,ort launch k,{captured},ort launch k,{captured}"
+    second = "own copy-H2D 8,ort graph-launch,ort graph-launch,own copy-D2H 12"
+    third = "own copy-H2D 8,ort graph-launch,own copy-D2H 16"
 
-    found = dry_run.decode(SimpleNamespace(manifest=manifest), memory, Steps(first, second))
+    found = dry_run.decode(SimpleNamespace(manifest=manifest), memory, Steps(first, second, third))
 
-    assert found["captured"] and found["launches"] == 1 and found["allocations"] == 0
-    assert found["copies_captured"] == {"ort H2D": 1}
+    assert found["captured"] and found["launches"] == 2 and found["allocations"] == 0
+    assert found["copies_captured"] == {"ort H2D": 2}
+    assert (found["bytes"]["own D2H"], found["bytes_with_logits"]["own D2H"]) == (12, 16)
     line = dry_run.row("b", {"decode": found, "nodes": {"CUDA": 3, "CPU": 1}, "weights": {
         "by_us": 8, "in_the_file": 8, "by_sessions": 0}})  # fmt: skip
-    assert line == "| b | 1 of 4 | 1 | 2 | yes | 1 | yes | 0 |"
+    assert line == "| b | 1 of 4 | 2 | 1 (8 B) + 1 (12 B) | yes | 2 | yes | 0 |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lvlm_edge.runtime.backends import Array, Buffer, from_bfloat16, numpy_dtype
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import DeviceError, UnsupportedError
 
-ALIGNMENT = 256  # bytes, of scratch memory
+ALIGNMENT = 256  # bytes, of memory that is not an allocation's begin
 
 
 def library(backend: str, module: str, install: str) -> Any:
@@ -94,17 +95,27 @@ class DeviceBuffer:
 
     Args:
         host: whether the host reads or writes it.
+        inside: a buffer of bytes that it is a part of, and where it begins there.
 
     Raises:
         DeviceError: the device has not that much memory.
     """
 
-    def __init__(self, cuda: Cuda, info: TensorInfo, *, host: bool = False) -> None:
-        self.info, self._cuda = info, cuda
+    def __init__(
+        self, cuda: Cuda, info: TensorInfo, *, host: bool = False, inside: tuple[DeviceBuffer, int] | None = None
+    ) -> None:
+        self.info, self._cuda, self._inside = info, cuda, inside
         self._dtype = numpy_dtype(info.dtype)
-        self._size = int(np.prod(info.shape, dtype=np.int64)) * self._dtype.itemsize
+        self._size = _size(info)
         self._mapped: Array | None = None
-        if cuda.properties.integrated and host:
+        self.address: int
+        if inside is not None:
+            whole, at = inside
+            self.address = whole.address + at
+            if whole._mapped is not None:
+                part = whole._mapped.view(np.uint8)[at : at + self._size]
+                self._mapped = part.view(self._dtype).reshape(info.shape)
+        elif cuda.properties.integrated and host:
             memory = int(cuda.call("cudaHostAlloc", self._size, int(cuda.runtime.cudaHostAllocMapped)))
             cuda.owned(self, "cudaFreeHost", memory)
             self.address = int(cuda.call("cudaHostGetDevicePointer", memory, 0))
@@ -116,14 +127,16 @@ class DeviceBuffer:
             cuda.call("cudaMemsetAsync", self.address, 0, self._size, cuda.stream)
 
     def write(self, values: Array) -> None:
-        if self.info.dtype == "bfloat16":
-            values = to_bfloat16(values)
         if self._mapped is not None:
-            self._mapped[...] = values
+            self._mapped[...] = self.encoded(values)
             return
         host = np.empty(self.info.shape, self._dtype)
-        host[...] = values
+        host[...] = self.encoded(values)
         self._cuda.copy(self.address, host.ctypes.data, self._size, "HostToDevice")
+
+    def encoded(self, values: Array) -> Array:
+        """Values as the host hands them to the buffer; numpy converts all dtypes but bfloat16."""
+        return to_bfloat16(values) if self.info.dtype == "bfloat16" else values
 
     def read(self) -> Array:
         host = self._mapped
@@ -149,6 +162,35 @@ class DeviceBuffer:
             self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
             self._cuda.stream,
         )
+
+
+class DeviceInputs:
+    """Buffers side by side in device memory, which one copy fills.
+
+    Raises:
+        DeviceError: the device has not that much memory.
+    """
+
+    def __init__(self, cuda: Cuda, infos: Sequence[TensorInfo]) -> None:
+        self._begins, size = dict[TensorInfo, int](), 0
+        for info in infos:
+            self._begins[info] = size
+            size += -(-_size(info) // ALIGNMENT) * ALIGNMENT
+        self._whole = DeviceBuffer(cuda, TensorInfo("inputs", "int64", (size // 8,)), host=True)
+        self.buffers = {i: DeviceBuffer(cuda, i, inside=(self._whole, at)) for i, at in self._begins.items()}
+
+    def write(self, values: Mapping[TensorInfo, Array]) -> None:
+        host = np.zeros(self._whole.info.shape, np.int64)
+        for info, buffer in self.buffers.items():
+            at = self._begins[info]
+            part = host.view(np.uint8)[at : at + _size(info)].view(numpy_dtype(info.dtype))
+            part.reshape(info.shape)[...] = buffer.encoded(values[info])
+        self._whole.write(host)
+
+
+def _size(info: TensorInfo) -> int:
+    """Bytes of a tensor."""
+    return int(np.prod(info.shape, dtype=np.int64)) * numpy_dtype(info.dtype).itemsize
 
 
 def _at(address: int, size: int) -> Array:

@@ -58,11 +58,19 @@ class Wrong:
 
 
 def entry_of(
-    bundle: Bundle, file: str, place: Path, version: str, capability: tuple[int, int], wrong: Wrong
+    bundle: Bundle,
+    file: str,
+    source: str,
+    *,
+    place: Path,
+    version: str,
+    capability: tuple[int, int],
+    wrong: Wrong,
 ) -> dict[str, Any]:
     """What `engines.json` says of a file's engine, once everything it says of this machine and bundle is true.
 
     Args:
+        source: sha256 of the graph.
         place: folder of the engines.
         version: of TensorRT.
         capability: of the GPU.
@@ -70,7 +78,7 @@ def entry_of(
     manifest, backend = bundle.manifest, wrong.backend
     record = _record(place / ENGINES, wrong)
     here = f"{sys.platform}-{platform.machine()}"
-    weights, source = manifest.files[manifest.weights].sha256, manifest.files[file].sha256
+    weights = manifest.files[manifest.weights].sha256
     for key, what, mine in (
         ("flavour", "engines are of", MODULES[backend]),
         ("version", f"engines were built by {MODULES[backend]}", version),
