@@ -192,7 +192,15 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
         raise CheckpointError(f"{source}: is no folder; give a checkpoint folder or a Hugging Face id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.model", "merges.txt", "*.npy", *(["*.safetensors"] if weights else [])]
+    patterns = [
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.tiktoken",
+        "merges.txt",
+        "*.npy",
+        *(["*.safetensors"] if weights else []),
+    ]
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=patterns)
         if weights and not any((Path(found) / name).exists() for name in _SAFETENSORS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import shutil
@@ -35,6 +36,55 @@ class Converted:
     eos_token: str
 
 
+# Qwen's ranks file: special tokens follow the ranks in this order. Those of `SHOWN` mark places in answers.
+RANKS = "qwen.tiktoken"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+SHOWN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+PICTURES = ("<img>", "</img>", "<imgpad>")
+
+
+def _ranks(file: Path) -> Converted:
+    """A tokenizer from base64 pieces of bytes and their ranks, the order in which they are merged.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError("its ranks are not 0, 1, 2, ... of every byte and more")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is no ranks file ({error}); restore the file") from error
+    byte_level = _byte_level()
+    written = {piece: "".join(byte_level[byte] for byte in piece) for piece in ranks}
+    merges = [
+        (written[piece[:i]], written[piece[i:]])
+        for piece in sorted(ranks, key=lambda piece: ranks[piece])
+        for i in sorted(range(1, len(piece)), key=lambda i: (ranks.get(piece[:i], -1), ranks.get(piece[i:], -1)))
+        if piece[:i] in ranks and piece[i:] in ranks
+    ]
+    model = models.BPE({written[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True)
+    made = Tokenizer(model)
+    made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    for tokens, special in ((SPECIAL, True), (SHOWN, False), (PICTURES, True)):
+        made.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+    return Converted(source=file, content=made.to_str(), bos_token="", eos_token=SPECIAL[0])
+
+
+def _byte_level() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
 def convert(folder: Path) -> Converted | None:
     """The tokenizer of a folder without tokenizer.json; None where it has none in any form.
 
@@ -42,6 +92,8 @@ def convert(folder: Path) -> Converted | None:
         UnsupportedError: a package is missing that the conversion takes.
         CheckpointError: transformers cannot read the tokenizer.
     """
+    if (folder / RANKS).is_file():
+        return _ranks(folder / RANKS)
     kind = next((kind for kind in KINDS if all((folder / name).is_file() for name in kind[0])), None)
     if kind is None:
         return None

@@ -178,7 +178,7 @@ def chat_template(of: Checkpoint) -> str:
 def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
     """Tiles and thumbnail between `<img>` and `</img>`; one view where config.json asks for no tiles."""
     full, where, side = {**DEFAULTS, **of.config}, of.folder / "config.json", spec.vision.image_size
-    how = Preprocessing(resize_to=(side, side), rescale=1 / 255, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    how = Preprocessing(resize_to=(side, side), width_first=True, rescale=1 / 255, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     bounds = _intern.tiles_of(where, full["min_dynamic_patch"], full["max_dynamic_patch"])
     if not full["dynamic_image_size"]:
         bounds = (1, 1)

@@ -55,7 +55,7 @@ def report(plan: Plan) -> dict[str, Any]:
         "stages": stages(plan),
         "parameters": {
             "vision": vision,
-            "projector": projector.weights,
+            "projector": projector.weights + projector.folded,
             **counts.decoder_parameters(plan.spec.decoder),
         },
         "weights_bytes": counts.weights_bytes(plan),

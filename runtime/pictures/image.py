@@ -29,6 +29,7 @@ class Preprocessing:
     shortest_edge: int | None = None  # resize so that the shorter edge has this length, keeping the shape
     resize_to: tuple[int, int] | None = None  # resize to this size, whatever the shape
     resample: int = 3  # Pillow's filter number; 3 is bicubic
+    width_first: bool = False  # resize the width, then the height, as Pillow before 13; 13 takes the cheaper order
     crop: tuple[int, int] | None = None  # centre crop; a smaller picture is padded with zeros
     rescale: float | None = None  # factor on the pixel values
     mean: tuple[float, float, float] | None = None  # subtracted per channel, after rescaling
@@ -85,7 +86,7 @@ def preprocess(image: Image, how: Preprocessing) -> NDArray[np.float32]:
         pixels = _padded(pixels, how.pad_to_square)
     size = _resized_size((pixels.shape[0], pixels.shape[1]), how)
     if how.shortest_edge is not None or how.resize_to is not None:
-        pixels = _resized(pixels, size, how.resample)
+        pixels = _resized(pixels, size, how.resample, how.width_first)
     if how.crop is not None:
         pixels = _cropped(pixels, how.crop)
     return np.ascontiguousarray(_normalized(pixels, how).transpose(2, 0, 1)[None], dtype=np.float32)
@@ -128,18 +129,18 @@ def grid_boxes(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.flo
     return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
 
 
-def resized(image: Image, size: tuple[int, int], resample: int = 3) -> Image:
+def resized(image: Image, size: tuple[int, int], resample: int = 3, width_first: bool = False) -> Image:
     """A picture as RGB, resized to (width, height).
 
     Args:
-        resample: Pillow's filter number; 3 is bicubic.
+        resample, width_first: see `Preprocessing`.
 
     Raises:
         InputError: the result would have too many pixels.
     """
     from PIL import Image
 
-    return Image.fromarray(_resized(np.array(image.convert("RGB")), size[::-1], resample))
+    return Image.fromarray(_resized(np.array(image.convert("RGB")), size[::-1], resample, width_first))
 
 
 def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
@@ -273,7 +274,7 @@ def _resized_size(size: tuple[int, int], how: Preprocessing) -> tuple[int, int]:
     return (longest, how.shortest_edge) if width <= height else (how.shortest_edge, longest)
 
 
-def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: int) -> NDArray[np.uint8]:
+def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: int, width_first: bool) -> NDArray[np.uint8]:
     from PIL import Image
 
     # Only the middle of a long, thin picture is used, but cropping before resizing changes the last bits.
@@ -282,7 +283,10 @@ def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: int) ->
             f"picture: {pixels.shape[1]}x{pixels.shape[0]} is too long and thin, it would be resized to "
             f"{size[1]}x{size[0]}, expected at most {MEGAPIXELS:g} megapixels; crop it first"
         )
-    return np.array(Image.fromarray(pixels).resize((size[1], size[0]), resample=Image.Resampling(resample)))
+    picture, how = Image.fromarray(pixels), Image.Resampling(resample)
+    if width_first:
+        picture = picture.resize((size[1], picture.height), resample=how)
+    return np.array(picture.resize((size[1], size[0]), resample=how))
 
 
 def _cropped(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -322,7 +322,7 @@ def stretched(image: Image, views: Views) -> NDArray[np.float32]:
     Source: `crop_image_to_patches` of GotOcr2 and `split_images` of Idefics3 in transformers 5.23.
     """
     assert views.tiles is not None
-    sheet = resized(image, views.canvas.size, views.how.resample)
+    sheet = resized(image, views.canvas.size, views.how.resample, views.how.width_first)
     tiles = _cut(sheet, views.tiles)
     whole = sheet if views.canvas.longest else image
     found = [*[whole] * (views.whole == "first"), *tiles, *[whole] * (views.whole == "last")]
