@@ -41,10 +41,14 @@ class VisionSpec(_llava.VisionSpec):
     Attributes:
         most: tiles whose cells a picture may have (`anyres_max_9`); None for any number.
         squares: several pictures in a prompt are one padded square each.
+        unpad: padding is cut off, and a newline ends every row.
+        decimals: see `Canvas`.
     """
 
     most: int | None = None
     squares: bool = False
+    unpad: bool = True
+    decimals: int | None = 7
 
 
 def read(of: Checkpoint, family: str, defaults: Mapping[str, Any], **own: Any) -> ModelSpec[VisionSpec]:
@@ -164,7 +168,15 @@ def _tiled(spec: ModelSpec[VisionSpec], size: tuple[int, int], how: Preprocessin
     width, height = best_canvas(size, seen.pinpoints)
     tiles = (height // side, width // side)
     cells = (tiles[0] * grid, tiles[1] * grid)
-    rows, columns = (len(part) for part in covered(size, cells))
+    canvas = Canvas(
+        size=(width, height),
+        rule="pinpoints",
+        among=seen.pinpoints,
+        picture=size,
+        cells=cells,
+        decimals=seen.decimals,
+    )
+    rows, columns = (len(part) for part in covered(size, canvas))
     if seen.most is not None:
         ratio = math.sqrt(rows * columns / (seen.most * grid**2))
         if ratio > SMALLER:
@@ -176,7 +188,6 @@ def _tiled(spec: ModelSpec[VisionSpec], size: tuple[int, int], how: Preprocessin
         )
     base = Run(kind="visual", rows=grid**2, grid=(grid, grid))
     every = Run(kind="visual", rows=rows * (columns + 1), grid=(rows, columns), row_ends=1)
-    canvas = Canvas(size=(width, height), rule="pinpoints", among=seen.pinpoints, picture=size, cells=cells)
     views = Views(canvas=canvas, tiles=tiles, how=how)
     return Picture(token_id=spec.image_token_id, graphs=("vision",), views=views, runs=(base, every))
 
@@ -194,7 +205,7 @@ def _square(spec: ModelSpec[VisionSpec], how: Preprocessing) -> Picture:
 
 def _covered(picture: Picture) -> tuple[range, range]:
     """Rows and columns of cells that hold more than padding."""
-    return covered(picture.views.canvas.picture, picture.views.canvas.cells)
+    return covered(picture.views.canvas.picture, picture.views.canvas)
 
 
 def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture, ...]) -> Mapping[str, Source]:

@@ -14,21 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_edge.exporter.checkpoints import checkpoint, configs, encoders, integers
+from lvlm_edge.exporter.checkpoints import checkpoint, configs, encoders, integers, preprocess
 from lvlm_edge.exporter.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     Source,
     Stored,
+    cut,
     read_json,
     renamed,
 )
 from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
 from lvlm_edge.exporter.checkpoints.spec import PLACEHOLDER_ID, DecoderSpec, ModelSpec
 from lvlm_edge.exporter.checkpoints.templates import TEMPLATES, bracketed
-from lvlm_edge.exporter.families import _llava
-from lvlm_edge.exporter.families._llava import VisionSpec
-from lvlm_edge.exporter.planning import Capacity, Family
+from lvlm_edge.exporter.families import _anyres, _llava
+from lvlm_edge.exporter.families._anyres import VisionSpec
+from lvlm_edge.exporter.planning import Capacity, Family, GraphSpec, Plan, Work
 from lvlm_edge.runtime.errors import UnsupportedError, nearest
 from lvlm_edge.runtime.pictures.layout import Picture
 
@@ -56,6 +57,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # a checkpoint that has a text encoder too
 
+UNPAD = "spatial_unpad"
 FITS = {None: "processor", "square": "processor", "pad": "pad", "resize": "resize", "anyres": "resize"}
 
 _NAMES = (
@@ -101,13 +103,17 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
                 projector_bias=True,
                 newline="proxyv" in config,
                 pinpoints=_pinpoints(config, encoder.image_size),
+                most=_most(config),
+                unpad="proxyv" not in config and config.get("mm_patch_merge_type") == UNPAD,
+                decimals=None,
             ),
             decoder=decoder,
             image_token_id=PLACEHOLDER_ID,
             settings=_settings(config, decoder, folder),
         )
         _agree(config, spec)
-        return _llava.check(spec, folder / "config.json")
+        _llava.check(spec, folder / "config.json")
+        return spec
     except (TypeError, ZeroDivisionError) as error:  # sums with a field that is no number, or is 0
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error
 
@@ -135,7 +141,28 @@ def chat_template(of: Checkpoint) -> str:
 def pictures(of: Checkpoint, spec: ModelSpec[VisionSpec], capacity: Capacity) -> tuple[Picture, ...]:
     """One crop each, or the base view and the tiles of any-resolution pictures."""
     where, fit = _preprocessing(of.config, of.folder)
+    v = spec.vision.encoder
+    if spec.vision.unpad and spec.vision.pinpoints:
+        return _anyres.pictures(spec, capacity, preprocess.fitted(preprocess.of_folder(where, v), fit, v.image_size))
     return _llava.pictures(of, spec, capacity, where=where, fit=fit)
+
+
+def work(spec: ModelSpec[VisionSpec], picture: Picture) -> tuple[Work, Work]:
+    """Products of the encoder, per view, and of the projector, per picture."""
+    return _anyres.work(spec, picture) if spec.vision.unpad else _llava.work(spec, picture)
+
+
+def extend(parts: Any, plan: Plan) -> None:
+    """Give the parts the encoder, the projector and the newline, where there is one."""
+    if plan.spec.vision.unpad:
+        _anyres.extend(parts, plan)
+    else:
+        _llava.extend(parts, plan)
+
+
+def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
+    """`vision` per view, and `pack` where views are put together to a map."""
+    return _anyres.graphs(plan) if plan.spec.vision.unpad else _llava.graphs(plan)
 
 
 def _preprocessing(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
@@ -145,7 +172,7 @@ def _preprocessing(config: dict[str, Any], folder: Path) -> tuple[Path, str]:
     `pad` pads to a square of the mean colour. `resize`, which is also what any-resolution makes of the base view and
     does not keep the picture's shape, resizes to the encoder's square; `processor` leaves it to the image processor.
     """
-    fit, name = FITS[config.get("image_aspect_ratio")], _encoder_name(config)
+    fit, name = FITS[_ratio(config)], _encoder_name(config)
     here = _local(name, folder)
     if (folder / "preprocessor_config.json").is_file() or (here is None and _released(name) in ENCODERS):
         return folder, fit
@@ -161,12 +188,15 @@ def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture
     stored = integers.index(of)
     _check_updates(of.config, of.folder, stored, spec.decoder.layers)
     if not any(name.startswith("model.vision_tower.") for name in stored):
-        found = integers.index(Checkpoint.open(_encoder_folder(of.config, of.folder)))
-        whole = any(name.startswith("vision_model.") for name in found)
-        inside = {name: t for name, t in found.items() if not whole or name.startswith("vision_model.")}
+        beside = integers.index(Checkpoint.open(_encoder_folder(of.config, of.folder)))
+        whole = any(name.startswith("vision_model.") for name in beside)
+        inside = {name: t for name, t in beside.items() if not whole or name.startswith("vision_model.")}
         stored |= {f"model.vision_tower.{name}": t for name, t in inside.items()}
-    cut = {name: t for key, whole_tensor in stored.items() for name, t in _cut(key, whole_tensor, spec.decoder)}
-    return renamed(cut, rename, of.folder)
+    apart = {name: t for key, tensor in stored.items() for name, t in _cut(key, tensor, spec.decoder).items()}
+    found: dict[str, Source] = dict(renamed(apart, rename, of.folder))
+    if spec.vision.unpad and "projector.newline" in found:
+        found["projector.image_newline"] = found.pop("projector.newline")
+    return found
 
 
 def rename(key: str) -> str:
@@ -236,6 +266,18 @@ def _local(name: str, folder: Path) -> Path | None:
     return found if (found / "config.json").is_file() else None
 
 
+def _ratio(config: dict[str, Any]) -> Any:
+    """`image_aspect_ratio`, with `anyres` for `anyres_max_9`."""
+    ratio = config.get("image_aspect_ratio")
+    return "anyres" if _most(config) is not None else ratio
+
+
+def _most(config: dict[str, Any]) -> int | None:
+    """Tiles whose cells a picture may have."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(config.get("image_aspect_ratio")))
+    return int(found[1]) if found else None
+
+
 def _pinpoints(config: dict[str, Any], size: int) -> tuple[tuple[int, int], ...]:
     """Canvases of any-resolution pictures, (width, height).
 
@@ -243,34 +285,50 @@ def _pinpoints(config: dict[str, Any], size: int) -> tuple[tuple[int, int], ...]
         UnsupportedError: a way of fitting pictures, or of putting tiles together, that is not known.
         CheckpointError: canvases that are not made of whole tiles.
     """
-    ratio, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
+    ratio, merge = _ratio(config), config.get("mm_patch_merge_type", "flat")
     if ratio not in FITS:
         known = nearest(str(ratio), (fit for fit in FITS if fit))
         raise UnsupportedError(f"llava_llama: image_aspect_ratio is {ratio!r}; {known}")
     newline = config.get("mm_newline_position", "one_token")
-    if "proxyv" in config and newline != "one_token":
+    if ("proxyv" in config or merge == UNPAD) and newline != "one_token":
         raise UnsupportedError(f"llava_llama: mm_newline_position is {newline!r}; known: one_token")
     if ratio != "anyres":
+        if merge == UNPAD and "proxyv" not in config:
+            raise UnsupportedError(
+                f"llava_llama: tiles are put together as {UNPAD!r}, but image_aspect_ratio is {ratio!r}"
+            )
         return ()
-    if "proxyv" not in config and merge != "flat":
+    if "proxyv" not in config and merge not in ("flat", UNPAD):
         raise UnsupportedError(
-            f"llava_llama: tiles are put together as {merge!r}, which is not supported; known: flat, and ProxyV's way"
+            f"llava_llama: tiles are put together as {merge!r}, which is not supported; known: flat, {UNPAD}, and "
+            "ProxyV's way"
         )
-    given: Any = config.get("image_grid_pinpoints")
+    if _most(config) is not None and merge != UNPAD:
+        raise UnsupportedError(f"llava_llama: image_aspect_ratio is anyres_max_N with {merge!r}; known: with {UNPAD}")
+    given = _pairs(config.get("image_grid_pinpoints"), size)
+    if not given or any(type(n) is not int or n < 1 or n % size for pair in given for n in pair):
+        raise CheckpointError(
+            f"config.json: image_grid_pinpoints is {config.get('image_grid_pinpoints')!r}, expected multiples of "
+            f"{size}, the encoder's input; correct it"
+        )
+    return given
+
+
+def _pairs(given: Any, size: int) -> tuple[tuple[int, int], ...]:
+    """Pairs of width and height: a list, one that is written out, or a range of tiles as `(1x1),...,(6x6)`."""
+    if isinstance(given, str) and "x" in given:
+        numbers = [int(n) for n in re.findall(r"\d+", given)]
+        if len(numbers) < 4:
+            return ()
+        wide, high = range(numbers[0], numbers[-2] + 1), range(numbers[1], numbers[-1] + 1)
+        return tuple((i * size, j * size) for i in wide for j in high)
     try:
-        found = tuple(
-            (width, height) for width, height in (ast.literal_eval(given) if isinstance(given, str) else given)
-        )
+        found = ast.literal_eval(given) if isinstance(given, str) else given
+        return tuple((width, height) for width, height in found)
     except (SyntaxError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"config.json: image_grid_pinpoints is {given!r}, expected pairs of width and height; correct it"
         ) from error
-    if not found or any(type(n) is not int or n < 1 or n % size for pair in found for n in pair):
-        raise CheckpointError(
-            f"config.json: image_grid_pinpoints is {given!r}, expected multiples of {size}, the encoder's input; "
-            "correct it"
-        )
-    return found
 
 
 def _settings(config: dict[str, Any], d: DecoderSpec, folder: Path) -> dict[str, dict[str, Any]]:
@@ -361,7 +419,7 @@ def _check_updates(config: dict[str, Any], folder: Path, stored: Mapping[str, St
         )
 
 
-def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:
+def _cut(key: str, tensor: Stored, d: DecoderSpec) -> dict[str, Stored]:
     """A tensor under its name; one that holds several matrices, one above the other, as each of them.
 
     Raises:
@@ -369,20 +427,10 @@ def _cut(key: str, tensor: Stored, d: DecoderSpec) -> list[tuple[str, Stored]]:
     """
     found = _FUSED.match(key)
     if found is None:
-        return [(key, tensor)]
+        return {key: tensor}
     queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    parts = {"q": queries, "k": keys, "v": keys} if found[2] else {"gate": d.ffn, "up": d.ffn}
-    rows = sum(parts.values())
-    if tensor.shape != (rows, d.hidden):
-        raise CheckpointError(
-            f"{tensor.file}: {key} is {list(tensor.shape)}, config.json says {[rows, d.hidden]}; correct config.json"
-        )
-    cut, start = [], 0
-    for name, count in parts.items():
-        part = dataclasses.replace(tensor, shape=(count, d.hidden), rows=(start, start + count))
-        cut.append((key.replace(found[2] or found[3], name), part))
-        start += count
-    return cut
+    rows = {"q": queries, "k": keys, "v": keys} if found[2] else {"gate": d.ffn, "up": d.ffn}
+    return {key.replace(found[2] or found[3], name): part for name, part in cut(tensor, rows).items()}
 
 
 FAMILY = Family(
@@ -390,11 +438,11 @@ FAMILY = Family(
     vision=VisionSpec,
     read=read,
     pictures=pictures,
-    work=_llava.work,
+    work=work,
     weights=weights,
     rename=rename,
     unused=unused,
-    extend=_llava.extend,
-    graphs=_llava.graphs,
+    extend=extend,
+    graphs=graphs,
     chat_template=chat_template,
 )

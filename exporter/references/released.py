@@ -5,6 +5,8 @@ A layout is a config and names of tensors; the modules are transformers' own, in
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.references import stored
 from lvlm_edge.exporter.references.original import Original
+from lvlm_edge.exporter.references.unpadded import Unpadded
 
 DECODERS = {
     "llava": "llama",  # the first releases; the hub's layout, which has the name now, is not read here
@@ -67,7 +70,8 @@ def _llava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Or
     kind = named[0] if named else DECODERS[config["model_type"]]  # releases exist whose model_type is another's
     language = _module(folder, config | {"model_type": kind}, _take(state, ""))
     siglip = tower.config.model_type == "siglip_vision_model"  # LLaVA takes its last layer off, and drops no token
-    return Original(
+    unpads = "proxyv" not in config and config.get("mm_patch_merge_type") == "spatial_unpad"
+    model = (Unpadded if unpads else Original)(
         image_token_id=config.get("image_token_index", IMAGE),
         tower=tower,
         projector=projector,
@@ -76,6 +80,22 @@ def _llava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Or
         select=[-2 if siglip else config.get("mm_vision_select_layer", -2)],
         drop_first=not siglip and config.get("mm_vision_select_feature", "patch") == "patch",
     )
+    if isinstance(model, Unpadded):
+        model.canvases = _canvases(config["image_grid_pinpoints"], tower.config.image_size)
+        most = str(config["image_aspect_ratio"]).partition("anyres_max_")[2]
+        model.most = int(most) if most else None
+    return model
+
+
+def _canvases(given: Any, side: int) -> list[tuple[int, int]]:
+    """(width, height) of every canvas; `(1x1),...,(6x6)` are tiles."""
+    if not isinstance(given, str):
+        return [(width, height) for width, height in given]
+    if "x" not in given:
+        return [(width, height) for width, height in ast.literal_eval(given)]
+    first, *_, last = [tuple(map(int, pair.strip("()").split("x"))) for pair in re.findall(r"\(\d+x\d+\)", given)]
+    wide, high = range(first[0], last[0] + 1), range(first[1], last[1] + 1)
+    return [(i * side, j * side) for i in wide for j in high]
 
 
 def _tinyllava(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Original:

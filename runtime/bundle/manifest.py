@@ -260,7 +260,7 @@ def _possible(picture: Picture) -> bool:
     free = (canvas.longest, *canvas.picture, *canvas.cells)
     if min(sizes) < 1 or max(*sizes, *free) > 1 << 20 or min(free) < 0:
         return False
-    if any(canvas.picture) and not (all(free[1:]) and all(map(len, covered(canvas.picture, canvas.cells)))):
+    if any(canvas.picture) and not (all(free[1:]) and all(map(len, covered(canvas.picture, canvas)))):
         return False
     among = canvas.among if canvas.rule in ("pinpoints", "ratio") else (canvas.size,)
     return canvas.size in among and all(min(size) > 0 for size in among)

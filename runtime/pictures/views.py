@@ -43,6 +43,7 @@ class Canvas:
         picture: (width, height) of the pictures that the bundle is for, where only those belong on the canvas that
             cover as many `cells` of it; (0, 0) where all do.
         cells: (rows, columns) of cells on the whole canvas; with `picture` only.
+        decimals: that the covered part is rounded to before it is cut to whole cells; None for all.
     """
 
     size: tuple[int, int]
@@ -53,6 +54,7 @@ class Canvas:
     longest: int = 0
     picture: tuple[int, int] = (0, 0)
     cells: tuple[int, int] = (0, 0)
+    decimals: int | None = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +120,30 @@ def belongs(size: tuple[int, int], canvas: Canvas) -> bool:
         InputError: see `canvas_of`.
     """
     return canvas_of(size, canvas) == canvas.size and (
-        not any(canvas.picture) or covered(size, canvas.cells) == covered(canvas.picture, canvas.cells)
+        not any(canvas.picture) or covered(size, canvas) == covered(canvas.picture, canvas)
     )
 
 
-def covered(size: tuple[int, int], cells: tuple[int, int]) -> tuple[range, range]:
+def covered(size: tuple[int, int], canvas: Canvas) -> tuple[range, range]:
     """Rows and columns of cells that a picture covers in the middle of a canvas; those outside hold padding alone.
 
     Args:
         size: (width, height) of the picture in pixels.
-        cells: (rows, columns) of the canvas.
+        canvas: of so many cells.
 
-    Source: `unpad_image` of LLaVA-NeXT in transformers 5.23, in its order of float64 operations. One row or column
-    of padding stays where an odd number would have to go.
+    Source: `unpad_image` of LLaVA-NeXT, and of transformers 5.23, which rounds to 7 decimals; in their order of float64
+    operations. One row or column of padding stays where an odd number would have to go.
     """
-    (width, height), (rows, columns) = size, cells
+    (width, height), (rows, columns) = size, canvas.cells
     if width / height > columns / rows:
-        cut = (rows - int(round(height * (columns / width), 7))) // 2
+        cut = (rows - _whole(height * (columns / width), canvas.decimals)) // 2
         return range(cut, rows - cut), range(columns)
-    cut = (columns - int(round(width * (rows / height), 7))) // 2
+    cut = (columns - _whole(width * (rows / height), canvas.decimals)) // 2
     return range(rows), range(cut, columns - cut)
+
+
+def _whole(value: float, decimals: int | None) -> int:
+    return int(value if decimals is None else round(value, decimals))
 
 
 def nearest_shape(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -378,7 +384,7 @@ def map_boxes(size: tuple[int, int], views: Views, grid: tuple[int, int]) -> NDA
     x, y = (
         (_edges(inside, cells // count, side // count, asked) - first) * (original / shown)
         for inside, cells, count, side, asked, first, original, shown in zip(
-            covered(size, canvas.cells)[::-1],
+            covered(size, canvas)[::-1],
             canvas.cells[::-1],
             tiles[::-1],
             canvas.size,

@@ -112,7 +112,7 @@ def _misfit(size: tuple[int, int], canvas: Canvas, tiles: tuple[int, int] | None
     best = canvas_of(size, canvas)
     advice = f"export another with --image-size {size[0]}x{size[1]}"
     if best == canvas.size:
-        own, planned = ("x".join(str(len(part)) for part in covered(s, canvas.cells)) for s in (size, canvas.picture))
+        own, planned = ("x".join(str(len(part)) for part in covered(s, canvas)) for s in (size, canvas.picture))
         return InputError(
             f"picture: {size[0]}x{size[1]} covers {own} cells of its tiles, the bundle is for {planned} (rows x "
             f"columns), as of {canvas.picture[0]}x{canvas.picture[1]}; resize it with --fit (fit=True), or {advice}"
@@ -157,6 +157,8 @@ def media(manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]
     whole = np.asarray(pixel_values)
     found: list[Media] = []
     while not found or len(whole):
+        if not free and sizes is not None:
+            check_sizes(sizes, len(found) + 1)
         if not free:
             raise _unplanned(manifest, np.asarray(pixel_values))
         views = free[0].views.count

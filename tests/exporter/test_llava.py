@@ -306,9 +306,9 @@ def test_an_unknown_part_is_refused_with_the_nearest_known_one(part, kind, neare
 
 
 def test_rotary_scaling_that_changes_with_the_prompt_is_refused(tmp_path):
-    scaled = HUB["text_config"] | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    scaled = HUB["text_config"] | {"rope_scaling": {"type": "proportional", "factor": 2.0}}
 
-    with pytest.raises(UnsupportedError, match="rope_type is 'dynamic'"):
+    with pytest.raises(UnsupportedError, match="rope_type is 'proportional'"):
         read(tmp_path, HUB | {"text_config": scaled})
 
 
