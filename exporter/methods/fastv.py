@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.graphs import blocks
 from lvlm_edge.exporter.planning import GraphSpec, Method, Plan, PlanError, Prompt, Stage, Tensors
-from lvlm_edge.runtime.errors import UnsupportedError
+from lvlm_edge.runtime.errors import UnsupportedError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 LARGEST_SORT = 3840  # rows that TensorRT's TopK takes
+TOGETHER, PER_IMAGE = RANKS = ("together", "per-image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,14 @@ class Config:
     keep_tokens: int | None = field(
         default=None,
         metadata={"help": "number of visual tokens to keep, from 1 to all; replaces --keep-ratio"},
+    )
+    rank: str = field(
+        default=TOGETHER,
+        metadata={
+            "help": "how visual tokens are ranked: together, over all images, or per-image, where each image keeps the "
+            "ratio or the number of its own",
+            "choices": RANKS,
+        },
     )
 
 
@@ -56,6 +65,26 @@ def kept(config: Config, visual_tokens: int) -> int:
     return count
 
 
+def ranked_apart(config: Config, prompt: Prompt) -> int:
+    """How many parts of equally many visual tokens are ranked, each by itself.
+
+    Raises:
+        UnsupportedError: an unknown way of ranking.
+        PlanError: images have different numbers of visual tokens.
+    """
+    if config.rank not in RANKS:
+        raise UnsupportedError(f"fastv: rank is {config.rank!r}; {nearest(str(config.rank), RANKS)}")
+    if config.rank == TOGETHER:
+        return 1
+    tokens = sorted({picture.visual_tokens for picture in prompt.pictures})
+    if len(tokens) > 1:
+        raise PlanError(
+            f"fastv: images of {' and '.join(map(str, tokens))} visual tokens cannot be ranked one by one; give one "
+            "--image-size for all, or leave out --rank"
+        )
+    return len(prompt.pictures)
+
+
 def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage, ...]:
     """Two stages, split at the prune layer.
 
@@ -70,7 +99,9 @@ def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage,
     k, layers = config.prune_layer, spec.decoder.layers
     if not 0 < k < layers:
         raise PlanError(f"fastv: prune_layer is {k}, but the model has layers 0..{layers - 1}; choose 1..{layers - 1}")
-    full, reduced = prompt.visual + prompt.others, kept(config, prompt.visual) + prompt.others
+    images = ranked_apart(config, prompt)
+    full = prompt.visual + prompt.others
+    reduced = images * kept(config, prompt.visual // images) + prompt.others
     if reduced > LARGEST_SORT:
         raise PlanError(
             f"fastv: keeps {reduced} rows of text and visual tokens, but TensorRT sorts at most {LARGEST_SORT}; lower "
@@ -133,7 +164,7 @@ def importance(query: Tensor, key: Tensor, last: Tensor, visual: Tensor) -> Tens
 
 def select(parts: Parts, plan: Plan, inputs: Tensors) -> Tensors:
     """The kept rows, in sequence order, with their original positions."""
-    top = inputs["score"].topk(plan.kept_tokens).indices[0]
+    top = _best(inputs["score"], plan.kept_tokens, ranked_apart(plan.config, plan.prompt))
     # topk orders by score; RoPE and the causal mask need sequence order.
     kept_visual = blocks.ascending(top)
     slots = blocks.concat([inputs["text_index"], inputs["visual_index"].index_select(0, kept_visual)])
@@ -148,6 +179,16 @@ def select(parts: Parts, plan: Plan, inputs: Tensors) -> Tensors:
         "kept_visual": kept_visual,
         **added,
     }
+
+
+def _best(score: Tensor, count: int, apart: int) -> Tensor:
+    """Indices of the highest of scores [1, V], equally many of each of so many parts, [count]."""
+    if apart == 1:
+        return score.topk(count).indices[0]
+    each = score.shape[1] // apart
+    first = (blocks.arange(apart) * each)[:, None]
+    top: Tensor = score.reshape(apart, each).topk(count // apart).indices + first
+    return top.flatten()
 
 
 def _added(plan: Plan) -> tuple[str, ...]:

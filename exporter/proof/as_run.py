@@ -12,7 +12,7 @@ import torch
 
 from lvlm_edge.exporter import references
 from lvlm_edge.exporter.proof import unrounded, vision
-from lvlm_edge.exporter.proof.cases import Case
+from lvlm_edge.exporter.proof.cases import Case, ranked
 from lvlm_edge.exporter.proof.judge import (
     ROUNDED,
     SCORE_TOLERANCE,
@@ -83,7 +83,7 @@ def _selection(pipe: Pipeline, case: Case, expected: Reference, kept: Any, bound
     error, bound = float(np.abs(score - wanted).max()), bound * float(wanted.max())
     return [
         Row(case=case.name, stage="scores", figure=error, bound=bound, passed=error <= bound),
-        kept_set(case.name, kept, wanted, expected.kept.numpy(), error),
+        kept_set(case.name, kept, wanted, expected.kept.numpy(), error, ranked(pipe, case)),
     ]
 
 

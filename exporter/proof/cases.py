@@ -48,6 +48,12 @@ def _some(canvas: Canvas) -> tuple[int, int]:
     return FREE if canvas.rule == "any" else canvas.size
 
 
+def ranked(pipe: Pipeline, case: Case) -> int:
+    """Parts of a prompt's visual tokens that are ranked, each by itself."""
+    apart = pipe.manifest.method_config.get("rank") == "per-image"
+    return case.prompt.count(pipe.manifest.image_token_id) if apart else 1
+
+
 def synthetic(pipe: Pipeline, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ()) -> list[Case]:
     """Seeded prompts of several lengths, with the images at several places, on noise pictures.
 

@@ -70,20 +70,25 @@ def judged(compare: Callable[..., list[Row]], pipe: Any, model: Any, case: Any, 
         return [Row(case=case.name, stage="runs", figure=1, bound=0, passed=False, note=str(error))]
 
 
-def kept_set(case: str, kept: Array, score: Array, wanted: Array, error: float) -> Row:
+def kept_set(case: str, kept: Array, score: Array, wanted: Array, error: float, parts: int = 1) -> Row:
     """The kept set. Tokens may change places only when their scores are closer than twice the error of the scores.
 
     Args:
         kept, wanted: indices of kept visual tokens, [k]: those found, and the reference's.
         score: the reference's importance of every visual token, [V].
         error: largest error of the scores found.
+        parts: of equal length, in which the tokens are ranked.
     """
     mine, theirs = set(kept.tolist()), set(wanted.tolist())
     lost, gained = sorted(theirs - mine), sorted(mine - theirs)
-    order = np.sort(score)[::-1]
-    margin = float(order[len(wanted) - 1] - order[len(wanted)]) if len(wanted) < len(score) else float("inf")
-    widest = float(score[lost].max() - score[gained].min()) if lost and gained else 0.0
-    complete = len(kept) == len(mine) == len(theirs)
+    size, count = len(score) // parts, len(wanted) // parts
+    margin, widest, complete = float("inf"), 0.0, len(kept) == len(mine) == len(theirs)
+    for i in range(parts):
+        order = np.sort(score[i * size : (i + 1) * size])[::-1]
+        margin = min(margin, float(order[count - 1] - order[count]) if count < size else float("inf"))
+        out, into = ([index for index in side if index // size == i] for side in (lost, gained))
+        complete &= len(out) == len(into)
+        widest = max(widest, float(score[out].max() - score[into].min())) if out and into else widest
     note = f"margin at the cut {margin:.2e}" + (f", {len(lost)} swapped" if lost else "")
     passed = complete and widest <= 2 * error
     return Row(case=case, stage="kept set", figure=len(lost), bound=0, passed=passed, note=note)

@@ -18,7 +18,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
 from lvlm_edge.exporter.proof import as_run, certificate, host, polygraphy, tensors, vision
 from lvlm_edge.exporter.proof.cases import Case as Case
-from lvlm_edge.exporter.proof.cases import planned_sizes
+from lvlm_edge.exporter.proof.cases import planned_sizes, ranked
 from lvlm_edge.exporter.proof.cases import synthetic as synthetic
 from lvlm_edge.exporter.proof.judge import SCORE_TOLERANCE, TOLERANCE, answers, apart, close, error_of, judged, kept_set
 from lvlm_edge.exporter.proof.judge import Row as Row
@@ -341,7 +341,7 @@ def _selection(pipe: Pipeline, case: Case, expected: Reference, inputs: dict[str
     rows = [
         _close(pipe, case, "head", head["hidden"][0, :real], expected.hidden),
         Row(case=case.name, stage="scores", figure=error, bound=bound, passed=error <= bound),
-        kept_set(case.name, kept, reference, expected.kept.numpy(), error),
+        kept_set(case.name, kept, reference, expected.kept.numpy(), error, ranked(pipe, case)),
         _order(case, select, inputs, head["hidden"][0], kept),
     ]
     return rows, kept

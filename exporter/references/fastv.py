@@ -23,7 +23,7 @@ def run(
     """Greedy tokens of the pruned model, end-of-sequence ignored. An image's newlines are ranked like its tokens.
 
     Args:
-        method_config: `prune_layer`, and `keep_tokens` or `keep_ratio`.
+        method_config: `prune_layer`, `keep_tokens` or `keep_ratio`, and `rank`.
         kept: ascending indices of visual tokens to keep instead of the best ones, [k].
     """
     from transformers import DynamicCache
@@ -37,9 +37,9 @@ def run(
     with original.recorded(decoder.layers[k - 1].self_attn, lambda i, o: o[1]) as attention:
         hidden = _layers(decoder, range(k), read.rows[None], read.positions, cache, added)
     score = attention[0][0, :, -1].mean(0)[visual]
-    count = method_config["keep_tokens"]
-    count = round(len(visual) * method_config["keep_ratio"]) if count is None else count
-    best = score.sort(descending=True, stable=True).indices[:count].sort().values
+    images_apart = method_config.get("rank") == "per-image"
+    parts = sum(token == m.image_token_id for token in prompt) if images_apart else 1
+    best = _best(score, parts, method_config["keep_tokens"], method_config["keep_ratio"])
     chosen = best if kept is None else kept
     stays = ~images
     stays[visual[chosen]] = True
@@ -64,6 +64,17 @@ def run(
         kept=best,
         injected={f"deepstack.{i}": rows for i, rows in enumerate(read.injected)},
     )
+
+
+def _best(score: Tensor, parts: int, count: int | None, ratio: float) -> Tensor:
+    """Ascending indices of the highest scores: so many, or a share, of each of some parts of equal length."""
+    size = len(score) // parts
+    count = round(size * ratio) if count is None else count
+    found = [
+        part.sort(descending=True, stable=True).indices[:count] + i * size
+        for i, part in enumerate(torch.split(score, size))
+    ]
+    return torch.cat(found).sort().values
 
 
 def _spread(rows: Tensor, images: Tensor) -> Tensor:

@@ -220,8 +220,11 @@ class Decoder:
     def _demote(self, score: Buffer, visual: int) -> None:
         """Rank the visual tokens that are not to be kept behind padding, which stands for pictures that did not come.
 
-        A graph always selects as many rows as were planned, and padding has the score 0.
+        A graph always selects as many rows as were planned, and padding has the score 0. Where it does so picture by
+        picture, padding is ranked by itself.
         """
+        if self.manifest.method_config.get("rank") == "per-image":
+            return
         values = score.read().copy()
         order = np.argsort(-values[0, :visual], kind="stable")
         values[0, order[inputs.kept_of(self.manifest, visual) :]] = -1

@@ -301,6 +301,8 @@ def kept_of(manifest: Manifest, visual: int) -> int:
     counts, config = manifest.counts, manifest.method_config
     if visual == counts.visual_tokens or not manifest.selects:
         return counts.kept_tokens if visual else 0
+    if config.get("rank") == "per-image":
+        return counts.kept_tokens * visual // counts.visual_tokens
     if config.get("keep_tokens") is not None:
         return min(int(config["keep_tokens"]), visual)
     return round(visual * float(config["keep_ratio"]))

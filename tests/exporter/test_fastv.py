@@ -13,10 +13,15 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from lvlm_edge.exporter import plan
 from lvlm_edge.exporter.methods import fastv
+from lvlm_edge.exporter.planning import PlanError
+from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle.kv_cache import Layout
+from lvlm_edge.runtime.errors import UnsupportedError
 from tests import checkpoints
+from tests.cases import both
 from tests.checkpoints import IMAGE
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -272,7 +277,7 @@ def test_more_than_2048_rows_are_kept_in_order_with_their_positions(dtype):
     text = torch.cat([torch.arange(35), torch.arange(35 + 2880, 3000)])
     score = torch.rand(1, 2880, generator=generator)
     hidden = torch.rand(1, 3000, 4, generator=generator).to(getattr(torch, dtype))
-    plan: Any = SimpleNamespace(kept_tokens=2500, config=fastv.Config(prune_layer=1), injected=())
+    plan: Any = SimpleNamespace(kept_tokens=2500, config=fastv.Config(prune_layer=1), injected=(), prompt=None)
     inputs = {"score": score, "hidden": hidden, "visual_index": visual, "text_index": text}
     inputs |= {"position_ids": torch.arange(3000)[None] + 7, "last_index": torch.tensor([2990])}
 
@@ -284,3 +289,47 @@ def test_more_than_2048_rows_are_kept_in_order_with_their_positions(dtype):
     assert found["kept_position_ids"].tolist() == [[row + 7 for row in rows]]
     assert torch.equal(found["kept_hidden"], hidden[:, rows])
     assert found["kept_last_index"].tolist() == [rows.index(2990)]
+
+
+def ranked(kind: str, keep: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "fastv", "prune_layer": 2, "rank": kind, "num_images": 2, **keep}
+
+
+@pytest.mark.parametrize("exported", both([()], {()}), indirect=True)
+def test_per_image_ranks_keep_as_many_tokens_of_every_image(exported, gqa):
+    pipe = Pipeline.load(exported(gqa, **ranked("per-image", {"keep_ratio": 0.3})))
+    together = Pipeline.load(exported(gqa, **ranked("together", {"keep_ratio": 0.3})))
+    prompt, pixels = checkpoints.prompt(12, 4, images=2), checkpoints.pixels(images=2)
+
+    found = pipe.generate_tokens(prompt, pixels, max_new_tokens=1)  # graphs of later tokens write scores of their own
+
+    score = pipe.buffer("prefill_head", "score").read()[0]
+    wanted = [i * 16 + j for i in (0, 1) for j in sorted(np.argsort(-score[i * 16 : i * 16 + 16])[:5])]
+    assert found.kept_visual.tolist() == wanted
+    assert together.generate_tokens(prompt, pixels, max_new_tokens=1).kept_visual.tolist() != wanted
+
+
+def test_per_image_ranks_of_one_image_are_those_of_a_bundle_for_one(eager_once, gqa):
+    two = Pipeline.load(eager_once(gqa, **ranked("per-image", {"keep_tokens": 5})))
+    one = Pipeline.load(eager_once(gqa, method="fastv", prune_layer=2, keep_tokens=5))
+    prompt, pixels = checkpoints.prompt(12, 4), checkpoints.pixels(images=1)
+
+    found, wanted = (pipe.generate_tokens(prompt, pixels, max_new_tokens=6, ignore_eos=True) for pipe in (two, one))
+
+    assert found.kept_visual.tolist() == wanted.kept_visual.tolist()
+    assert found.token_ids == wanted.token_ids
+    assert np.abs(found.logits - wanted.logits).max() < 1e-4
+
+
+def test_check_judges_per_image_ranks(eager_once, gqa):
+    made = eager_once(gqa, **ranked("per-image", {"keep_ratio": 0.3}))
+
+    assert parity.check(made, gqa, steps=4, store=False).passed
+
+
+def test_images_of_different_numbers_of_tokens_are_not_ranked_one_by_one(oracles):
+    checkpoint = oracles / "families" / "internvl" / "internvl_a"
+    with pytest.raises(PlanError, match="images of 16 and 176 visual tokens cannot be ranked one by one"):
+        plan(checkpoint, method="fastv", rank="per-image", image_size=((150, 60), (56, 56)))
+    with pytest.raises(UnsupportedError, match="rank is 'each'"):
+        plan(checkpoint, method="fastv", rank="each", image_size=(56, 56))

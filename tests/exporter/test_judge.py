@@ -154,7 +154,7 @@ def test_scores_are_read_of_the_graph_that_has_them():
     ]
     held = {("prefill_1", "score"): SCORES[None] + array(0, 0, 0, 0, 0.01)}
     pipe: Any = SimpleNamespace(
-        manifest=SimpleNamespace(role=lambda role: graphs if role == "prefill" else []),
+        manifest=SimpleNamespace(role=lambda role: graphs if role == "prefill" else [], method_config={}),
         buffer=lambda graph, name: SimpleNamespace(read=lambda: held[graph, name]),
     )
     expected = replace(reference(LOGITS), score=torch.from_numpy(SCORES), kept=torch.tensor([0, 2, 4]))
