@@ -150,10 +150,8 @@ def check(spec: ModelSpec[Any], path: Path) -> None:
         )
     if spec.image_token_id < 0 and spec.image_token_id != PLACEHOLDER_ID:
         raise CheckpointError(f"{path}: image_token_index is {spec.image_token_id}, expected a token id; correct it")
-    if spec.video_token_id is not None:
-        check_kind(path, "video_token_index", spec.video_token_id, int)
-        if spec.video_token_id < 0 or spec.video_token_id == spec.image_token_id:
-            raise CheckpointError(
-                f"{path}: video_token_index is {spec.video_token_id}, expected a token id that is not the image's; "
-                "correct it"
-            )
+    if spec.video_token_id is not None and (spec.video_token_id < 0 or spec.video_token_id == spec.image_token_id):
+        raise CheckpointError(
+            f"{path}: video_token_index is {spec.video_token_id}, expected a token id other than the image's; "
+            "correct it"
+        )

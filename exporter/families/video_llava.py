@@ -14,7 +14,7 @@ from typing import Any
 from lvlm_edge.exporter.checkpoints import configs, encoders, integers, preprocess
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Source, renamed
 from lvlm_edge.exporter.checkpoints.encoders import EncoderSpec
-from lvlm_edge.exporter.checkpoints.spec import ModelSpec
+from lvlm_edge.exporter.checkpoints.spec import ModelSpec, check_kind
 from lvlm_edge.exporter.families import _llava, llava
 from lvlm_edge.exporter.families._llava import VisionSpec
 from lvlm_edge.exporter.planning import Capacity, Family, GraphSpec, Plan, Tensors, Work
@@ -71,6 +71,7 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
             image_token_id=full.get("image_token_id", full["image_token_index"]),
             video_token_id=full.get("video_token_id", full["video_token_index"]),
         )
+        check_kind(of.folder / "config.json", "video_token_index", spec.video_token_id, int)
         return _llava.check(spec, of.folder / "config.json")
     except TypeError as error:  # sums with a field that is no number
         raise CheckpointError(f"config.json: a field has a value of the wrong kind ({error}); correct it") from error

@@ -212,7 +212,7 @@ def media(
         free.remove(found[-1].picture)
     _check_count(manifest, len(found), "pixel_values")
     if named is None and len(found) < len(manifest.pictures):
-        _check_alike(manifest, found)
+        _check_alike(manifest, found, told=bool(kinds))
     return tuple(found)
 
 
@@ -234,10 +234,14 @@ def _pictures_of(
     return named if set(named) <= set(manifest.pictures) and len(named) <= len(manifest.pictures) else None
 
 
-def _check_alike(manifest: Manifest, found: Sequence[Media]) -> None:
-    """Raise InputError where another planned picture has the same views as one that was found, and other rows."""
+def _check_alike(manifest: Manifest, found: Sequence[Media], *, told: bool) -> None:
+    """Raise InputError where another planned picture has the same views as one that was found, and other rows.
+
+    Args:
+        told: it is known which of them are images and which are videos.
+    """
     for one in found:
-        for picture in manifest.pictures:
+        for picture in (p for p in manifest.pictures if not told or p.kind == one.picture.kind):
             if _shape(picture) == _shape(one.picture) and picture.runs != one.picture.runs:
                 raise InputError(
                     "pixel_values: planned pictures of these views stand for different rows; give image_sizes, (width, "
