@@ -81,7 +81,7 @@ DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 @click.option("--stats", is_flag=True, help="Print times and the number of kept visual tokens to stderr.")
 @JSON
 def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
-    """Answer a prompt, with images and videos or without, streaming to stdout."""
+    """Answer a prompt about images and videos, streaming to stdout."""
     from lvlm_edge.runtime import Pipeline, Sampling
 
     if images.count("-") > 1:

@@ -276,6 +276,21 @@ def test_check_takes_a_question_about_a_video(oracles, eager_once):
     assert "tokens" in {row.stage for row in verdict.rows if row.case == "question"}
 
 
+def test_bench_asks_about_images_and_videos(oracles, eager_once):
+    from lvlm_edge.exporter.timing import contenders
+
+    built = eager_once(families.case(oracles, FAMILY, "none_1").checkpoint, **BOTH)
+    pipe = Pipeline.load(built)
+
+    ids, pictures = contenders.prompt(pipe.manifest, 0, 9)
+    pixels = contenders.pixels(pipe.manifest, pictures)
+    answer = pipe.generate_tokens(ids, pixels, max_new_tokens=1)
+
+    assert [len(views) for views in pixels] == [1, 3, 3]
+    assert {"vision", "vision_video"} <= set(answer.seconds)
+    assert "1 image(s), 2 video(s), 118 visual tokens" in tiny.cli("inspect", built).stdout
+
+
 def test_the_command_line_answers_about_a_folder_of_frames(oracles, eager_once, tmp_path):
     of = families.case(oracles, FAMILY, "fastv_video_1")
     built, frames = bundle(eager_once, of), tmp_path / "frames"
