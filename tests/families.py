@@ -44,7 +44,7 @@ def expands(of: Case) -> None:
     real = of.tensors["pixel_values"].reshape(-1, *of.tensors["pixel_values"].shape[-3:])
     pixels = torch.from_numpy(real[[bool(view.any()) for view in real]])
     with torch.no_grad():
-        counts = model.counts(model.given(pixels))
+        counts = model.counts(model.of_prompt(of.data["prompt_token_ids"], pixels))
 
     assert model.expanded(of.data["prompt_token_ids"], counts) == of.data["input_ids"]
 

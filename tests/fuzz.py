@@ -248,7 +248,7 @@ def prompts(of: Subject, dice: random.Random) -> bool:
     prompt, system = text(dice), text(dice) if dice.random() < 0.3 else None
     ids, _ = of.pipe.prepare(prompt, [of.picture], system=system)
     manifest = of.pipe.manifest
-    if ids.count(manifest.image_token_id) != 1 or set(ids) & set(manifest.eos_token_ids):
+    if ids.count(manifest.pictures[0].token_id) != 1 or set(ids) & set(manifest.eos_token_ids):
         raise FaultError(f"special tokens of a user's text: {ids}")
     found = of.pipe.generate(prompt, [of.picture], system=system).token_ids
     if found != of.pipe.generate_tokens(*of.pipe.prepare(prompt, [of.picture], system=system)).token_ids:

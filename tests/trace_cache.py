@@ -36,7 +36,8 @@ BOUND = (
     "planning",
 )  # packages of the exporter whose functions shape a graph
 SHARED = ("families", "graphs", "lowerings")  # those that shape the graphs of `blocks`
-UNREAD = ("settings", "vision", "prequantised", "image_token_id")  # of a spec: what no body in `blocks` reads
+# Of a spec: what no body in `blocks` reads.
+UNREAD = ("settings", "vision", "prequantised", "image_token_id", "video_token_id")
 RECORDS = ("family", "method", "lowering")  # of a plan: what is told by its name
 GIVEN_LATER = ("weights", "vision_weights", "head_weights", "block_size")  # of settings: given after tracing
 DECODER = ("layers.", "norm.", "lm_head.", "rope_")  # begin the names of weights that an encoder does not have

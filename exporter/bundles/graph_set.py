@@ -151,7 +151,8 @@ def planned(plan: Plan) -> dict[str, Any]:
     return {
         "method_config": asdict(plan.config),
         "counts": manifests.Counts(
-            num_images=len(plan.pictures),
+            num_images=sum(picture.kind == "image" for picture in plan.pictures),
+            num_videos=sum(picture.kind == "video" for picture in plan.pictures),
             visual_tokens=plan.visual_tokens,
             kept_tokens=plan.kept_tokens,
             text_tokens=plan.text_tokens,

@@ -187,7 +187,8 @@ class _Writer:
         _check_room(out, planning.weights_bytes(plan))
         published = plan.family.chat_template(self.of)
         chosen = plan.settings.chat_template if plan.family.own_template else "published"
-        text_config = text.copy(self.of.folder, out, published, plan.spec.image_token_id, chosen)
+        image, video = plan.spec.image_token_id, plan.spec.video_token_id
+        text_config = text.copy(self.of.folder, out, published, image, chosen, video_token_id=video)
         ends = text.eos_token_ids(self.of.folder)
         if text_config is None:
             log.warning(

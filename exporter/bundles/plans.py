@@ -10,12 +10,22 @@ from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
 from lvlm_edge.exporter.planning import Capacity, Model, Plan, Settings, fold
 from lvlm_edge.runtime.bundle import WeightFormats
+from lvlm_edge.runtime.errors import UnsupportedError
 from lvlm_edge.runtime.pictures.layout import Picture
 
 
 def model(checkpoint: Checkpoint, capacity: Capacity) -> Model:
-    """A checkpoint's family, its spec, and what each planned image stands for; reads configs alone."""
+    """A checkpoint's family, its spec, and what each planned image or video stands for; reads configs alone.
+
+    Raises:
+        UnsupportedError: videos, of a family that sees none.
+    """
     family, spec = families.of(checkpoint), families.read(checkpoint)
+    if capacity.num_videos and not family.frames:
+        raise UnsupportedError(
+            f"{family.name}: videos are not supported for this family, but {capacity.num_videos} are planned; leave "
+            "out --num-videos, or use a checkpoint of video_llava"
+        )
     return Model(family, spec, family.pictures(checkpoint, spec, capacity))
 
 

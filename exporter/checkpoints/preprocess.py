@@ -34,6 +34,7 @@ _CLIP: dict[str, Any] = {**_SHARED, "do_center_crop": True, "image_mean": CLIP_M
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "VideoLlavaImageProcessor": _CLIP,
     "SiglipImageProcessor": {**_SHARED, "do_center_crop": False, "image_mean": HALF, "image_std": HALF},
 }
 _SQUARE_BY_DEFAULT = frozenset({"SiglipImageProcessor"})

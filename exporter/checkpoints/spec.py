@@ -79,6 +79,7 @@ class ModelSpec(Generic[V]):
         family: name of the family that read it.
         vision: the family's own description of the encoder and projector.
         image_token_id: `PLACEHOLDER_ID` where the tokenizer has no image token.
+        video_token_id: None where videos are not seen.
         features: width of the encoder's features that the decoder's layers read; 0 where a projector makes rows of
             them.
         settings: what the checkpoint's config says of reduction methods, by method and the method's field.
@@ -89,6 +90,7 @@ class ModelSpec(Generic[V]):
     vision: V
     decoder: DecoderSpec
     image_token_id: int
+    video_token_id: int | None = None
     features: int = 0
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     prequantised: Prequantised | None = None
@@ -148,3 +150,8 @@ def check(spec: ModelSpec[Any], path: Path) -> None:
         )
     if spec.image_token_id < 0 and spec.image_token_id != PLACEHOLDER_ID:
         raise CheckpointError(f"{path}: image_token_index is {spec.image_token_id}, expected a token id; correct it")
+    if spec.video_token_id is not None and (spec.video_token_id < 0 or spec.video_token_id == spec.image_token_id):
+        raise CheckpointError(
+            f"{path}: video_token_index is {spec.video_token_id}, expected a token id other than the image's; "
+            "correct it"
+        )

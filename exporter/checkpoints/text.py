@@ -19,7 +19,13 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 
 
 def copy(
-    folder: Path, out: Path, published: str | None, image_token_id: int, chosen: str = "checkpoint"
+    folder: Path,
+    out: Path,
+    published: str | None,
+    image_token_id: int,
+    chosen: str = "checkpoint",
+    *,
+    video_token_id: int | None = None,
 ) -> TextConfig | None:
     """Copy tokenizer and chat template into a bundle; None for a checkpoint without a tokenizer.
 
@@ -30,10 +36,11 @@ def copy(
             None where the family has no published one.
         image_token_id: below 0 where the tokenizer has no image token.
         chosen: `published` takes that template even where the checkpoint has one.
+        video_token_id: None where videos are not seen.
 
     Raises:
-        CheckpointError: a file is damaged, the tokenizer does not know the image token's id, or the template cannot ask
-            about a picture.
+        CheckpointError: a file is damaged, the tokenizer does not know the image's or the video's token, or the
+            template cannot ask about a picture.
         UnsupportedError: a package is missing that converting the tokenizer takes.
     """
     config = _optional(folder / "tokenizer_config.json")
@@ -50,12 +57,13 @@ def copy(
         (out / TOKENIZER).write_text(converted.content, "utf-8")
         special = {"bos_token": converted.bos_token, "eos_token": converted.eos_token} | special
     own = None if chosen == "published" else _template(folder, config)
-    image_token = PLACEHOLDER if image_token_id < 0 else _token(tokenizer, image_token_id)
-    if image_token is None:
-        raise CheckpointError(
-            f"{where}: has no added token with the id {image_token_id} that config.json gives to images; "
-            "use the tokenizer that belongs to this checkpoint"
-        )
+    for token_id, kind in ((image_token_id, "images"), (video_token_id, "videos")):
+        if token_id is not None and token_id >= 0 and _token(tokenizer, token_id) is None:
+            raise CheckpointError(
+                f"{where}: has no added token with the id {token_id} that config.json gives to {kind}; "
+                "use the tokenizer that belongs to this checkpoint"
+            )
+    image_token = PLACEHOLDER if image_token_id < 0 else str(_token(tokenizer, image_token_id))
     template = _chosen(own, published, image_token_id)
     if template is None:
         raise CheckpointError(f"{folder}: has no chat template; add the chat_template.json that belongs to it")
@@ -73,6 +81,7 @@ def copy(
         image_token_id=image_token_id,
         bos_token=_content(special.get("bos_token")),
         eos_token=_content(special.get("eos_token")),
+        video_token_id=video_token_id,
     )
     _ask(folder, out, text, published if template != published else None)
     return text

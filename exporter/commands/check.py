@@ -26,7 +26,15 @@ from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
     type=click.Path(path_type=Path),
     help="Image file of an additional comparison, with --prompt; may be given repeatedly.",
 )
-@click.option("--prompt", help="Question of an additional comparison, about the files given with --image.")
+@click.option(
+    "--video",
+    "videos",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE|FOLDER",
+    help="Video of an additional comparison, with --prompt; may be given repeatedly.",
+)
+@click.option("--prompt", help="Question of an additional comparison, about what --image and --video give.")
 @click.option(
     "--steps",
     type=AT_LEAST_1,
@@ -50,6 +58,7 @@ def check(
     keep_ratio: float | None,
     against: str,
     images: tuple[Path, ...],
+    videos: tuple[Path, ...],
     prompt: str | None,
     steps: int,
     backend: str,
@@ -75,7 +84,7 @@ def check(
         keep_ratio=keep_ratio,
         seed=seed,
         save_polygraphy=save_polygraphy,
-        question=_question(images, prompt),
+        question=_question(images, videos, prompt),
     )
     if as_json:
         rows = [dataclasses.asdict(row) for row in verdict.rows]
@@ -89,12 +98,15 @@ def check(
         sys.exit(1)
 
 
-def _question(images: tuple[Path, ...], prompt: str | None) -> tuple[str, tuple[Path, ...]] | None:
-    if not images and prompt is None:
+def _question(
+    images: tuple[Path, ...], videos: tuple[Path, ...], prompt: str | None
+) -> tuple[str, tuple[Path, ...], tuple[Path, ...]] | None:
+    seen = images or videos
+    if not seen and prompt is None:
         return None
-    if not images or prompt is None:
-        raise UsageError("check: --image and --prompt go together; give both or neither")
-    return prompt, images
+    if not seen or prompt is None:
+        raise UsageError("check: --image and --prompt go together, or --video and --prompt; give both or neither")
+    return prompt, images, videos
 
 
 def _print_verdict(verdict: Any) -> None:

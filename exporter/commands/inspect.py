@@ -69,7 +69,7 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
     show(
         f"{manifest.method} {manifest.method_config or ''} on {manifest.model['family']}, {manifest.dtype}, opset "
         f"{manifest.opset}, from {manifest.provenance.source}",
-        f"{counts.num_images} image(s), {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
+        f"{_seen(counts)}, {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
         f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
         "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
         f"generation: {_drawn(manifest.generation)}",
@@ -84,6 +84,12 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
     show("to compare another runtime graph by graph: lvlm-edge check BUNDLE --against CHECKPOINT --save-polygraphy DIR")
     for what in certificate.not_judged:
         show(f"not judged: {what}")
+
+
+def _seen(counts: Any) -> str:
+    """How many images and videos a prompt has."""
+    seen = {"image": counts.num_images, "video": counts.num_videos}
+    return ", ".join(f"{count} {kind}(s)" for kind, count in seen.items() if count)
 
 
 def _drawn(generation: Any) -> str:

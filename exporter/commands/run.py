@@ -1,9 +1,10 @@
-"""`lvlm-edge run`: an answer to a prompt, with images or without."""
+"""`lvlm-edge run`: an answer to a prompt, with images and videos or without."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     "methods none and fastv also take fewer images, or none.",
 )
 @click.option(
+    "--video",
+    "videos",
+    multiple=True,
+    metavar="FILE|FOLDER",
+    help="Video file, folder of frames (pictures in the order of their names), or .npy array uint8 [frames, H, W, 3]; "
+    "given once per video that the bundle is for. Frames are sampled evenly.",
+)
+@click.option(
     "--max-megapixels",
     type=float,
     default=25.0,
     show_default=True,
-    help="Largest image, in millions of pixels; a larger JPEG is decoded at a fraction of its size.",
+    help="Largest image or frame, in millions of pixels; a larger JPEG is decoded at a fraction of its size.",
 )
 @click.option("--allow-url", is_flag=True, help="Fetch images that are given as http:// or https:// URLs.")
 @click.option("--fit", is_flag=True, help="Resize pictures that belong on another canvas to the bundle's.")
@@ -61,8 +70,8 @@ DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     "--overlay",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the images to this file (.png, .jpg, .jpeg or .webp), with the patches of dropped visual tokens "
-    "darkened. Needs a method that selects tokens, like fastv.",
+    help="Write the images and frames to this file (.png, .jpg, .jpeg or .webp), with the patches of dropped visual "
+    "tokens darkened. Needs a method that selects tokens, like fastv.",
 )
 @BACKEND
 @ENGINES
@@ -72,7 +81,7 @@ DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 @click.option("--stats", is_flag=True, help="Print times and the number of kept visual tokens to stderr.")
 @JSON
 def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None, as_json: bool, **o: Any) -> None:
-    """Answer a prompt, with images or without, streaming to stdout."""
+    """Answer a prompt about images and videos, streaming to stdout."""
     from lvlm_edge.runtime import Pipeline, Sampling
 
     if images.count("-") > 1:
@@ -92,6 +101,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     for piece in pipe.stream(
         prompt,
         sources,
+        o["videos"],
         max_new_tokens=o["max_new_tokens"],
         sampling=replace(pipe.sampling, **asked),
         stop=o["stop"],
@@ -106,7 +116,7 @@ def run(bundle: Path, images: tuple[str, ...], prompt: str, overlay: Path | None
     if not as_json:
         click.echo()
     if overlay is not None:
-        _write_overlay(pipe, sources, overlay)
+        _write_overlay(pipe, sources, o["videos"], overlay)
     if as_json:
         click.echo(json.dumps(_answer(pipe), indent=1))
     elif o["stats"]:
@@ -128,14 +138,15 @@ def _check_overlay(manifest: Any, target: Path) -> None:
         )
 
 
-def _write_overlay(pipe: Any, sources: list[Any], target: Path) -> None:
-    """The picture (side by side where there are several) with the kept patches clear and the others dark."""
+def _write_overlay(pipe: Any, images: Sequence[Any], videos: Sequence[Any], target: Path) -> None:
+    """The pictures and frames, side by side, with the kept patches clear and the others dark."""
     from lvlm_edge.runtime.bundle.replacing import replacing
     from lvlm_edge.runtime.pictures import overlay
 
     try:
         with replacing(target) as partial:
-            overlay.draw(pipe.last.pictures, sources, pipe.last.kept_visual, pipe.reading).save(partial)
+            drawn = overlay.draw(pipe.last.pictures, images, pipe.last.kept_visual, pipe.reading, videos=videos)
+            drawn.save(partial)
     except (OSError, ValueError) as error:
         raise UsageError(f"{target}: cannot be written ({error}); give another path") from error
 

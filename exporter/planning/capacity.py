@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 FLOAT = "float"  # matrices in the bundle's dtype, also where the checkpoint's are integers
 WEIGHTS = (*FORMATS, FLOAT)
-LARGEST = {"num_images": 4096, "max_text_tokens": 1 << 22, "max_new_tokens": 1 << 22}  # what can be counted and traced
+LARGEST = {  # what can be counted and traced
+    "num_images": 4096, "num_videos": 4096, "num_frames": 4096, "max_text_tokens": 1 << 22, "max_new_tokens": 1 << 22,
+}  # fmt: skip
 LARGEST_SIDE = 1 << 16  # of a picture, in pixels
 TEMPLATES = ("checkpoint", "published")
 MAX_GRAPH_GB = 8.0  # a graph's weights: one of 12.4 GB took 20.3 GB to build, one of 13.2 GB more than 22.8 GB
@@ -32,18 +34,29 @@ class PlanError(UsageError):
     """A method's setting or a capacity is out of range."""
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    """A field with its help text, and the words that it takes."""
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+def setting(default: Any, text: str, choices: tuple[str, ...] = (), metavar: str = "", shown: str = "") -> Any:
+    """A field with its help text, and the words that it takes.
+
+    Args:
+        shown: what the help says of the default, where its value does not tell.
+    """
+    of_default = {"default": shown} if shown else {}
+    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar} | of_default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
     """What a prompt and its answer may hold; fixed at export."""
 
-    num_images: int = setting(1, "Images in a prompt, at least 1.")
+    num_images: int = setting(
+        None, "Images in a prompt, at least 1, or 0 beside videos.", shown="1, or 0 with --num-videos"
+    )
+    num_videos: int = setting(0, "Videos in a prompt, 0 or more. video_llava only.")
+    num_frames: int | None = setting(
+        None, "Frames of each video, at least 1. Longer videos are sampled evenly.", shown="8, as in training"
+    )
     max_text_tokens: int = setting(
-        256, "Text tokens of a prompt, at least 1: before and after the images, begin-of-sequence included."
+        256, "Text tokens of a prompt, at least 1: beside images and videos, begin-of-sequence included."
     )
     max_new_tokens: int = setting(128, "Tokens of an answer, at least 1.")
     image_size: tuple[Size, ...] = setting(
@@ -58,20 +71,21 @@ class Capacity:
 
     def __post_init__(self) -> None:
         given: Any = self.image_size
+        images: Any = self.num_images
         if len(given) == 2 and all(isinstance(side, int) for side in given):  # one size, as (width, height)
             given = (given,)
         object.__setattr__(self, "image_size", tuple(tuple(size) for size in given))
-        for name, most in LARGEST.items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value < 1:
-                raise PlanError(f"plan: {name} is {value}, expected at least 1; raise {flag}")
-            if value > most:
-                raise PlanError(f"plan: {name} is {value}, expected at most {most}; lower {flag}")
+        if images is None:
+            sized = len(self.image_size) or int(self.grid is not None)
+            object.__setattr__(self, "num_images", sized if self.num_videos else 1)
+        self._check_counts()
         for width, height in self.image_size:
             if min(width, height) < 1 or max(width, height) > LARGEST_SIDE:
                 raise PlanError(
                     f"plan: --image-size is {width}x{height}; give width x height in pixels, up to {LARGEST_SIDE} each"
                 )
+        if (self.image_size or self.grid) and not self.num_images:
+            raise PlanError("plan: --image-size and --grid are for images, but --num-images is 0; leave them out")
         if self.image_size and self.grid is not None:
             raise PlanError("plan: --image-size and --grid both decide the tiles; give one of them")
         if len(self.image_size) > 1 and len(self.image_size) != self.num_images:
@@ -81,6 +95,17 @@ class Capacity:
                     "--image-size for all, or one for each"
                 )
             object.__setattr__(self, "num_images", len(self.image_size))
+
+    def _check_counts(self) -> None:
+        for name, most in LARGEST.items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            least = 0 if name == "num_videos" or (name == "num_images" and self.num_videos) else 1
+            if value is not None and value < least:
+                raise PlanError(f"plan: {name} is {value}, expected at least {least}; raise {flag}")
+            if value is not None and value > most:
+                raise PlanError(f"plan: {name} is {value}, expected at most {most}; lower {flag}")
+        if self.num_frames is not None and not self.num_videos:
+            raise PlanError("plan: --num-frames is for videos; give --num-videos too, or leave it out")
 
     @property
     def sizes(self) -> tuple[Size | None, ...]:

@@ -24,10 +24,16 @@ def projector_flops(plan: Plan) -> int:
     return sum(projector.flops for _, _, projector in vision_work(plan))
 
 
+def vision_parts(plan: Plan) -> tuple[tuple[Work, ...], Work]:
+    """Work of each vision encoder, and of the projector, whose weights count once."""
+    seen = vision_work(plan)
+    return tuple({encoder.part: encoder for _, encoder, _ in seen}.values()), seen[0][2]
+
+
 def vision_weights(plan: Plan) -> tuple[int, int]:
-    """Numbers of weights of the vision encoder and of the projector, each counted once."""
-    _, encoder, projector = vision_work(plan)[0]
-    return encoder.weights, projector.weights
+    """Numbers of weights of the vision encoders and of the projector, each counted once."""
+    encoders, projector = vision_parts(plan)
+    return sum(encoder.weights for encoder in encoders), projector.weights
 
 
 def layer_flops(d: DecoderSpec, queries: int, keys: int) -> int:
@@ -68,10 +74,10 @@ def weights_bytes(plan: Plan) -> int:
     A quantised head is not the embedding's table, which stays in the plan's dtype.
     """
     d, width = plan.spec.decoder, BYTES[plan.dtype]
-    _, encoder, projector = vision_work(plan)[0]
+    encoders, projector = vision_parts(plan)
     seen = sum(
         work.bytes(BYTES[plan.vision_dtype], lambda shape: _matrix_bytes(plan, "vision", shape))
-        for work in (encoder, projector)
+        for work in (*encoders, projector)
     )
     dq, dkv, w = d.heads * d.head_dim, d.kv_heads * d.head_dim, decoder_weights(d)
     layer = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]

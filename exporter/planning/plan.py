@@ -31,7 +31,7 @@ BYTES = WIDTHS
 
 
 class Model(NamedTuple):
-    """What a plan is for: a family's spec of a checkpoint, and what each planned image stands for."""
+    """What a plan is for: a family's spec of a checkpoint, and what each planned image or video stands for."""
 
     family: Family[Any]
     spec: ModelSpec[Any]
@@ -285,6 +285,8 @@ def make(
         )
     if method.one_image and len(pictures) > 1:
         raise PlanError(f"{method.name}: {len(pictures)} images, but it is defined for one; leave out --num-images")
+    if method.one_image and any(picture.kind == "video" for picture in pictures):
+        raise PlanError(f"{method.name}: is defined for one image, not for a video; leave out --num-videos")
     plan = Plan(
         family=family,
         spec=spec,

@@ -288,6 +288,7 @@ class Family(Generic[V]):
         own_template: a checkpoint's own template knows images; else it is its language model's, and the published one
             is used.
         sized: visual tokens depend on the picture's size, which an export is told (`--image-size`).
+        frames: of a video, in training; 0 where videos are not seen.
     """
 
     name: str
@@ -304,4 +305,5 @@ class Family(Generic[V]):
     injected: Callable[[ModelSpec[V]], tuple[str, ...]] = lambda spec: ()
     axes: int = 1
     sized: bool = False
+    frames: int = 0
     own_template: bool = True

@@ -35,15 +35,16 @@ def stages(plan: Plan) -> list[dict[str, Any]]:
 def report(plan: Plan) -> dict[str, Any]:
     """Method, model, stages, bytes, FLOPs, and the column of the method's paper."""
     unreduced = dense(plan)
-    _, encoder, projector = counts.vision_work(plan)[0]
-    vision = encoder.weights + encoder.folded
+    encoders, projector = counts.vision_parts(plan)
+    vision = sum(encoder.weights + encoder.folded for encoder in encoders)
     return {
         "method": plan.method.name,
         "config": asdict(plan.config),
         "model": model(plan),
         "dtype": plan.dtype,
         "vision_dtype": plan.vision_dtype,
-        "num_images": len(plan.pictures),
+        "num_images": sum(picture.kind == "image" for picture in plan.pictures),
+        "num_videos": sum(picture.kind == "video" for picture in plan.pictures),
         "crops": plan.pictures[0].views.count,
         "canvases": [list(picture.views.canvas.size) for picture in plan.pictures],
         "separators": plan.prompt.separators,

@@ -43,6 +43,7 @@ class Work:
         wide: values per row beside it, where a layer is at its widest.
         rows: rows of the residual stream.
         folded: numbers of weights of the checkpoint that are summed into others and are in no graph.
+        part: whose weights they are: work of one part is done with the same weights, which count once.
     """
 
     steps: tuple[Product | Attention, ...] = ()
@@ -52,6 +53,7 @@ class Work:
     wide: int = 0
     rows: int = 0
     folded: int = 0
+    part: str = "vision"
 
     @property
     def products(self) -> tuple[Product, ...]:

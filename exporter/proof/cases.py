@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lvlm_edge.exporter.planning import Capacity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.pictures.views import Canvas, view_size
-from lvlm_edge.runtime.pipeline.inputs import placed
+from lvlm_edge.runtime.pipeline.inputs import placed, random_text
 
 Array = NDArray[Any]
 FREE = (301, 207)  # pixels of a made-up picture, where any size will do
@@ -20,10 +20,10 @@ FREE = (301, 207)  # pixels of a made-up picture, where any size will do
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A prompt to compare on: token ids with one image token per image, and each image's pixels.
+    """A prompt to compare on: token ids with one token per image and video, and the pixels of these in their order.
 
     Attributes:
-        pixels: float32 [views, 3, H, W] of all images, or one such array per image.
+        pixels: float32 [views, 3, H, W] of all images, or one such array per image; a frame of a video is a view.
         sizes: (width, height) of the images, for references whose rows depend on them.
     """
 
@@ -34,12 +34,12 @@ class Case:
 
 
 def planned_sizes(pipe: Pipeline, capacity: Capacity) -> tuple[tuple[int, int], ...]:
-    """(width, height) of the images that a bundle is for: as asked, or those that fill their canvas.
+    """(width, height) of the images and videos that a bundle is for: as asked, or those that fill their canvas.
 
     Args:
         capacity: what the export was asked for.
     """
-    pairs = zip(capacity.sizes, pipe.manifest.pictures, strict=True)
+    pairs = zip(capacity.sizes + (None,) * capacity.num_videos, pipe.manifest.pictures, strict=True)
     return tuple(_some(picture.views.canvas) if size is None else size for size, picture in pairs)
 
 
@@ -51,27 +51,26 @@ def _some(canvas: Canvas) -> tuple[int, int]:
 def ranked(pipe: Pipeline, case: Case) -> int:
     """Parts of a prompt's visual tokens that are ranked, each by itself."""
     apart = pipe.manifest.method_config.get("rank") == "per-image"
-    return case.prompt.count(pipe.manifest.image_token_id) if apart else 1
+    return sum(token in pipe.manifest.placeholders for token in case.prompt) if apart else 1
 
 
 def synthetic(pipe: Pipeline, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ()) -> list[Case]:
     """Seeded prompts of several lengths, with the images at several places, on noise pictures.
 
     Args:
-        sizes: (width, height) of the images.
+        sizes: (width, height) of the images and videos.
     """
     rng, manifest = np.random.default_rng(seed), pipe.manifest
-    room, images = manifest.counts.text_tokens, len(manifest.pictures)
+    room = manifest.counts.text_tokens
     found = []
     for name, text, before in (
         ("short", min(6, room), 1),
         ("middle", max(2, room // 2), min(room // 4, 35)),
         ("full", room, min(5, room - 1)),
     ):
-        ids = rng.integers(0, manifest.embedding.vocab, text)
-        ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
+        ids = random_text(rng, manifest, text)
         before = min(before, text - 1)
-        prompt = placed(ids.tolist(), before, manifest.image_token_id, images)
+        prompt = placed(ids, before, [picture.token_id for picture in manifest.pictures])
         shapes = [(p.views.count, 3, *view_size(p.views)[::-1]) for p in manifest.pictures]
         pixels = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
         same = len({shape[1:] for shape in shapes}) == 1

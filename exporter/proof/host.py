@@ -33,7 +33,7 @@ def compare(
         of: the checkpoint.
         plan: of the bundle, made from it.
         model: the reference.
-        sizes: (width, height) of the made-up pictures.
+        sizes: (width, height) of the made-up pictures and videos.
         seed: of these pictures.
     """
     folder = of.folder
@@ -119,7 +119,8 @@ def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
         out = Path(place)
         published = plan.family.chat_template(of)
         chosen = plan.settings.chat_template if plan.family.own_template else "published"
-        wanted = text.copy(of.folder, out, published, plan.spec.image_token_id, chosen)
+        image, video = plan.spec.image_token_id, plan.spec.video_token_id
+        wanted = text.copy(of.folder, out, published, image, chosen, video_token_id=video)
         if found is None or wanted is None:
             if found is not wanted:
                 yield _equal("tokenizer", found, wanted)
@@ -128,7 +129,8 @@ def _prompt(pipe: Pipeline, of: Checkpoint, plan: Plan) -> Iterator[Row]:
         template = (out / wanted.chat_template).read_text("utf-8")
         yield _equal("chat template", (folder / found.chat_template).read_text("utf-8"), template)
         yield _equal("special tokens", found, wanted)
-        messages = user_turn(QUESTION, len(pipe.manifest.pictures), None)
+        counts = pipe.manifest.counts
+        messages = user_turn(QUESTION, counts.num_images, None, videos=counts.num_videos)
         yield _equal("prompt ids", pipe.encode(messages), _encoded(out, wanted, template, messages))
 
 
@@ -153,7 +155,7 @@ def _encoded(folder: Path, config: Any, template: str, messages: list[Any]) -> l
 def _pixels(
     pipe: Pipeline, of: Checkpoint, model: Original, sizes: Sequence[tuple[int, int]], seed: int
 ) -> Iterator[Row]:
-    """Made-up pictures through transformers' image processor, where the checkpoint names one."""
+    """Made-up pictures and frames through transformers' image processor, where the checkpoint names one."""
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor
@@ -162,11 +164,16 @@ def _pixels(
     if model.processed is None or not named:
         return
     rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+    counts = [picture.views.frames for picture in pipe.manifest.pictures]
+    made = [rng.integers(0, 256, (n or 1, h, w, 3), np.uint8) for n, (w, h) in zip(counts, sizes, strict=True)]
+    pictures = [Image.fromarray(frame) for frames in made for frame in frames]
+    images = [frames[0] for frames, count in zip(made, counts, strict=True) if not count]
+    videos = [frames for frames, count in zip(made, counts, strict=True) if count]
     processor = AutoImageProcessor.from_pretrained(of.folder, backend="pil", local_files_only=True)
     given: Any = [pictures] if len(pictures) > 1 and _joins(processor) else pictures
     wanted = np.asarray(processor(images=given, return_tensors="np", **model.processed)["pixel_values"])
-    own = np.concatenate([model.as_processor(torch.from_numpy(views)).numpy() for views in pipe.pixels(pictures)])
+    seen = pipe.pixels(images, videos)
+    own = np.concatenate([model.as_processor(torch.from_numpy(views)).numpy() for views in seen])
     wanted = wanted.reshape(-1, *own.shape[1:])
     if len(wanted) > len(own):  # views of zeros, where pictures have different numbers of them
         wanted = wanted[[bool(view.any()) for view in wanted]]

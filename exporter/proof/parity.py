@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvlm_edge.exporter import families, methods, references
-from lvlm_edge.exporter.bundles import ratios
+from lvlm_edge.exporter import methods, references
+from lvlm_edge.exporter.bundles import plans, ratios
 from lvlm_edge.exporter.checkpoints import checkpoint
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.planning import fold_all
@@ -63,7 +63,7 @@ def check(
     against: str | Path,
     *,
     cases: Sequence[Case] | None = None,
-    question: tuple[str, Sequence[Any]] | None = None,
+    question: tuple[Any, ...] | None = None,
     store: bool = True,
     **options: Any,
 ) -> Verdict:
@@ -72,7 +72,8 @@ def check(
     Args:
         against: checkpoint folder or Hugging Face id.
         cases: prompts; by default `synthetic` ones.
-        question: a prompt and its pictures to compare on too, through the bundle's own preprocessing.
+        question: a prompt, its images, and maybe its videos, to compare on too, through the bundle's own
+            preprocessing.
         store: write `certificate.json` into the bundle.
         options: fields of `Settings`.
 
@@ -104,7 +105,7 @@ def check(
     if question is not None:
         prompt, pixels = pipe.prepare(*question)
         assert pixels is not None
-        seen = [pipe.manifest.pictures.index(one.picture) for one in media(pipe.manifest, pixels)]
+        seen = [pipe.manifest.pictures.index(one.picture) for one in media(pipe.manifest, pixels, prompt=prompt)]
         asked = tuple(sizes[i] for i in seen)
         cases.append(Case(name="question", prompt=tuple(prompt), pixels=pixels, sizes=asked))
     steps = _steps(pipe, cases, settings.steps)
@@ -132,15 +133,14 @@ def check(
 def check_fits(bundle: Bundle, folder: Path) -> None:
     """Raise an error for a checkpoint that cannot be the one that was exported."""
     manifest, of = bundle.manifest, checkpoint.Checkpoint.open(folder)
-    family, found = families.of(of), families.read(of)
+    _, found, pictures = plans.model(of, ratios.capacity(bundle.folder))
     method = methods.load(manifest.method)
     method.resolve(found, method.config(**manifest.method_config))
-    pictures = family.pictures(of, found, ratios.capacity(bundle.folder))
     for name, theirs, ours in (
         ("vocabulary", found.decoder.vocab, manifest.embedding.vocab),
         ("hidden size", found.decoder.hidden, manifest.embedding.hidden),
         ("layers", found.decoder.layers, len({_layer(cache) for cache in manifest.cache})),
-        ("image token", found.image_token_id, manifest.image_token_id),
+        ("placeholders", [p.token_id for p in pictures], [p.token_id for p in manifest.pictures]),
         ("visual tokens", sum(p.visual_tokens for p in pictures), manifest.counts.visual_tokens),
         ("projector", not found.reads_features, bool(manifest.image_rows)),
         ("separators", _separators(pictures), _separators(manifest.pictures)),
@@ -162,7 +162,8 @@ def compare(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
     pixels = references.given(model, case.pixels, case.sizes)
     expected: Reference = run(model, manifest.method_config, case.prompt, pixels, steps)
     rows = vision.compare(pipe, case, expected, TOLERANCE[manifest.dtype]) + _image_kv(pipe, case, expected)
-    inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected))
+    pictures = [one.picture for one in vision.seen(pipe, case)]
+    inputs = pipe.prefill_inputs(case.prompt, _image_rows(pipe, expected, pictures), pictures)
     rows += _caches(pipe, case, expected, inputs)
     if expected.kept is not None:
         selected, kept = _selection(pipe, case, expected, inputs)
@@ -313,11 +314,15 @@ def _worst(pipe: Pipeline, case: Case, stage: str, found: list[tuple[manifests.C
     return Row(case=case.name, stage=stage, figure=figure, bound=bound, passed=first is None, note=note)
 
 
-def _image_rows(pipe: Pipeline, expected: Reference) -> dict[str, Array]:
-    """PyTorch's rows of all images, with the bundle's separators, as the vision graph left them, where it has some."""
+def _image_rows(pipe: Pipeline, expected: Reference, pictures: Sequence[Picture]) -> dict[str, Array]:
+    """PyTorch's rows of a prompt's images, with the bundle's separators, as the vision graph left them.
+
+    Args:
+        pictures: what the prompt's images stand for.
+    """
     if not pipe.manifest.image_rows:
         return {}
-    runs = [run for p in pipe.manifest.pictures for run in p.runs if run.kind != "text"]
+    runs = [run for p in pictures for run in p.runs if run.kind != "text"]
     kinds = np.concatenate([np.full(run.rows, run.kind == "visual") for run in runs])
     embeds = np.zeros((len(kinds), pipe.manifest.embedding.hidden), np.float32)
     embeds[kinds] = expected.image_embeds.numpy()

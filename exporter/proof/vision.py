@@ -11,6 +11,12 @@ from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.pipeline.inputs import Media, media
 
 
+def seen(pipe: Pipeline, case: Case) -> tuple[Media, ...]:
+    """A case's images and videos in the prompt's order, with what they stand for."""
+    values = case.pixels if isinstance(case.pixels, np.ndarray) else list(case.pixels)
+    return media(pipe.manifest, values, prompt=case.prompt)
+
+
 def compare(pipe: Pipeline, case: Case, expected: Reference, bound: float) -> list[Row]:
     """Features, and the rows that the decoder reads, view by view: stages `vision`, `projector`, and what is injected.
 
@@ -18,7 +24,7 @@ def compare(pipe: Pipeline, case: Case, expected: Reference, bound: float) -> li
         bound: of the error of a row.
     """
     features, found, kinds = [], dict[str, list[Array]](), []
-    for one in media(pipe.manifest, case.pixels if isinstance(case.pixels, np.ndarray) else list(case.pixels)):
+    for one in seen(pipe, case):
         kinds += [np.full(r.rows, r.kind == "visual") for r in one.picture.runs if r.kind in ("visual", "separator")]
         outputs = _outputs(pipe, one)
         features += outputs["image_features"]

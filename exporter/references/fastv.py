@@ -38,7 +38,8 @@ def run(
         hidden = _layers(decoder, range(k), read.rows[None], read.positions, cache, added)
     score = attention[0][0, :, -1].mean(0)[visual]
     images_apart = method_config.get("rank") == "per-image"
-    parts = sum(token == m.image_token_id for token in prompt) if images_apart else 1
+    named = getattr(m, "placeholders", (m.image_token_id,))
+    parts = sum(token in named for token in prompt) if images_apart else 1
     best = _best(score, parts, method_config["keep_tokens"], method_config["keep_ratio"])
     chosen = best if kept is None else kept
     stays = ~images

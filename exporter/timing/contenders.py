@@ -24,7 +24,7 @@ from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
 from lvlm_edge.runtime.pictures import views
-from lvlm_edge.runtime.pipeline.inputs import placed
+from lvlm_edge.runtime.pipeline.inputs import placed, random_text
 
 Array = NDArray[Any]
 
@@ -90,26 +90,30 @@ def memory() -> dict[str, int | None]:
     return {"peak_bytes": peak, "anonymous_bytes": of("RssAnon")}
 
 
-def prompt(manifest: Manifest, seed: int, text_tokens: int) -> tuple[list[int], list[Any]]:
-    """Random text with one image token per image a third into it, and random pictures of the size of a photograph."""
+def prompt(manifest: Manifest, seed: int, text_tokens: int) -> tuple[list[int], list[list[Any]]]:
+    """Random text with its images and videos a third into it, and random pictures of the size of a photograph.
+
+    Returns:
+        Token ids, and the frames of each video; an image is one frame.
+    """
     from PIL import Image
 
-    rng, counts = np.random.default_rng(seed), manifest.counts
-    ids = rng.integers(0, manifest.embedding.vocab, text_tokens)
-    ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
-    before = text_tokens // 3
-    whole = placed(ids.tolist(), before, manifest.image_token_id, counts.num_images)
+    rng = np.random.default_rng(seed)
+    ids = random_text(rng, manifest, text_tokens)
+    whole = placed(ids, text_tokens // 3, [picture.token_id for picture in manifest.pictures])
     pictures = []
     for planned in manifest.pictures:
         canvas = planned.views.canvas
         width, height = PICTURE if canvas.rule == "any" else canvas.size
-        pictures.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+        noise = rng.integers(0, 256, (planned.views.frames or 1, height, width, 3), dtype=np.uint8)
+        pictures.append([Image.fromarray(frame) for frame in noise])
     return whole, pictures
 
 
-def pixels(manifest: Manifest, pictures: Sequence[Any]) -> list[Array]:
-    """What the encoder sees of the planned pictures, float32 [views, 3, H, W] each."""
-    return [views.pixels(p, one.views) for p, one in zip(pictures, manifest.pictures, strict=True)]
+def pixels(manifest: Manifest, pictures: Sequence[Sequence[Any]]) -> list[Array]:
+    """What the encoder sees of the planned images and videos, float32 [views, 3, H, W] each."""
+    pairs = zip(pictures, manifest.pictures, strict=True)
+    return [np.concatenate([views.pixels(frame, one.views) for frame in frames]) for frames, one in pairs]
 
 
 class _BundleRunner:

@@ -78,6 +78,7 @@ class Counts:
     text_tokens: int
     prompt_tokens: int
     new_tokens: int
+    num_videos: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ class Manifest:
         graphs: those that any backend can run or build from.
         variants: by backend, graphs that do the same and suit it better, where there are any.
         axes: of positions: 1, or 3 (time, row, column).
-        pictures: what each image of a prompt stands for, in the order of the plan.
+        pictures: what each image and video of a prompt stands for, in the order of the plan: images first.
         image_rows: by output of the image graphs, the prompt's tensor that takes its rows.
         fewer_pictures: prompts may have fewer pictures than planned, or none.
         cache: one entry per decoder layer, or several where its heads hold different rows.
@@ -197,9 +198,11 @@ class Manifest:
         return dataclasses.replace(self, graphs=self.variants.get(backend, self.graphs))
 
     @property
-    def image_token_id(self) -> int:
-        """The placeholder of an image in a prompt."""
-        return self.pictures[0].token_id
+    def placeholders(self) -> dict[int, str]:
+        """Tokens that stand for an image or a video in a prompt, planned or not, and which of the two it is."""
+        text = [] if self.text is None else [(self.text.image_token_id, "image"), (self.text.video_token_id, "video")]
+        named = [(picture.token_id, picture.kind) for picture in self.pictures]
+        return {token: kind for token, kind in (*named, *text) if token is not None}
 
     @property
     def views(self) -> int:
@@ -230,7 +233,9 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     c = m.counts
     yield f"dtype is {m.dtype!r}, expected one of {', '.join(WIDTHS)}", m.dtype in WIDTHS
     yield f"counts are {dataclasses.asdict(c)}, expected numbers above 0", _positive(c)
-    yield f"{len(m.pictures)} pictures, expected {c.num_images}", len(m.pictures) == c.num_images
+    kinds = [picture.kind for picture in m.pictures]
+    planned = ["image"] * c.num_images + ["video"] * c.num_videos
+    yield f"{len(kinds)} pictures, expected {c.num_images} images and {c.num_videos} videos", kinds == planned
     yield f"axes is {m.axes}, expected 1 or 3", m.axes in (1, 3)
     for picture in m.pictures:
         yield f"picture {picture} is not made of whole runs", all(map(is_complete, picture.runs)) and bool(picture.runs)
@@ -254,8 +259,8 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
 def _possible(picture: Picture) -> bool:
     """Whether a picture's views are made of sizes above 0, and its canvas is one that its rule can give."""
     views, canvas = picture.views, picture.views.canvas
-    sizes = (*canvas.size, *(views.tiles or (1,)), canvas.factor)
-    if canvas.rule not in RULES or views.fit not in FITS or views.whole not in WHOLE:
+    sizes = (*canvas.size, *(views.tiles or (1,)), canvas.factor, views.frames + 1)
+    if canvas.rule not in RULES or views.fit not in FITS or views.whole not in WHOLE or (views.frames and views.tiles):
         return False
     free = (canvas.longest, *canvas.picture, *canvas.cells)
     if min(sizes) < 1 or max(*sizes, *free) > 1 << 20 or min(free) < 0:
@@ -277,8 +282,9 @@ def _graph_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
 
 
 def _positive(c: Counts) -> bool:
-    counts = dataclasses.replace(c, kept_tokens=1)
-    return c.kept_tokens >= 0 and min(dataclasses.astuple(counts)) > 0
+    counts = dataclasses.replace(c, kept_tokens=1, num_images=1, num_videos=1)
+    free = (c.kept_tokens, c.num_images, c.num_videos)
+    return min(free) >= 0 and c.num_images + c.num_videos > 0 and min(dataclasses.astuple(counts)) > 0
 
 
 def _tensor_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:

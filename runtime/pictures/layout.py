@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """What one placeholder stands for.
+    """What one placeholder stands for: a picture, or a video.
 
     Attributes:
         token_id: the placeholder's token; below 0 where the tokenizer has none.
@@ -58,6 +58,11 @@ class Picture:
     graphs: tuple[str, ...]
     views: Views
     runs: tuple[Run, ...]
+
+    @property
+    def kind(self) -> str:
+        """`image` or `video`."""
+        return "video" if self.views.frames else "image"
 
     def rows(self, *kinds: str) -> int:
         """Rows of some kinds; of all that stand in the prompt where none is named."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlm_edge.runtime.pictures import views
 from lvlm_edge.runtime.pictures.sources import Reading, listed
+from lvlm_edge.runtime.pictures.videos import frames
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,21 +35,21 @@ def cells(kept: Any, run: Run, start: int) -> list[int]:
     return [int(i) for i in (row * columns + column)[column < columns]]
 
 
-def draw(pictures: Sequence[Picture], sources: Any, kept: Any, reading: Reading | None = None) -> Image:
-    """The pictures side by side, small ones enlarged: kept cells clear, the others dark.
+def draw(
+    pictures: Sequence[Picture], sources: Any, kept: Any, reading: Reading | None = None, *, videos: Any = ()
+) -> Image:
+    """The pictures and frames side by side, small ones enlarged: kept cells clear, the others dark.
 
     Args:
-        pictures: what each image stood for (`Result.pictures`).
-        sources: the images, as the pipeline got them.
+        pictures: what each image and video stood for (`Result.pictures`).
+        sources, videos: the images and videos, as the pipeline got them.
         kept: ascending indices among the visual tokens of all pictures (`Result.kept_visual`).
         reading: how the pipeline reads pictures (`Pipeline.reading`).
     """
     from PIL import Image
 
     drawn, start, reading = [], 0, reading or Reading()
-    for planned, source in zip(pictures, listed(sources), strict=True):
-        visual = [run for run in planned.runs if run.kind == "visual"]
-        picture = reading.open(source)
+    for picture, planned, visual in _seen(pictures, listed(sources), listed(videos, axes=4), reading):
         boxes = views.boxes(picture.size, planned.views, [run.grid for run in visual if run.grid is not None])
         shown, first = [], 0
         for run in visual:  # one without a grid has visual tokens, and no cells to draw
@@ -67,6 +68,20 @@ def draw(pictures: Sequence[Picture], sources: Any, kept: Any, reading: Reading 
         sheet.paste(picture, (left, 0))
         left += picture.width
     return sheet
+
+
+def _seen(
+    pictures: Sequence[Picture], images: list[Any], videos: list[Any], reading: Reading
+) -> Iterator[tuple[Image, Picture, list[Run]]]:
+    """Every picture and frame, what it is planned as, and its visual tokens."""
+    for planned in pictures:
+        visual, count = [run for run in planned.runs if run.kind == "visual"], planned.views.frames
+        if not count:
+            yield reading.open(images.pop(0)), planned, visual
+            continue
+        each = len(visual) // count
+        for i, frame in enumerate(frames(videos.pop(0), count, reading)):
+            yield frame, planned, visual[i * each : (i + 1) * each]
 
 
 def overlay(image: Image, boxes: NDArray[np.float64], kept: Sequence[int]) -> Image:

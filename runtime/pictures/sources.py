@@ -64,10 +64,14 @@ class Reading:
         return open_image(bytes(source) if isinstance(source, bytearray) else source, megapixels=self.max_megapixels)
 
 
-def listed(images: Any) -> list[Any]:
-    """Sources of pictures as a list: one alone is a list of one, an array [N, H, W, 3] is N."""
+def listed(images: Any, *, axes: int = 3) -> list[Any]:
+    """Sources of pictures or videos as a list: one alone is a list of one, an array [N, ...] of them is N.
+
+    Args:
+        axes: of an array that is one alone: 3 of a picture [H, W, 3], 4 of a video [frames, H, W, 3].
+    """
     alone = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "getbands")
-    if alone or (isinstance(images, np.ndarray) and images.ndim < 4):
+    if alone or (isinstance(images, np.ndarray) and images.ndim <= axes):
         return [images]
     try:
         return list(images)

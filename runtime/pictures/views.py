@@ -59,7 +59,7 @@ class Canvas:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """What the encoder sees of a picture.
+    """What the encoder sees of a picture, or of a video.
 
     Attributes:
         canvas: what the picture is laid on.
@@ -67,6 +67,7 @@ class Views:
         fit: how the picture lies on a canvas of tiles: `letterbox` (in its own shape, in the middle, on black) or
             `stretch` (over all of it).
         whole: where the view of the whole picture stands among the tiles: `first`, `last`, or `none` for tiles alone.
+        frames: frames of a video, each a view; 0 for a picture.
         how: preprocessing of each view.
     """
 
@@ -74,11 +75,14 @@ class Views:
     tiles: tuple[int, int] | None = None
     fit: str = "letterbox"
     whole: str = "first"
+    frames: int = 0
     how: Preprocessing
 
     @property
     def count(self) -> int:
-        return 1 if self.tiles is None else self.tiles[0] * self.tiles[1] + (self.whole != "none")
+        if self.tiles is None:
+            return self.frames or 1
+        return self.tiles[0] * self.tiles[1] + (self.whole != "none")
 
 
 def view_size(views: Views) -> tuple[int, int]:

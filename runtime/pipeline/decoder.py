@@ -195,7 +195,7 @@ class Decoder:
 
     def _prefill(self, result: Result, turn: Turn) -> None:
         pictures = tuple(media.picture for media in turn.media)
-        ids = inputs.check_prompt(self.manifest, turn.prompt, len(pictures))
+        ids = inputs.check_prompt(self.manifest, turn.prompt, pictures)
         rows = lay_out(ids.tolist(), pictures, self.manifest.axes)
         given = self.prompt_tensors(rows, self.features.of(turn.media, result.seconds))
         result.prompt_tokens, result.pictures = rows.count, pictures

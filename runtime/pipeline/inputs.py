@@ -1,7 +1,8 @@
-"""What a prompt brings: pictures to pixel values, pixel values to the pictures that a bundle is planned for."""
+"""What a prompt brings: pictures and videos to pixel values, pixel values to what a bundle is planned for."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,11 @@ from lvlm_edge.runtime.bundle import Manifest
 from lvlm_edge.runtime.errors import InputError, UsageError
 from lvlm_edge.runtime.pictures.layout import Picture
 from lvlm_edge.runtime.pictures.sources import Reading
+from lvlm_edge.runtime.pictures.videos import frames
 from lvlm_edge.runtime.pictures.views import Canvas, belongs, canvas_of, covered, pixels, view_size
+from lvlm_edge.runtime.prompt import count_parts
+
+MEDIA = ("image", "video")  # what placeholders stand for
 
 
 class Pixels(np.ndarray[Any, Any]):
@@ -28,14 +33,14 @@ class Pixels(np.ndarray[Any, Any]):
 
 @dataclass(frozen=True)
 class Media:
-    """A picture of a prompt: what its placeholder stands for, and its views, float32 [views, 3, H, W]."""
+    """A picture or a video of a prompt: what its placeholder stands for, and its views, float32 [views, 3, H, W]."""
 
     picture: Picture
     pixels: Array
 
 
-def user_turn(prompt: str, images: int, system: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The messages of one question, the images before its text.
+def user_turn(prompt: str, images: int, system: Mapping[str, Any] | None, *, videos: int = 0) -> list[dict[str, Any]]:
+    """The messages of one question, the images and videos before its text.
 
     Args:
         system: a message before it.
@@ -45,47 +50,83 @@ def user_turn(prompt: str, images: int, system: Mapping[str, Any] | None) -> lis
     """
     if not prompt.strip():
         raise InputError("prompt: is empty; ask something")
-    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    parts: list[dict[str, str]] = [{"type": kind} for kind in ["image"] * images + ["video"] * videos]
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     return messages if system is None else [dict(system), *messages]
 
 
-def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Parts of type image in a conversation."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
-    return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+def check_named(messages: Sequence[Mapping[str, Any]], images: int, videos: int) -> None:
+    """Raise InputError unless a conversation names so many images and videos."""
+    for kind, given in zip(MEDIA, (images, videos), strict=True):
+        named = count_parts(messages, kind)
+        if named != given:
+            raise InputError(f"messages: name {named} {kind}(s), {given} given; give one for each")
 
 
-def read_images(
-    manifest: Manifest, images: Sequence[Any], reading: Reading, *, fit: bool = False
+def read_media(
+    manifest: Manifest,
+    kinds: Sequence[str],
+    images: Sequence[Any],
+    videos: Sequence[Any],
+    reading: Reading,
+    *,
+    fit: bool = False,
 ) -> Array | list[Array] | None:
-    """Pixel values of pictures, in order.
+    """Pixel values of a prompt's images and videos, in the order of their placeholders.
 
     Args:
+        kinds: of the placeholders, as many of each as there are sources.
         images: sources of pictures (see `sources.Reading.open`).
+        videos: sources of videos (see `videos.frames`).
         fit: resize pictures that belong on another canvas to the one that is planned.
 
     Returns:
-        float32 [views, 3, H, W] of all pictures where they have one size, else a list with one array per picture; None
-        without pictures.
+        float32 [views, 3, H, W] of all where their views have one size, else a list with one array for each; None
+        where there are none.
 
     Raises:
-        InputError: another number of pictures than planned, an unreadable one, or one of another canvas.
+        InputError: other numbers than planned, an unreadable one, a picture of another canvas, or a video of fewer
+            frames than planned.
     """
-    _check_count(manifest, len(images), "images")
-    opened = [reading.open(image) for image in images]
-    free = list(manifest.pictures)
+    for kind, given in zip(MEDIA, (images, videos), strict=True):
+        _check_count(manifest, len(given), f"{kind}s", kind)
+    free, waiting = list(manifest.pictures), {"image": list(images), "video": list(videos)}
     chosen, found = list[Picture](), list[Array]()
-    for picture in opened:
-        chosen.append(_planned(picture.size, free, fit))
+    for kind in kinds:
+        source, planned = waiting[kind].pop(0), [picture for picture in free if picture.kind == kind]
+        if kind == "video":
+            chosen.append(planned[0])
+            shown = frames(source, planned[0].views.frames, reading)
+            found.append(np.concatenate([pixels(frame, planned[0].views) for frame in shown]))
+        else:
+            picture = reading.open(source)
+            chosen.append(_planned(picture.size, planned, fit))
+            found.append(np.asarray(pixels(picture, chosen[-1].views)))
         free.remove(chosen[-1])
-        found.append(np.asarray(pixels(picture, chosen[-1].views)))
     if not found:
         return None
     if len({views.shape[1:] for views in found}) == 1:
         return _named(np.concatenate(found), chosen)
     return [_named(views, [picture]) for views, picture in zip(found, chosen, strict=True)]
+
+
+def kinds_of(manifest: Manifest, prompt: Sequence[int]) -> list[str]:
+    """What the placeholders of a prompt stand for, in its order: `image` or `video` each."""
+    known = manifest.placeholders
+    return [known[int(token)] for token in prompt if int(token) in known]
+
+
+def planned_for(manifest: Manifest, prompt: Sequence[int]) -> tuple[Picture, ...]:
+    """The planned pictures that a prompt's placeholders stand for, those of a kind in the order of the plan.
+
+    Raises:
+        InputError: the prompt has more than are planned.
+    """
+    kinds = kinds_of(manifest, prompt)
+    for kind in MEDIA:
+        _check_count(manifest, kinds.count(kind), "prompt", kind)
+    waiting = {kind: [picture for picture in manifest.pictures if picture.kind == kind] for kind in MEDIA}
+    return tuple(waiting[kind].pop(0) for kind in kinds)
 
 
 def _named(values: Array, pictures: Sequence[Picture]) -> Array:
@@ -129,15 +170,22 @@ def _misfit(size: tuple[int, int], canvas: Canvas, tiles: tuple[int, int] | None
     )
 
 
-def media(manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Media, ...]:
+def media(
+    manifest: Manifest,
+    pixel_values: Any,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    *,
+    prompt: Sequence[int] = (),
+) -> tuple[Media, ...]:
     """Pixel values with the pictures that they are planned for.
 
-    Planned pictures of equal views may stand for different rows. Values of `read_images` know theirs; others are those
+    Planned pictures of equal views may stand for different rows. Values of `read_media` know theirs; others are those
     of the planned pictures in order, unless sizes are given.
 
     Args:
         pixel_values: float32 [views, 3, H, W] of all pictures, or a list of one such array per picture, or None.
-        sizes: (width, height) of the pictures that they were made of.
+        sizes: (width, height) of the images that they were made of.
+        prompt: token ids, whose placeholders tell images from videos.
 
     Raises:
         InputError: another shape or number than the bundle is planned for, values that are not finite, or fewer
@@ -147,26 +195,26 @@ def media(manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]
         _check_count(manifest, 0, "pixel_values")
         return ()
     named = _pictures_of(manifest, pixel_values, sizes)
-    free = list(manifest.pictures) if named is None else named
-    if isinstance(pixel_values, list | tuple):
-        _check_count(manifest, len(pixel_values), "pixel_values")
-        several = tuple(_matched(manifest, np.asarray(views), free) for views in pixel_values)
-        if named is None and len(several) < len(manifest.pictures):
-            _check_alike(manifest, several)
-        return several
-    whole = np.asarray(pixel_values)
+    free, kinds = (list(manifest.pictures), kinds_of(manifest, prompt)) if named is None else (named, [])
+    joined = not isinstance(pixel_values, list | tuple)
+    waiting = [np.asarray(values) for values in ([pixel_values] if joined else pixel_values)]
+    if not joined:
+        _check_count(manifest, len(waiting), "pixel_values")
     found: list[Media] = []
-    while not found or len(whole):
+    while waiting:
+        kind = kinds[len(found)] if len(found) < len(kinds) else ""
         if not free and sizes is not None:
             check_sizes(sizes, len(found) + 1)
-        if not free:
-            raise _unplanned(manifest, np.asarray(pixel_values))
-        views = free[0].views.count
-        found.append(_matched(manifest, whole[:views], free, given=np.asarray(pixel_values)))
-        whole = whole[len(found[-1].pixels) :]
+        able, views = [picture for picture in free if kind in ("", picture.kind)], waiting.pop(0)
+        count = able[0].views.count if joined and able else len(views)
+        if count < len(views):
+            waiting.append(views[count:])
+        given = np.asarray(pixel_values) if joined else views
+        found.append(_matched(manifest, views[:count], able, given))
+        free.remove(found[-1].picture)
     _check_count(manifest, len(found), "pixel_values")
     if named is None and len(found) < len(manifest.pictures):
-        _check_alike(manifest, found)
+        _check_alike(manifest, found, told=bool(kinds))
     return tuple(found)
 
 
@@ -174,8 +222,8 @@ def _pictures_of(
     manifest: Manifest, pixel_values: Any, sizes: Sequence[tuple[int, int]] | None
 ) -> list[Picture] | None:
     """The planned pictures that pixel values were made for, in order; None where nothing says so."""
-    if sizes is not None:
-        _check_count(manifest, len(sizes), "image_sizes")
+    if sizes is not None and all(picture.kind == "image" for picture in manifest.pictures):
+        _check_count(manifest, len(sizes), "image_sizes", "image")
         free, found = list(manifest.pictures), []
         for width, height in sizes:
             found.append(_planned((width, height), free, fit=False))
@@ -188,10 +236,14 @@ def _pictures_of(
     return named if set(named) <= set(manifest.pictures) and len(named) <= len(manifest.pictures) else None
 
 
-def _check_alike(manifest: Manifest, found: Sequence[Media]) -> None:
-    """Raise InputError where another planned picture has the same views as one that was found, and other rows."""
+def _check_alike(manifest: Manifest, found: Sequence[Media], *, told: bool) -> None:
+    """Raise InputError where another planned picture has the same views as one that was found, and other rows.
+
+    Args:
+        told: it is known which of them are images and which are videos.
+    """
     for one in found:
-        for picture in manifest.pictures:
+        for picture in (p for p in manifest.pictures if not told or p.kind == one.picture.kind):
             if _shape(picture) == _shape(one.picture) and picture.runs != one.picture.runs:
                 raise InputError(
                     "pixel_values: planned pictures of these views stand for different rows; give image_sizes, (width, "
@@ -199,17 +251,20 @@ def _check_alike(manifest: Manifest, found: Sequence[Media]) -> None:
                 )
 
 
-def _matched(manifest: Manifest, views: Array, free: list[Picture], *, given: Array | None = None) -> Media:
-    """The first planned picture of these views, which is then no longer free."""
+def _matched(manifest: Manifest, views: Array, free: Sequence[Picture], given: Array) -> Media:
+    """The first planned picture of these views.
+
+    Args:
+        given: what the views are part of, for errors.
+    """
     for picture in free:
         if views.shape == _shape(picture):
             if not np.isfinite(views).all():
                 raise InputError(
                     "pixel_values: holds values that are infinite or not a number; check the preprocessing"
                 )
-            free.remove(picture)
             return Media(picture, views)
-    raise _unplanned(manifest, views if given is None else given)
+    raise _unplanned(manifest, given)
 
 
 def _unplanned(manifest: Manifest, given: Array) -> InputError:
@@ -217,7 +272,9 @@ def _unplanned(manifest: Manifest, given: Array) -> InputError:
     if all(shape[1:] == shapes[0][1:] for shape in shapes):
         shapes = [[sum(shape[0] for shape in shapes), *shapes[0][1:]]]
     wanted = " and ".join(map(str, shapes))
-    return InputError(f"pixel_values: is {list(given.shape)}, the bundle is planned for {wanted}; see num_images")
+    return InputError(
+        f"pixel_values: is {list(given.shape)}, the bundle is planned for {wanted}; see {_flags(manifest)}"
+    )
 
 
 def _shape(picture: Picture) -> tuple[int, ...]:
@@ -225,20 +282,27 @@ def _shape(picture: Picture) -> tuple[int, ...]:
     return picture.views.count, 3, height, width
 
 
-def placed(text: Sequence[int], before: int, image: int, count: int) -> list[int]:
-    """A prompt with images in it, and a text token between each two as long as there are some.
+def random_text(rng: np.random.Generator, manifest: Manifest, count: int) -> list[int]:
+    """Random token ids, none of them a placeholder."""
+    vocab, taken = manifest.embedding.vocab, manifest.placeholders
+    ids = rng.integers(0, vocab, count)
+    free = next(token for token in itertools.count(max(taken) + 1) if token % vocab not in taken) % vocab
+    return [free if token in taken else token for token in ids.tolist()]
+
+
+def placed(text: Sequence[int], before: int, placeholders: Sequence[int]) -> list[int]:
+    """A prompt with images and videos in it, and a text token between each two as long as there are some.
 
     Args:
         text: token ids.
-        before: text tokens before the first image.
-        image: the image token.
-        count: of images.
+        before: text tokens before the first image or video.
+        placeholders: their tokens, in order.
     """
     found = [int(token) for token in text[:before]]
     rest = [int(token) for token in text[before:]]
-    for i in range(count):
-        found.append(image)
-        if i + 1 < count and len(rest) > 1:
+    for i, token in enumerate(placeholders):
+        found.append(token)
+        if i + 1 < len(placeholders) and len(rest) > 1:
             found.append(rest.pop(0))
     return found + rest
 
@@ -255,23 +319,31 @@ def check_sizes(sizes: Sequence[tuple[int, int]], images: int) -> None:
         )
 
 
-def check_prompt(manifest: Manifest, prompt: Sequence[int], images: int) -> Array:
+def check_prompt(manifest: Manifest, prompt: Sequence[int], pictures: Sequence[Picture]) -> Array:
     """The prompt's token ids, int64 [n].
 
+    Args:
+        pictures: what its placeholders are to stand for, in order.
+
     Raises:
-        InputError: a token outside the vocabulary, another number of image tokens than images, no text, or too much.
+        InputError: a token outside the vocabulary, other placeholders than pictures, no text, or too much.
     """
-    counts, image = manifest.counts, manifest.image_token_id
+    counts, kinds = manifest.counts, kinds_of(manifest, prompt)
     ids = np.asarray(prompt, np.int64).reshape(-1)
     vocab = manifest.embedding.vocab
-    outside = ids[((ids < 0) | (ids >= vocab)) & (ids != image)]
+    outside = ids[((ids < 0) | (ids >= vocab)) & ~np.isin(ids, list(manifest.placeholders))]
     if outside.size:
         raise InputError(f"prompt: token {outside[0]} is outside the vocabulary of {vocab}; use this model's tokenizer")
-    named = int((ids == image).sum())
-    _check_count(manifest, named, "prompt")
-    if named != images:
-        raise InputError(f"prompt: has {named} image token(s), {images} image(s) given; give one image for each")
-    text = len(ids) - named
+    for kind in MEDIA:
+        named, given = kinds.count(kind), sum(picture.kind == kind for picture in pictures)
+        _check_count(manifest, named, "prompt", kind)
+        if named != given:
+            raise InputError(f"prompt: has {named} {kind} token(s), {given} {kind}(s) given; give one {kind} for each")
+    if kinds != [picture.kind for picture in pictures]:
+        raise InputError(
+            "prompt: its image and video tokens stand in another order than pixel_values; give those in the prompt's"
+        )
+    text = len(ids) - len(kinds)
     if not text:
         raise InputError("prompt: has no text; ask something")
     if text > counts.text_tokens:
@@ -282,18 +354,32 @@ def check_prompt(manifest: Manifest, prompt: Sequence[int], images: int) -> Arra
     return ids
 
 
-def _check_count(manifest: Manifest, images: int, where: str) -> None:
-    planned = len(manifest.pictures)
-    if images == planned or (images < planned and manifest.fewer_pictures):
+def _check_count(manifest: Manifest, count: int, where: str, kind: str = "") -> None:
+    """Raise InputError for another number of images or videos than a prompt may have.
+
+    Args:
+        kind: `image` or `video`; empty for both together.
+    """
+    planned = sum(kind in ("", picture.kind) for picture in manifest.pictures)
+    if count == planned or (count < planned and manifest.fewer_pictures):
         return
-    if images == 0 and where == "pixel_values":
-        raise InputError(f"pixel_values: is nothing, the bundle is planned for {planned} image(s); see num_images")
-    said = f"{images} given" if where in ("images", "pixel_values") else f"has {images} image(s)"
+    noun = kind or "/".join(dict.fromkeys(picture.kind for picture in manifest.pictures))
+    if count == 0 and where == "pixel_values":
+        raise InputError(
+            f"pixel_values: is nothing, the bundle is planned for {planned} {noun}(s); see {_flags(manifest)}"
+        )
+    said = f"has {count} {noun}(s)" if where in ("prompt", "image_sizes") else f"{count} given"
     most = "at most " if manifest.fewer_pictures else ""
+    flag = f"--num-{kind}s" if kind else "--" + _flags(manifest).replace("_", "-")
     raise InputError(
-        f"{where}: {said}, the bundle is planned for {planned}; give {most}{planned}, or export with --num-images "
-        f"{max(images, 1)}"
+        f"{where}: {said}, the bundle is planned for {planned}; give {most}{planned}, or export with {flag} "
+        f"{max(count, 1)}"
     )
+
+
+def _flags(manifest: Manifest) -> str:
+    """The settings that say how many images and videos a prompt has."""
+    return " and ".join(f"num_{kind}s" for kind in dict.fromkeys(picture.kind for picture in manifest.pictures))
 
 
 def kept_of(manifest: Manifest, visual: int) -> int:

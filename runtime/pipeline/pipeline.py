@@ -84,6 +84,7 @@ class Pipeline:
         self,
         prompt: str,
         images: Any = (),
+        videos: Any = (),
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
@@ -96,9 +97,11 @@ class Pipeline:
         Arguments are checked by the call. Only the stream of the newest prompt can go on.
 
         Args:
-            prompt: the user's text; an image placeholder typed in it stays text.
+            prompt: the user's text; a placeholder typed in it stays text.
             images: as many as the bundle is planned for; fewer, where the method allows it. Paths, bytes, Pillow
                 pictures, arrays uint8 [H, W, 3] or data URLs; one alone needs no list.
+            videos: likewise. Video files, folders of frames (pictures in the order of their names), or arrays uint8
+                [frames, H, W, 3], of which as many frames are seen as the bundle is planned for, evenly spaced.
             max_new_tokens: at most the bundle's capacity, which is the default.
             sampling: how tokens are drawn; by default as the checkpoint says, which `self.sampling` holds.
             stop: strings that end the answer and are not part of it.
@@ -106,18 +109,19 @@ class Pipeline:
             fit: resize pictures that belong on another canvas to the bundle's.
 
         Raises:
-            InputError: wrong number of images, a picture unreadable or of another canvas, a prompt empty or too long.
-            UnsupportedError: the bundle has no tokenizer.
+            InputError: wrong number of images or videos, a picture unreadable or of another canvas, a video unreadable
+                or too short, a prompt empty or too long.
+            UnsupportedError: the bundle has no tokenizer, or the package is missing that reads video files.
             UsageError: while iterating: another prompt was begun.
             LvlmEdgeError: while iterating: the model's logits are not finite.
         """
         began = time.perf_counter()
         stops = StopStrings(stop)
-        ids, pixels = self.prepare(prompt, images, system=system, fit=fit)
+        ids, pixels = self.prepare(prompt, images, videos=videos, system=system, fit=fit)
         result = Result(seconds={"preprocess": time.perf_counter() - began})
-        media = inputs.media(self.manifest, pixels)
+        media = inputs.media(self.manifest, pixels, prompt=ids)
         limit = inputs.limit(self.manifest, max_new_tokens)
-        inputs.check_prompt(self.manifest, ids, len(media))
+        inputs.check_prompt(self.manifest, ids, [one.picture for one in media])
         self.last = result
         return self._pieces(result, Turn(ids, media, limit, sampling or self.sampling, began=began), stops)
 
@@ -151,44 +155,44 @@ class Pipeline:
         self,
         prompt: str | None = None,
         images: Any = (),
+        videos: Any = (),
         *,
         system: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
         fit: bool = False,
     ) -> tuple[list[int], Array | list[Array] | None]:
-        """What `generate_tokens` takes: prompt tokens with one image token per image, and the images' pixels.
+        """What `generate_tokens` takes: prompt tokens with one token per image and video, and pixels of these.
 
         Args:
-            prompt: the text of one user turn, which the images precede.
-            images: see `stream`.
+            prompt: the text of one user turn, which the images and videos precede.
+            images, videos: see `stream`.
             system: a system message, for templates that take one.
             messages: instead of `prompt` and `system`, a conversation of `{"role": ..., "content": ...}`, whose
-                content is a string or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`; images in
-                their order.
+                content is a string or a list of `{"type": "image"}`, `{"type": "video"}` and `{"type": "text",
+                "text": ...}`; images and videos in their order.
             fit: resize pictures that belong on another canvas to the bundle's.
 
         Returns:
-            Token ids, and `pixel_values`: float32 [views, 3, H, W] where all pictures have one size, else a list of
-            one such array per picture; None without pictures.
+            Token ids, and `pixel_values`: float32 [views, 3, H, W] where all views have one size, else a list of one
+            such array per image or video; None without any. They stand in the prompt's order; a frame is a view.
 
         Raises:
-            InputError: see `stream`; or the messages name another number of images.
+            InputError: see `stream`; or the messages name another number of images or videos.
         """
-        images = listed(images)
+        images, videos = listed(images), listed(videos, axes=4)
         if messages is None:
             before = None if system is None else self._load_text().system_message(system)
-            messages = inputs.user_turn(prompt or "", len(images), before)
+            messages = inputs.user_turn(prompt or "", len(images), before, videos=len(videos))
         elif prompt is not None or system is not None:
             raise InputError("prepare: takes either a prompt or messages; leave out the prompt and the system message")
-        named = inputs.count_images(messages)
-        if named != len(images):
-            raise InputError(f"messages: name {named} image(s), {len(images)} given; give one for each")
-        text, pixels = self._load_text(), inputs.read_images(self.manifest, images, self.reading, fit=fit)
-        return text.encode_chat(list(messages)), pixels
+        inputs.check_named(messages, len(images), len(videos))
+        ids = self.encode(messages)
+        kinds = inputs.kinds_of(self.manifest, ids)
+        return ids, inputs.read_media(self.manifest, kinds, images, videos, self.reading, fit=fit)
 
-    def generate(self, prompt: str, images: Any = (), **options: Any) -> Result:
+    def generate(self, prompt: str, images: Any = (), videos: Any = (), **options: Any) -> Result:
         """`stream` to its end; options as there."""
-        pieces = self.stream(prompt, images, **options)
+        pieces = self.stream(prompt, images, videos, **options)
         with self._decoder.lock:
             try:
                 while True:
@@ -213,9 +217,9 @@ class Pipeline:
         """Tokens and logits from tokens and pixels; needs no tokenizer.
 
         Args:
-            prompt_token_ids: the image token stands once per image.
+            prompt_token_ids: the image token stands once per image, the video token once per video.
             pixel_values: float32 [views of all images, 3, H, W], preprocessed, or a list of one such array per image;
-                None for text alone.
+                None for text alone. A video is [frames, 3, H, W]; images and videos stand in the prompt's order.
             max_new_tokens: at most the bundle's capacity, which is the default.
             ignore_eos: go on after end-of-sequence.
             image_sizes: (width, height) of the originals; checked against the canvases that the bundle is for.
@@ -227,9 +231,9 @@ class Pipeline:
             InputError: tokens out of range, too many of them, or images that do not fit the bundle.
             LvlmEdgeError: logits are not finite, where the result does not have them.
         """
-        media = inputs.media(self.manifest, pixel_values, image_sizes)
+        media = inputs.media(self.manifest, pixel_values, image_sizes, prompt=prompt_token_ids)
         if image_sizes is not None:
-            inputs.check_sizes(image_sizes, len(media))
+            inputs.check_sizes(image_sizes, sum(one.picture.kind == "image" for one in media))
         result, rows = Result(), list[Array]()
         turn = Turn(
             prompt_token_ids,
@@ -259,7 +263,8 @@ class Pipeline:
             InputError: see `generate_tokens`.
         """
         limit = inputs.limit(self.manifest, len(tokens))
-        turn = Turn(prompt_token_ids, inputs.media(self.manifest, pixel_values), limit, Sampling())
+        media = inputs.media(self.manifest, pixel_values, prompt=prompt_token_ids)
+        turn = Turn(prompt_token_ids, media, limit, Sampling())
         return self._decoder.score(turn, tokens)
 
     @property
@@ -272,7 +277,7 @@ class Pipeline:
         self._decoder.features.forget()
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, with one image token per image; see `prepare`.
+        """Token ids of a conversation, with one token per image and video; see `prepare`.
 
         Raises:
             InputError: the chat template refuses the messages.
@@ -280,13 +285,15 @@ class Pipeline:
         """
         return self._load_text().encode_chat(list(messages))
 
-    def pixels(self, images: Any, *, fit: bool = False) -> list[Array]:
-        """Pixels of pictures, float32 [views, 3, H, W] each; see `prepare`.
+    def pixels(self, images: Any = (), videos: Any = (), *, fit: bool = False) -> list[Array]:
+        """Pixels of pictures, then of videos, float32 [views, 3, H, W] each; see `prepare`.
 
         Raises:
-            InputError: a picture is unreadable or belongs on another canvas, or there are too many.
+            InputError: a picture or video is unreadable, a picture belongs on another canvas, or there are too many.
         """
-        found = inputs.read_images(self.manifest, listed(images), self.reading, fit=fit)
+        images, videos = listed(images), listed(videos, axes=4)
+        kinds = ["image"] * len(images) + ["video"] * len(videos)
+        found = inputs.read_media(self.manifest, kinds, images, videos, self.reading, fit=fit)
         return [media.pixels for media in inputs.media(self.manifest, found)]
 
     def embed(self, ids: Array) -> Array:
@@ -328,10 +335,9 @@ class Pipeline:
         Raises:
             InputError: see `generate_tokens`.
         """
-        image = self.manifest.image_token_id
         if pictures is None:
-            pictures = self.manifest.pictures[: list(prompt_token_ids).count(image)]
-        ids = inputs.check_prompt(self.manifest, prompt_token_ids, len(pictures))
+            pictures = inputs.planned_for(self.manifest, prompt_token_ids)
+        ids = inputs.check_prompt(self.manifest, prompt_token_ids, pictures)
         return self._decoder.prompt_tensors(lay_out(ids.tolist(), pictures, self.manifest.axes), image_rows)
 
     def _load_text(self) -> Text:

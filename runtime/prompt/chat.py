@@ -39,6 +39,7 @@ class TextConfig:
     image_token_id: int  # below 0: the tokenizer does not know the image token, the text is cut up where it stands
     bos_token: str  # "" if the model has none
     eos_token: str  # "" if the model has none
+    video_token_id: int | None = None  # of an added token that stands for a video; None if the model sees none
 
 
 class Text:
@@ -72,6 +73,11 @@ class Text:
                 f"{folder / config.tokenizer}: token {config.image_token_id} is {found}, the manifest says "
                 f"{config.image_token!r}; export the bundle again"
             )
+        if config.video_token_id is not None and config.video_token_id not in text._added:
+            raise BundleError(
+                f"{folder / config.tokenizer}: has no added token {config.video_token_id}, which the manifest gives to "
+                "videos; export the bundle again"
+            )
         return text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
@@ -84,15 +90,15 @@ class Text:
 
         Args:
             messages: `{"role": ..., "content": ...}`; the content is a string or a list of parts,
-                `{"type": "text", "text": ...}` or `{"type": "image"}`, as the template expects it.
+                `{"type": "text", "text": ...}`, `{"type": "image"}` or `{"type": "video"}`, as the template expects it.
             add_generation_prompt: whether to end with what comes before an answer.
 
         Returns:
-            Token ids; the image token appears once for each part of type image.
+            Token ids; the image token appears once for each part of type image, the video token of type video.
 
         Raises:
             InputError: a text is not Unicode, the template refuses the messages, or it writes another number of image
-                tokens.
+                or video tokens.
             BundleError: the template does not end, or the tokenizer lacks what it needs.
         """
         plain = [plain_value(message) for message in messages]
@@ -136,7 +142,7 @@ class Text:
         bos = self._config.bos_token
         bare = bool(bos) and rendered.startswith(bos)
         ids = self._encode(rendered, stand_ins, bare)
-        self._check_images(ids, plain)
+        self._check_media(ids, plain)
         return ids
 
     def _encode(self, rendered: str, stand_ins: Mapping[str, str], bare: bool) -> list[int]:
@@ -170,6 +176,7 @@ class Text:
     def _reserved(self) -> frozenset[str]:
         """What a user cannot write: special tokens, and other added tokens that the template uses."""
         named = {self._config.image_token, self._config.bos_token, self._config.eos_token}
+        named |= {token.content for token_id, token in self._added.items() if token_id == self._config.video_token_id}
         unknown = {self._config.image_token} if self._config.image_token_id < 0 else set()
         return frozenset(unknown) | frozenset(
             token.content
@@ -221,19 +228,25 @@ class Text:
                 ids.extend(self._tokenizer.encode(piece, add_special_tokens=False).ids)
         return [*ids, *after]
 
-    def _check_images(self, ids: Sequence[int], messages: list[Any]) -> None:
-        found = sum(token_id == self._config.image_token_id for token_id in ids)
-        expected = sum(
-            isinstance(part, dict) and part.get("type") == "image"
-            for message in messages
-            if isinstance(message.get("content"), list)
-            for part in message["content"]
-        )
-        if found != expected:
-            raise InputError(
-                f"chat template: it wrote {found} image tokens for {expected} pictures, expected one for each; "
-                f"put pictures where the template reads them"
-            )
+    def _check_media(self, ids: Sequence[int], messages: list[Any]) -> None:
+        """Raise InputError unless the image and video tokens are as many as the parts that they stand for."""
+        for kind, token, noun in (
+            ("image", self._config.image_token_id, "pictures"),
+            ("video", self._config.video_token_id, "videos"),
+        ):
+            found, expected = sum(token_id == token for token_id in ids), count_parts(messages, kind)
+            if found != expected and token is not None:
+                raise InputError(
+                    f"chat template: it wrote {found} {kind} tokens for {expected} {noun}, expected one for each; "
+                    f"put {noun} where the template reads them"
+                )
+
+
+def count_parts(messages: Sequence[Any], kind: str) -> int:
+    """Parts of a type in a conversation: `image` or `video`."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    return sum(isinstance(part, Mapping) and part.get("type") == kind for part in parts)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

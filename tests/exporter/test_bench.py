@@ -110,9 +110,10 @@ def test_prompts_are_fresh_each_turn_and_alike_in_one(bundles):
     )
 
     assert ids == same
-    assert len(ids) == 10 and ids.count(none.image_token_id) == 1 and ids[3] == none.image_token_id
+    image = none.pictures[0].token_id
+    assert len(ids) == 10 and ids.count(image) == 1 and ids[3] == image
     assert ids != other
-    assert np.any(np.asarray(pictures[0]) != np.asarray(others[0]))
+    assert np.any(np.asarray(pictures[0][0]) != np.asarray(others[0][0]))
     assert [seen.shape for seen in contenders.pixels(none, pictures)] == [(1, 3, 28, 28)]
 
 
@@ -122,7 +123,7 @@ def test_pictures_of_tiles_have_their_canvas(original, eager_once):
 
     _, pictures = contenders.prompt(manifest, 0, 8)
 
-    assert pictures[0].size == (2 * 112, 112)
+    assert pictures[0][0].size == (2 * 112, 112)
     assert [seen.shape for seen in contenders.pixels(manifest, pictures)] == [(3, 3, 112, 112)]
 
 

@@ -222,9 +222,10 @@ def of(text: int, images: int = 1, new: int = 8) -> Any:
     """A pipeline as `synthetic` reads it, with rows of text for so many tokens."""
     counts = SimpleNamespace(text_tokens=text, new_tokens=new)
     how = SimpleNamespace(crop=(28, 42), resize_to=None, shortest_edge=28)
-    pictures = [SimpleNamespace(views=SimpleNamespace(count=i + 1, how=how)) for i in range(images)]
+    seen = [SimpleNamespace(count=i + 1, how=how) for i in range(images)]
+    pictures = [SimpleNamespace(views=views, token_id=159) for views in seen]
     embedding = SimpleNamespace(vocab=160)
-    manifest = SimpleNamespace(counts=counts, pictures=pictures, image_token_id=159, embedding=embedding)
+    manifest = SimpleNamespace(counts=counts, pictures=pictures, placeholders={159: "image"}, embedding=embedding)
     return SimpleNamespace(manifest=manifest)
 
 

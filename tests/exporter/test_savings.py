@@ -96,7 +96,7 @@ def test_pytorch_counts_the_flops_of_the_plan_to_the_last_one(name, original, ea
     expected = plan(checkpoint, method=method, **more, **CAPACITIES)["flops"]
     pipe = Pipeline.load(eager_once(checkpoint, method=method, **more))
     pixels = np.ones((pipe.manifest.views, 3, 112, 112), np.float32)
-    image = pipe.manifest.image_token_id
+    image = pipe.manifest.pictures[0].token_id
     prompt = [5, *[image] * len(pipe.manifest.pictures), 7]
 
     def counted(tokens: int) -> int:

@@ -39,9 +39,9 @@ class Stock(original.Original):
         self.whole = whole
 
     def lay_out(self, prompt: Sequence[int], pixels: Any) -> Read:
-        pictures, seen = self.embeds(self.given(pixels))
+        pictures, seen = self.embeds(self.of_prompt(prompt, pixels))
         ids = torch.tensor(self.expanded(prompt, [len(rows) for rows in pictures]))
-        images = ids == self.image_token_id
+        images = torch.isin(ids, torch.tensor(self.placeholders))
         rows, embeds = self.decoder.embed_tokens(ids).clone(), torch.cat(pictures)
         rows[images] = embeds
         positions = torch.arange(len(ids))[None]
@@ -53,6 +53,15 @@ class Stock(original.Original):
             positions=positions,
             next=len(ids),
         )
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Tokens that stand for pictures in a prompt."""
+        return (self.image_token_id,)
+
+    def of_prompt(self, prompt: Sequence[int], pixels: Any) -> dict[str, Any]:
+        """What the stock model takes of a prompt's pictures; `given` where the prompt makes no difference."""
+        return self.given(pixels)
 
     def given(self, pixels: Any) -> dict[str, Any]:
         """What the stock model takes of pictures.
@@ -109,7 +118,7 @@ class Stock(original.Original):
         return [len(rows) for rows in self.embeds(given)[0]]
 
     def _inputs(self, prompt: Sequence[int], pixels: Any) -> dict[str, Any]:
-        given = self.given(pixels)
+        given = self.of_prompt(prompt, pixels)
         return {"input_ids": torch.tensor([self.expanded(prompt, self.counts(given))]), **given}
 
 

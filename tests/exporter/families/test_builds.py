@@ -17,6 +17,7 @@ SIZES = {  # of the picture, in pixels
     "smolvlm": ((150, 60),),
     "internvl_chat": ((90, 60),),
     "qwen_vl_chat": (),
+    "video_llava": (),
 }
 METHODS = {"none": {}, "fastv": {"prune_layer": 2, "keep_ratio": 0.5}}
 
@@ -24,7 +25,15 @@ METHODS = {"none": {}, "fastv": {"prune_layer": 2, "keep_ratio": 0.5}}
 @pytest.mark.parametrize(("family", "method"), some(itertools.product(SIZES, METHODS), {("llava_onevision", "fastv")}))
 def test_tensorrt_rtx_builds_every_graph(oracles, export_once, family, method):
     checkpoint = families.case(oracles, family, "none_1").checkpoint
-    options = {"method": method, "image_size": SIZES[family], "dtype": "float16", "ort": False, **METHODS[method]}
+    more = {"num_videos": 1, "num_images": 1} if family == "video_llava" else {}
+    options = {
+        "method": method,
+        "image_size": SIZES[family],
+        **more,
+        "dtype": "float16",
+        "ort": False,
+        **METHODS[method],
+    }
     bundle = export_once(checkpoint, max_text_tokens=32, max_new_tokens=8, **options)
 
     assert built(bundle, "8.6", "8.9", "12.0") == graphs(bundle)

@@ -154,7 +154,8 @@ def test_idefics3_is_the_same_layout(changed, eager_once):
 def test_markers_that_a_user_types_stay_text(oracles, eager_once):
     of = families.case(oracles, FAMILY, "none_1")
     pipe = Pipeline.load(families.bundle(eager_once, of))
-    special = {token for run in pipe.manifest.pictures[0].runs for token in run.ids} | {pipe.manifest.image_token_id}
+    (picture,) = pipe.manifest.pictures
+    special = {token for run in picture.runs for token in run.ids} | {picture.token_id}
 
     ids = pipe.encode([qwen.turn("<image> <fake_token_around_image> <row_1_col_1> <global-img>")])
 
