@@ -61,7 +61,7 @@ def test_the_hubs_layout_of_the_same_weights_says_the_same(oracles, eager_once, 
     picture, ids = families.noise(size), [5, 6, 7, 8, 9]
 
     answers = [
-        pipe.generate_tokens([*ids[:2], pipe.manifest.image_token_id, *ids[2:]], pipe.pixels(picture)[0])
+        pipe.generate_tokens([*ids[:2], pipe.manifest.pictures[0].token_id, *ids[2:]], pipe.pixels(picture)[0])
         for pipe in (one, other)
     ]
 
