@@ -198,6 +198,11 @@ class Manifest:
         return dataclasses.replace(self, graphs=self.variants.get(backend, self.graphs))
 
     @property
+    def image_token_id(self) -> int:
+        """The placeholder of an image, or of a video where no image is planned."""
+        return self.pictures[0].token_id
+
+    @property
     def placeholders(self) -> dict[int, str]:
         """Tokens that stand for an image or a video in a prompt, planned or not, and which of the two it is."""
         text = [] if self.text is None else [(self.text.image_token_id, "image"), (self.text.video_token_id, "video")]
