@@ -42,7 +42,12 @@ def of(checkpoint: Checkpoint) -> Family[Any]:
     name = checkpoint.config["model_type"]
     if name == "llava" and "mm_vision_tower" in checkpoint.config and "text_config" not in checkpoint.config:
         name = "llava_llama"  # LLaVA-1.5's first releases had the name that the hub layout has now
-    return load(name)
+    try:
+        return load(name)
+    except UnsupportedError as error:
+        if "auto_map" not in checkpoint.config:
+            raise
+        raise UnsupportedError(f"{error}; the checkpoint's own code (auto_map) is not run") from error
 
 
 def read(checkpoint: Checkpoint) -> ModelSpec[Any]:

@@ -40,7 +40,8 @@ def following(spoken: dict[str, Any], image: int = 32000) -> dict[str, Any]:
 
 
 def onevision(spoken: dict[str, Any], *, tied: bool = False) -> dict[str, Any]:
-    return {"model_type": "llava_onevision", "text_config": spoken, "tie_word_embeddings": tied}
+    found = {"model_type": "llava_onevision", "image_token_index": 151646, "tie_word_embeddings": tied}
+    return {**found, "text_config": spoken}
 
 
 def intern(spoken: dict[str, Any], token: int) -> dict[str, Any]:
