@@ -29,7 +29,7 @@ def cells(kept: Any, run: Run, start: int) -> list[int]:
         start: index of the run's first visual token.
     """
     mine = kept[(kept >= start) & (kept < start + run.rows)] - start
-    return [int(i) for i in mine - run.leading + run.missing if i >= 0]
+    return [int(i) for i in mine[mine >= run.leading] - run.leading + run.missing]
 
 
 def draw(pictures: Sequence[Picture], sources: Any, kept: Any, reading: Reading | None = None) -> Image:
