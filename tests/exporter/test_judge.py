@@ -190,6 +190,184 @@ def test_rows_that_are_not_the_kept_ones_are_counted(name, index, wrong):
     assert parity._order(case, select, inputs, hidden, kept[::-1]).figure == wrong + 2
 
 
+# Caches: rows and heads that stand in another order.
+
+
+def cached(heads: int, rows: int, seed: int = 0) -> list[np.ndarray]:
+    """Keys and values, [heads, rows, 4]."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(heads, rows, 4)).astype(np.float32) for _ in range(2)]
+
+
+def test_cached_rows_that_differ_at_most_by_the_bound_are_told_as_they_are():
+    wanted = cached(2, 5)
+    own = [part.copy() for part in wanted]
+    own[0][1, 3] += np.abs(wanted[0][1, 3]).max() * 0.25
+    own[1][0, 0] -= np.abs(wanted[1][0, 0]).max() * 0.5
+
+    assert parity._unordered(own, wanted, 0.5) == [pytest.approx(0.25), pytest.approx(0.5)]
+
+
+def test_fewer_rows_and_copied_heads_are_compared_with_those_that_they_are():
+    wanted = cached(3, 6)
+    own = [part[[2, 0, 2, 1]][:, [4, 1, 5]].copy() for part in wanted]  # of heads the last row tells them apart
+
+    assert parity._unordered(own, wanted, 1e-6) == [0, 0]
+
+    for part in (0, 1):
+        spoilt = [each.copy() for each in own]
+        spoilt[part][3, 1, 2] += 0.5
+        errors = parity._unordered(spoilt, wanted, 1e-6)
+        assert errors[part] > 0.05 and errors[1 - part] == 0
+
+
+@pytest.mark.parametrize("surplus", [1, 3])
+def test_rows_that_the_reference_does_not_have_are_counted(surplus):
+    assert parity._unordered(cached(2, 4 + surplus), cached(2, 4), 1e-4) == [surplus, surplus]
+
+
+def test_a_row_in_the_place_of_another_is_lost():
+    wanted = cached(1, 4)
+    own = [part[:, [0, 1, 1, 3]].copy() for part in wanted]
+
+    errors = parity._unordered(own, wanted, 1e-4)
+
+    assert errors[0] > 0.1 and errors[1] == 0
+    fewer = [part[:, [0, 1, 1]].copy() for part in wanted]  # where rows may be left out, the logits tell
+    assert parity._unordered(fewer, wanted, 1e-4) == [0, 0]
+
+
+def test_values_are_silent_row_by_row_and_head_by_head():
+    """Zeros count for nothing where a whole row of a head is zero, and nowhere else."""
+    wanted = cached(2, 4)
+    own = [part[:, ::-1].copy() for part in wanted]
+    own[1][1, 2] = 0
+    assert parity._unordered(own, wanted, 1e-4) == [0, 0]
+
+    own[1][0, 1, :3] = 0
+
+    assert parity._unordered(own, wanted, 1e-4)[1] > 0.1
+
+
+def pipe_of(*caches: str, dtype: str = "float32", **more: Any) -> Any:
+    """A pipeline of some caches, as far as rows are made of it."""
+    found = [SimpleNamespace(name=name, heads=1, head_dim=4, capacity=9, dropped=0) for name in caches]
+    return SimpleNamespace(manifest=SimpleNamespace(cache=found, dtype=dtype, **more))
+
+
+@pytest.mark.parametrize(
+    ("errors", "figure", "passed", "note"),
+    [
+        ([[0.0, 0.0], [1e-4, 5e-5]], 1e-4, True, ""),
+        ([[0.0, 2e-4], [0.5, 0.1]], 0.5, False, "first in layer 3, values"),
+        ([[1e-4, 1e-4], [1.1e-4, 0.3]], 0.3, False, "first in layer 4.kept, keys"),
+    ],
+)
+def test_one_row_for_several_caches_names_the_first_that_is_wrong(errors, figure, passed, note):
+    pipe = pipe_of("3", "4.kept")
+
+    row = parity._worst(
+        pipe, SimpleNamespace(name="full"), "caches", list(zip(pipe.manifest.cache, errors, strict=True))
+    )
+
+    assert (row.case, row.stage, row.figure, row.bound) == ("full", "caches", figure, 1e-4)
+    assert (row.passed, row.note) == (passed, note)
+
+
+@pytest.mark.parametrize(("dtype", "bound", "scores"), [("float32", 1e-4, 1e-4), ("float16", 2e-2, 1e-2)])
+def test_bounds_are_those_of_the_precision_and_wider_where_activations_are_rounded(dtype, bound, scores):
+    pipe = pipe_of(dtype=dtype)
+
+    assert as_run._bound(pipe, judge.TOLERANCE, rounds=False) == bound
+    assert as_run._bound(pipe, judge.SCORE_TOLERANCE, rounds=False) == scores
+    assert as_run._bound(pipe, judge.TOLERANCE, rounds=True) == 0.1
+    assert as_run._bound(pipe, {dtype: 0.3}, rounds=True) == 0.3
+
+
+# Prompts whose logits are not finite.
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "where"),
+    [
+        ({"present.1.value": np.nan}, "first in layer 1"),
+        ({"present.2.key": np.inf, "present.1.key": -np.inf}, "first in layer 1"),
+        ({"present.0.key": np.nan, "present.2.value": np.nan}, "first in layer 0"),
+        ({}, "behind the last layer"),
+    ],
+    ids=str,
+)
+def test_the_first_layer_whose_caches_are_not_finite_is_named(spoilt, where):
+    graphs = [
+        SimpleNamespace(name=name, inputs=[SimpleNamespace(name=read)]) for name, read in (("a", "x"), ("b", "y"))
+    ]
+    made = {"a": ["present.0.key", "present.0.value", "present.1.key", "y"], "b": ["present.1.value", "present.2.key"]}
+    made["b"].append("present.2.value")
+    given = []
+
+    def run_graph(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        given.append((name, sorted(inputs)))
+        return {output: array(1, spoilt.get(output, 2)) for output in made[name]}
+
+    pipe = pipe_of("0", "1", "2", dtype="float16", role=lambda role: graphs if role == "prefill" else [])
+    pipe.run_graph = run_graph
+
+    row = parity._overflow(pipe, SimpleNamespace(name="full"), {"x": array(1)})
+
+    assert given == [("a", ["x"]), ("b", ["y"])]  # what one graph returns the next one reads
+    assert (row.case, row.stage, row.passed, row.figure, row.bound) == ("full", "finite", False, 1, 0)
+    assert row.note == f"{where}; activations left the range of float16: export with --dtype bfloat16 or float32"
+
+
+# What rounded weights cost.
+
+
+def test_a_loss_is_told_and_not_judged():
+    found = LOGITS + array([0, 0, 0, 0], [0, -1, 1, 0], [0, 0, 0, 0])
+    asked = []
+
+    def generate_tokens(prompt: Any, pixels: Any, **options: Any) -> Any:
+        asked.append((prompt, pixels, options))
+        return SimpleNamespace(token_ids=[0, 2, 3], logits=found)
+
+    case: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels="pixels")
+
+    (row,) = parity._losses(SimpleNamespace(generate_tokens=generate_tokens), [case], [reference(LOGITS)])  # type: ignore[arg-type]
+
+    assert asked == [((5, 6), "pixels", {"max_new_tokens": 3, "ignore_eos": True})]
+    assert (row.case, row.stage, row.bound, row.passed) == ("short", "loss", None, True)
+    assert row.figure == pytest.approx(1 / 3)  # of the second step, whose largest logit is 3
+    assert row.note == "1 of 3 tokens are the checkpoint's"
+
+
+# Rows of images.
+
+
+@pytest.mark.parametrize("separated", [False, True])
+def test_rows_of_images_are_pytorchs_and_separators_the_bundles(separated):
+    kinds = (
+        [("text", 2), ("visual", 3), ("separator", 1), ("visual", 2)] if separated else [("visual", 3), ("visual", 2)]
+    )
+    pictures = [SimpleNamespace(runs=[SimpleNamespace(kind=kind, rows=rows) for kind, rows in kinds])]
+    pipe = pipe_of(pictures=pictures, image_rows={"image_embeds": "x"}, embedding=SimpleNamespace(hidden=2))
+    left = np.arange(12, dtype=np.float32).reshape(1, 6, 2)  # as the vision graph left it: the last row separates
+    pipe.buffer = lambda graph, name: (
+        SimpleNamespace(read=lambda: left) if (graph, name) == ("vision", "image_embeds") else None
+    )
+    embeds, injected = torch.arange(10.0).reshape(5, 2) + 50, torch.ones(5, 2)
+
+    found = parity._image_rows(pipe, replace(reference(LOGITS), image_embeds=embeds, injected={"deep": injected}))
+
+    rows = embeds.numpy()
+    wanted = np.concatenate([rows[:3], left[0, -1:], rows[3:]]) if separated else rows
+    assert np.array_equal(found["image_embeds"], wanted)
+    assert np.array_equal(found["deep"], injected.numpy()) and set(found) == {"image_embeds", "deep"}
+
+
+def test_images_without_rows_have_none():
+    assert parity._image_rows(pipe_of(image_rows={}), reference(LOGITS)) == {}
+
+
 # Verdicts.
 
 
