@@ -54,7 +54,7 @@ BUNDLE = exporting("runtime/test_bundle.py", "runtime/test_external.py", only="n
 
 
 MANIFEST = quick("runtime/test_manifest.py")
-INPUTS = quick("runtime/test_inputs.py")
+INPUTS = quick("runtime/test_inputs.py", "runtime/test_memory.py")
 FEWER = exporting("exporter/test_fastv.py", only="text_alone and bodies")
 
 
@@ -106,7 +106,7 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     "exporter/proof/certificate": (exporting("exporter/test_judge.py"), CHECK),
     "exporter/proof/host": (quick("exporter/test_host.py"), exporting("exporter/test_host.py"), CLEAN),
     "exporter/proof/as_run": (JUDGE, exporting("exporter/test_as_run.py")),
-    "exporter/proof/polygraphy": (quick("exporter/test_polygraphy.py"), exporting("exporter/test_polygraphy.py")),
+    "exporter/proof/polygraphy": (JUDGE, exporting("exporter/test_polygraphy.py")),
     "exporter/proof/unrounded": (quick("exporter/test_unrounded.py"), exporting("exporter/test_as_run.py")),
     "exporter/proof/tensors": (
         quick("exporter/test_weights.py"),

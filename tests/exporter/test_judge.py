@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_edge.exporter.proof import as_run, cases, judge, parity
+from lvlm_edge.exporter.proof import as_run, cases, judge, parity, polygraphy, vision
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.pictures.image import Preprocessing
+from lvlm_edge.runtime.pictures.layout import Picture, Run
+from lvlm_edge.runtime.pictures.views import Canvas, Views
 from tests import eager, tiny
 
 
@@ -282,6 +286,192 @@ def test_bounds_are_those_of_the_precision_and_wider_where_activations_are_round
     assert as_run._bound(pipe, judge.SCORE_TOLERANCE, rounds=False) == scores
     assert as_run._bound(pipe, judge.TOLERANCE, rounds=True) == 0.1
     assert as_run._bound(pipe, {dtype: 0.3}, rounds=True) == 0.3
+
+
+# Graphs fed with what PyTorch had.
+
+
+def graph(name: str, role: str, inputs: str, outputs: str) -> Any:
+    found = ([SimpleNamespace(name=each) for each in names.split()] for names in (inputs, outputs))
+    return SimpleNamespace(name=name, role=role, **dict(zip(("inputs", "outputs"), found, strict=True)))
+
+
+def running(pipe: Any, graphs: list[Any], returned: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], Any]]:
+    """Let a pipeline's graphs return given values; what was asked of it."""
+    asked: list[tuple[str, list[str], Any]] = []
+
+    def run_graph(name: str, given: dict[str, Any], *, length: int | None = None) -> dict[str, Any]:
+        asked.append((name, sorted(given), length))
+        return returned[name]
+
+    pipe.run_graph, pipe.manifest.graphs = run_graph, graphs
+    pipe.manifest.role = lambda role: [each for each in graphs if each.role == role]
+    return asked
+
+
+CASE: Any = SimpleNamespace(name="short")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "rows", "whole"),
+    [(0, 4, True), (0, 4, False), (2, 2, True), (2, 2, False), (-3, 4, True), (-3, 4, False)],
+)
+def test_the_prompts_rows_are_compared_wherever_they_are_in_a_cache(dropped, rows, whole):
+    """A prompt of four rows; a graph returns whole caches of nine rows, with noise around, or the prompt's rows."""
+    pipe = pipe_of("0", "1")
+    pipe.manifest.cache[1].dropped = dropped
+    wanted = [cached(2, 4, 1), cached(2, rows, 2)]
+    outputs: dict[str, Any] = {}
+    for i, start in enumerate((0, max(0, -dropped))):
+        for name, part in zip(("key", "value"), wanted[i], strict=True):
+            held = np.full((1, 2, 9, 4), 5, np.float32)
+            held[0, :, start : start + part.shape[1]] = part
+            padded = np.concatenate([part, np.full((2, 2, 4), 5, np.float32)], 1)[None]
+            outputs[f"present.{i}.{name}"] = held if whole else padded
+    graphs = [graph("vision", "image", "pixels", ""), graph("prefill", "prefill", "x last_index", "y")]
+    asked = running(pipe, graphs, {"prefill": outputs})
+    expected = replace(reference(LOGITS), cache=[tuple(map(torch.from_numpy, pair)) for pair in wanted])
+    inputs = {"x": array(1), "last_index": np.array([3]), "more": array(1)}
+
+    (row,) = parity._caches(pipe, CASE, expected, inputs)
+
+    assert (row.case, row.stage, row.figure, row.passed) == ("short", "prefill caches", 0, True)
+    assert asked == [("prefill", ["last_index", "x"], 0)]
+    outputs["present.1.value"][0, 1, max(0, -dropped) * whole, 2] += 1
+    (spoilt,) = parity._caches(pipe, CASE, expected, inputs)
+    assert (spoilt.passed, spoilt.note) == (False, "first in layer 1, values")
+    assert parity._caches(pipe, CASE, replace(expected, cache=None), inputs) == []
+    running(pipe, graphs, {"prefill": {"y": array(1)}})
+    assert parity._caches(pipe, CASE, expected, inputs) == []  # a graph without caches has no row
+
+
+def test_what_caches_hold_of_images_is_made_of_pytorchs_features():
+    pipe = pipe_of("0", "1", pictures=[SimpleNamespace(graphs=("vision",))])
+    kv = torch.from_numpy(np.stack([np.stack(cached(2, 3, seed)) for seed in (1, 2)]))  # layers, keys and values
+    outputs = {}
+    for i in range(2):
+        for j, name in enumerate(("key", "value")):
+            outputs[f"present.{i}.{name}"] = np.concatenate([kv[i, j].numpy(), cached(2, 2)[0]], 1)[None]
+    graphs = [
+        graph("vision", "image", "pixels", "f"),
+        graph("image_kv", "image", "image_features write_index more", ""),
+    ]
+    given: list[dict[str, Any]] = []
+    asked = running(pipe, graphs, {"image_kv": outputs})
+    run_graph = pipe.run_graph
+    pipe.run_graph = lambda name, inputs, **options: given.append(inputs) or run_graph(name, inputs, **options)
+    features = torch.arange(12.0).reshape(2, 3, 2)
+    expected = replace(reference(LOGITS), image_kv=kv, image_features=features)
+
+    (row,) = parity._image_kv(pipe, CASE, expected)
+
+    assert (row.stage, row.figure, row.passed) == ("image K/V", 0, True)
+    assert asked == [("image_kv", ["image_features", "write_index"], 0)]
+    assert given[0]["image_features"].tolist() == [features.reshape(6, 2).tolist()]
+    assert given[0]["write_index"].tolist() == [0]
+    outputs["present.1.key"][0, 0, 1, 1] += 1
+    (spoilt,) = parity._image_kv(pipe, CASE, expected)
+    assert (spoilt.passed, spoilt.note) == (False, "first in layer 1, keys")
+    assert parity._image_kv(pipe, CASE, replace(expected, image_kv=None)) == []
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.9e-4, True), (1.1e-4, False)])
+def test_scores_are_those_of_the_graph_before_the_selection(error, passed):
+    """Of the largest score, 0.5: the bound of float32 is 1e-4 of it."""
+    names = ["prefill_head.0", "prefill_head.1", "select", "prefill_tail"]
+    graphs = [
+        graph("vision", "image", "", ""),
+        graph(names[0], "prefill", "x", "h"),
+        graph(names[1], "prefill", "h", "hidden score"),
+        graph(names[2], "prefill", "score", "kept_visual"),
+        graph(names[3], "prefill", "", "logits"),
+    ]
+    hidden = np.random.default_rng(0).normal(size=(1, 6, 3)).astype(np.float32)
+    kept, slots = np.array([0, 2, 4]), [0, 1, 3, 5]
+    score = SCORES.copy()
+    score[3] += error * 0.5
+    select = {"kept_visual": kept, "kept_hidden": hidden[:, slots], "kept_position_ids": np.array([slots])}
+    select["kept_last_index"] = np.array([2])
+    pipe = pipe_of()
+    asked = running(
+        pipe, graphs, {names[0]: {"h": 1}, names[1]: {"hidden": hidden, "score": score[None]}, "select": select}
+    )
+    inputs = {"text_index": np.array([0]), "visual_index": np.arange(1, 6), "last_index": np.array([4]), "x": array(1)}
+    inputs |= {"position_ids": np.arange(6)[None], "score": array(1), "h": array(1)}
+    expected = replace(
+        reference(LOGITS),
+        hidden=torch.tensor(hidden[0, :5]),
+        score=torch.from_numpy(SCORES),
+        kept=torch.tensor([0, 2, 4]),
+    )
+
+    rows, found = parity._selection(pipe, CASE, expected, inputs)
+
+    assert [row.stage for row in rows] == ["head", "scores", "kept set", "kept order"]
+    assert [row.passed for row in rows] == [True, passed, True, True]
+    assert (rows[1].figure, rows[1].bound) == (pytest.approx(error * 0.5, rel=1e-2), pytest.approx(0.5e-4))
+    assert found is kept and [name for name, *_ in asked] == names[:3]
+    hidden[0, 4] += 1
+    assert not parity._selection(pipe, CASE, expected, inputs)[0][0].passed  # the last real row
+    hidden[0, 4] -= 1
+    hidden[0, 5] += 1
+    assert parity._selection(pipe, CASE, expected, inputs)[0][0].passed  # padding
+
+
+# Views.
+
+
+@pytest.mark.parametrize("separated", [False, True])
+def test_rows_of_views_are_compared_without_separators(separated):
+    """Two pictures of one view each, of which every one returns two visual rows, and a separator's."""
+    runs = [Run(kind="visual", rows=2)] + [Run(kind="separator", rows=1)] * separated
+    how = Views(canvas=Canvas(size=(2, 1)), how=Preprocessing(resize_to=(1, 2)))
+    pictures = [Picture(token_id=9, graphs=(name,), views=how, runs=tuple(runs)) for name in ("vision.0", "vision.1")]
+    manifest = SimpleNamespace(pictures=pictures, image_rows={"image_embeds": "x", "deep": "y"}, fewer_pictures=False)
+    features = array([[1, 2], [3, 4]], [[5, 6], [7, 8]])
+    embeds = array([[10], [11], [90]], [[12], [13], [90]])[:, : 2 + separated]
+    seen: list[Any] = []
+
+    def run_graph(name: str, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append((name, given["pixel_values"]))
+        i = int(name[-1])
+        return {"image_features": features[[i]], "image_embeds": embeds[[i]], "deep": embeds[[i]] * 2}
+
+    pipe: Any = SimpleNamespace(manifest=manifest, run_graph=run_graph)
+    pixels = np.arange(12, dtype=np.float32).reshape(2, 3, 1, 2)
+    case: Any = SimpleNamespace(name="short", pixels=pixels)
+    expected = replace(
+        reference(LOGITS),
+        image_features=torch.tensor(features),
+        image_embeds=torch.tensor([[10.0], [11], [12], [13]]),
+        injected={"deep": torch.tensor(embeds.reshape(-1, 1) * 2)},
+    )
+
+    rows = vision.compare(pipe, case, expected, 0.125)
+
+    assert [(row.stage, row.figure, row.passed, row.bound) for row in rows] == [
+        (name, 0, True, 0.125) for name in ("vision", "projector", "deep")
+    ]
+    assert [name for name, _ in seen] == ["vision.0", "vision.1"]
+    assert all(np.array_equal(given, pixels[[i]]) for i, (_, given) in enumerate(seen))
+    features[1, 1, 0], embeds[0, 1, 0] = 9, 13
+    assert [row.passed for row in vision.compare(pipe, case, expected, 0.125)] == [False, False, False]
+    manifest.image_rows = {}
+    assert [row.stage for row in vision.compare(pipe, case, expected, 0.125)] == ["vision"]
+
+
+# Commands for polygraphy.
+
+
+def test_a_graph_is_compared_by_the_largest_of_each_output_and_whole_numbers_exactly():
+    outputs = {"y": array(1, -4, 2), "half": np.array([0.5], np.float16), "index": np.array([7, 9])}
+
+    said = polygraphy.command(Path("b/g.onnx"), Path("out"), "g", outputs, 1e-4)
+
+    assert said == (
+        "polygraphy run b/g.onnx --onnxrt --load-inputs out/g.inputs.json --load-outputs out/g.outputs.json "
+        "--rtol 0 --atol y:0.0004 half:5e-05 index:0"
+    )
 
 
 # Prompts whose logits are not finite.

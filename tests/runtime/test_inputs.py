@@ -446,3 +446,62 @@ def test_scores_follow_the_given_tokens(monkeypatch):
     found = made.score(Turn([0], (), 3, Sampling()), [7, 8, 6])
 
     assert found.shape == (3, 3) and decoded == [(7, 10), (8, 11)]
+
+
+def prefilled(manifest: Any, outputs: dict[str, Any], prompt: list[int], pictures: Any, **turn: Any) -> Any:
+    """A decoder after `_prefill` on graphs that return given values; its result, logits and buffers."""
+    buffers = {name: Held(values) for name, values in outputs.items()}
+    ran: list[str] = []
+    memory = SimpleNamespace(
+        write=lambda graphs, given: ran.append("write"),
+        run=lambda graph: ran.append(graph.name),
+        buffer=lambda info: buffers[info.name],
+    )
+    features = SimpleNamespace(of=lambda media, seconds: seconds.update(vision=1.0) or {})
+    made, result = decoder(manifest, memory=memory, features=features), Result()
+    media = tuple(inputs.Media(picture, np.zeros(1)) for picture in pictures)
+    logits = made._prefill(result, Turn(prompt, media, 2, Sampling(), **turn))
+    return SimpleNamespace(decoder=made, result=result, logits=logits, buffers=buffers, ran=ran)
+
+
+HEAD = replace(GRAPHS[1], outputs=(*GRAPHS[1].outputs, tensor("score", 1, 12)))
+SELECT = replace(GRAPHS[2], name="select", outputs=(tensor("kept_visual", 6, dtype="int64"),))
+CHOOSES = replace(FEWER, graphs=(GRAPHS[0], HEAD, SELECT, *GRAPHS[2:]))
+RETURNED = {"hidden": [0], "score": [np.arange(12)], "kept_visual": [0, 2, 3, 4, 9, 11], "logits": [[[7, 8]]]}
+
+
+def test_a_whole_prompt_is_answered_as_the_graphs_choose():
+    found = prefilled(CHOOSES, RETURNED, [IMAGE, 3, IMAGE], (PICTURE, SMALL))
+
+    assert found.ran == ["write", "prefill_head", "select", "prefill_tail"]
+    assert found.logits.tolist() == [7, 8]
+    assert found.result.kept_visual.tolist() == RETURNED["kept_visual"]
+    assert found.buffers["score"].values.tolist() == [list(range(12))]
+    assert (found.result.prompt_tokens, found.result.pictures) == (13, (PICTURE, SMALL))
+    assert (found.decoder._next, found.decoder._restored) == (0, 0)
+    assert list(found.result.seconds) == ["vision", "prefill_head", "select", "prefill_tail"]
+    assert all(0 < found.result.seconds[name] < 1 for name in found.ran[1:])
+
+
+def test_a_prompt_with_fewer_pictures_keeps_their_share_and_says_what_is_theirs():
+    found = prefilled(CHOOSES, RETURNED, [3, IMAGE, 5], (SMALL,))
+
+    assert found.buffers["score"].values.tolist() == [[-1, -1, 2, 3, *range(4, 12)]]  # 2 of 4 are kept
+    assert found.result.kept_visual.tolist() == [0, 2, 3]
+    assert found.decoder._restored == (12 - 6) - (4 - 2)
+    assert found.result.prompt_tokens == 6
+
+
+def test_values_take_the_place_of_what_graphs_return():
+    found = prefilled(CHOOSES, RETURNED, [IMAGE, 3, IMAGE], (PICTURE, SMALL), replace={"score": np.ones((1, 12))})
+
+    assert found.buffers["score"].values.tolist() == [[1] * 12]
+
+
+@pytest.mark.parametrize(("axes", "behind"), [(1, 0), (3, 4 - 8)])  # a grid of 2 x 4 takes 4 positions of 8 rows
+def test_positions_behind_a_picture_of_three_axes_are_fewer_than_rows(axes, behind):
+    outputs = {"hidden": [0], "logits": [[[1]]]}
+
+    found = prefilled(replace(GOOD, axes=axes), outputs, [3, IMAGE, 5], (PICTURE,))
+
+    assert (found.decoder._next, found.result.kept_visual) == (behind, None)
