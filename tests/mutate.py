@@ -119,7 +119,8 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
         CLEAN,
         CHECK,
         MISTAKES,
-        exporting("exporter/test_judge.py", "exporter/test_as_run.py", only="certificate or every_format"),
+        exporting("exporter/test_judge.py"),
+        exporting("exporter/test_as_run.py", only="every_format"),
     ),
 }
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.proof import as_run, cases, judge, parity, polygraphy, vision
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import BundleError
 from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run
@@ -645,3 +647,79 @@ def test_a_certificate_says_what_was_decoded_and_of_what(checkpoint_once, eager_
     assert len(said["rows"]) == len(verdict.rows)
     assert said["against_config_sha256"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
     assert said["manifest_sha256"] == hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def bundle(checkpoint_once, eager_once, tmp_path) -> Path:
+    """A copy of a bundle, to write a certificate into."""
+    right = tiny.bundle(checkpoint_once, eager_once, "none")
+    copied = Path(shutil.copytree(right, tmp_path / "bundle"))
+    eager.moved(right, copied)
+    return copied
+
+
+def test_a_question_is_compared_too_and_a_certificate_may_be_left_out(bundle, checkpoint_once, tmp_path):
+    picture = tiny.picture(tmp_path / "a.png")
+    case = cases.synthetic(Pipeline.load(bundle))[0]
+    checkpoint = tiny.checkpoint(checkpoint_once)
+
+    verdict = parity.check(bundle, checkpoint, cases=[case], question=("w5 w6", [picture]), steps=2, store=False)
+
+    assert verdict.passed and verdict.unwritten == "" and not (bundle / "certificate.json").exists()
+    compared = [row.case for row in verdict.rows if row.stage == "tokens"]
+    assert compared == ["short", "question"]
+    assert not [row.stage for row in verdict.rows if row.stage == "loss" or row.stage.startswith("as run")]
+    alone = parity.check(bundle, checkpoint, cases=[], question=("w5 w6", [picture]), steps=2)
+    assert {row.case for row in alone.rows} == {"checkpoint", "question"}
+    said = tiny.read_json(bundle / "certificate.json")
+    assert (said["steps"], [each["name"] for each in said["cases"]]) == ([8], ["question"])
+
+
+def test_a_certificate_that_cannot_be_written_is_told_and_the_figures_with_it(bundle, checkpoint_once, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parity.certificate, "write", full)
+    case = cases.synthetic(Pipeline.load(bundle))[0]
+
+    verdict = parity.check(bundle, tiny.checkpoint(checkpoint_once), cases=[case], steps=1)
+
+    assert verdict.passed and verdict.rows
+    assert verdict.unwritten == (
+        f"{bundle}: the certificate cannot be written (No space left on device); free some space, or correct the "
+        "folder's mode"
+    )
+
+
+def test_the_seed_and_the_steps_are_those_of_the_documentation():
+    assert parity.Settings() == parity.Settings(steps=16, backend="ort", engines=None, keep_ratio=None, seed=0)
+    assert parity.Settings().save_polygraphy is None
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "vocabulary": (lambda m: {"embedding": replace(m.embedding, vocab=161)}, "vocabulary: 160, the bundle has 161"),
+    "hidden size": (lambda m: {"embedding": replace(m.embedding, hidden=33)}, "hidden size: 32, the bundle has 33"),
+    "layers": (lambda m: {"cache": m.cache[:1]}, "layers: 2, the bundle has 1"),
+    "image token": (
+        lambda m: {"pictures": (replace(m.pictures[0], token_id=7),)},
+        "image token: 159, the bundle has 7",
+    ),
+    "visual tokens": (lambda m: {"counts": replace(m.counts, visual_tokens=5)}, "visual tokens: 4, the bundle has 5"),
+    "projector": (lambda m: {"image_rows": {}}, "projector: True, the bundle has False"),
+    "separators": (
+        lambda m: {"pictures": (replace(m.pictures[0], runs=(Run(kind="separator", rows=1),)),)},
+        "separators: False, the bundle has True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_other_sizes_is_not_the_bundles(name, bundle, checkpoint_once):
+    change, said = OTHERS[name]
+    opened, folder = open_bundle(bundle), tiny.checkpoint(checkpoint_once)
+    parity.check_fits(opened, folder)
+
+    with pytest.raises(CheckpointError) as caught:
+        parity.check_fits(replace(opened, manifest=replace(opened.manifest, **change(opened.manifest))), folder)
+
+    assert str(caught.value) == f"{folder}: {said}; give the checkpoint that was exported"
