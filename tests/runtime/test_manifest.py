@@ -249,7 +249,9 @@ def test_what_the_host_reads_and_writes_has_the_sizes_that_it_uses(index, is_inp
 
     for shape in shapes:
         wrong = {side: (*others, replace(right, shape=shape))}
-        assert any(str(list(shape)[1:])[1:-1] in problem for problem in problems(of_graph(index, **wrong)(GOOD))), shape
+        found = list(problems(of_graph(index, **wrong)(GOOD)))
+        assert any(str(list(shape)[1:])[1:-1] in problem for problem in found), shape
+        assert index == 0 or any(problem.startswith(f"{GRAPHS[index].name} has {name} of shape") for problem in found)
     assert list(problems(of_graph(index, **{side: others})(GOOD)))
     assert list(problems(of_graph(index, **{side: (*own, right)})(GOOD)))  # twice
 
@@ -303,6 +305,11 @@ def test_views_runs_and_graphs_are_counted():
 )
 def test_a_bundle_is_quantised_where_any_part_is(formats, quantized):
     assert WeightFormats(**formats).quantized == quantized
+
+
+def test_nothing_is_quantised_and_the_likeliest_token_is_taken_where_a_checkpoint_says_nothing():
+    assert Generation() == Generation(temperature=0, top_k=0, top_p=1, repetition_penalty=1)
+    assert WeightFormats() == WeightFormats(decoder="as-is", vision="as-is", head="as-is", block=128)
 
 
 # Caches.
@@ -414,6 +421,7 @@ def checked(**changed: Any) -> None:
         ({"vocab": VOCAB + 1}, "reaches past the end"),
         ({"hidden": HIDDEN + 1}, "reaches past the end"),
         ({"dtype": "float16", "offset": 8 + 2 * VOCAB * HIDDEN}, None),
+        ({"dtype": "bfloat16", "offset": 8 + 2 * VOCAB * HIDDEN}, None),
         ({"dtype": "bfloat16", "offset": 9 + 2 * VOCAB * HIDDEN}, "reaches past the end"),
         ({"dtype": "int8"}, "embedding dtype is 'int8', expected float32 or float16 or bfloat16"),
         ({"file": "none.bin"}, "names 'none.bin', which is not in its list of files"),
