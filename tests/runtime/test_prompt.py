@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, streams, time_limit
+from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, escaping, streams, time_limit
+from lvlm_edge.runtime.prompt import chat as chat_module
 from tests import tiny
 from tests.npm_tokenizers import fetch
 
@@ -768,3 +769,86 @@ def test_tokens_are_decoded_after_the_ones_before_them() -> None:
     assert [stream.push(i) for i in (1, 2, 3, 5, 4)] == ["a", "", "", "", " <0xC3> <0xA9> b"]
     assert stream.flush() == ""
     assert asked == [[], [1], [1], [1, 2, 3, 4]]
+
+
+# Which characters must not be seen: the first visible one of every reserved token, whole or begun.
+
+
+@pytest.mark.parametrize(
+    ("text", "risky"),
+    [
+        ("", set()),
+        ("hello > there <", {14}),
+        ("q<", {1}),
+        (">y", {0}),
+        ("a>", set()),
+        ("<b", set()),
+        ("a <image> b", {2}),
+        ("<image><image>", {0, 7}),
+        ("<ima<image>ge>", {4}),
+        ("  <ima  ", {2}),
+        (" ge> ", {1}),
+        ("image>", {0}),
+        ("<", {0}),
+        (">", {0}),
+        ("s>", {0}),
+        ("</s><im", {0, 4}),
+        ("ge></s", {0, 3}),
+        ("\u2003x", {1}),  # of a token that begins with a space the first letter
+        ("a \u2003x", {3}),
+    ],
+)
+def test_the_first_visible_character_of_what_spells_a_token_is_risky(text: str, risky: set[int]) -> None:
+    reserved = frozenset({"<image>", "</s>", "\u2003x"})
+
+    assert escaping.Escaping(tiny.tokenizer(), reserved, "")._risky(text) == risky
+
+
+def test_stand_ins_are_private_characters_that_nothing_else_uses() -> None:
+    first, second, third = (chr(0xF0000 + i) for i in (0, 1, 2))
+    made = escaping.Escaping(tiny.tokenizer(), frozenset({"<image>", "[x]"}), f"template {first}")
+    messages = [{"role": "<image>", "content": [{"type": "text", "text": f"<image> {second}"}, "[x]"]}]
+
+    found = made.stand_ins(messages)
+
+    assert found == {"<": third, "[": chr(0xF0003)}
+    assert made.disguise("a<b <image> [x]", found) == f"a<b {third}image> {chr(0xF0003)}x]"
+    assert made.stand_ins([{"role": "<image>", "type": "[x]", "content": "a < b [y]"}]) == {}
+    assert made.disguise("<image>", {}) == "<image>"
+
+
+def test_texts_are_all_strings_but_roles_and_types() -> None:
+    message = {"role": "r", "content": ["a", {"type": "t", "text": "b", "more": {"x": ["c", 1, None]}}], "name": "d"}
+
+    assert list(escaping.texts_of([message, "e", 3])) == ["a", "b", "c", "d", "e"]
+    assert escaping.map_texts([message, "e", 3], str.upper) == [
+        {"role": "r", "content": ["A", {"type": "t", "text": "B", "more": {"x": ["C", 1, None]}}], "name": "D"},
+        "E",
+        3,
+    ]
+
+
+def test_users_cannot_write_special_tokens_nor_what_the_template_and_the_config_name(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    for content in ("<used>", "<unused>", "<|end|>", "  "):
+        tokenizer.add_tokens([AddedToken(content, special=content == "  ")])
+    config = save(tmp_path, tokenizer, "{{ messages[0]['content'] }}<used>", "", "<|end|>")
+    text = Text.load(tmp_path, config)
+    assert text._reserved() == {"<s>", "</s>", "<image>", "<used>", "<|end|>"}
+
+    around = Text.load(tmp_path, TextConfig(**{**vars(config), "image_token": "<picture>", "image_token_id": -200}))
+    assert around._reserved() == {"<s>", "</s>", "<image>", "<used>", "<|end|>", "<picture>"}
+
+
+def test_values_of_other_types_become_their_names() -> None:
+    given = {1: (True, None, 2, 2.5, "a"), "x": [b"bytes", {"y": {1}}]}
+
+    assert chat_module.plain_value(given) == {"1": [True, None, 2, 2.5, "a"], "x": ["<bytes>", {"y": "<set>"}]}
+
+
+class Loud(str):
+    """A string with methods of its own."""
+
+
+def test_a_string_of_another_class_is_none_of_ours() -> None:
+    assert chat_module.plain_value(Loud("a")) == "<Loud>"
