@@ -585,6 +585,39 @@ def test_a_graph_that_cannot_be_run_is_a_row_that_fails():
     assert found.note == "decode.onnx: no"
 
 
+def test_where_activations_are_rounded_graphs_are_judged_without_that_too(monkeypatch):
+    called: list[Any] = []
+
+    def judged(compare: Any, pipe: Any, model: Any, case: Any, steps: int, rounds: bool) -> list[judge.Row]:
+        called.append((case.name, steps, rounds))
+        return [row(True)]
+
+    monkeypatch.setattr(as_run, "judged", judged)
+    monkeypatch.setattr(as_run, "Pipeline", lambda bundle, backend: backend.problems.extend(problems))
+    pipe: Any = SimpleNamespace(bundle=None, backend=SimpleNamespace(name="ort"))
+    pipe.manifest = SimpleNamespace(formats=SimpleNamespace(quantized=True))
+
+    problems = ["a.onnx: x", "b.onnx: y"]
+    a, b, c = (SimpleNamespace(name=name) for name in "abc")
+    rows = as_run.compare(pipe, None, [a, b, c], [2, 9, 3])  # type: ignore[list-item]
+
+    assert called == [("a", 2, True), ("b", 9, True), ("c", 3, True), ("b", 9, False)]
+    assert [each.stage for each in rows] == [
+        *["as run: vision"] * 3, "as run, unrounded: vision", "as run, unrounded: rounding"
+    ]  # fmt: skip
+    assert (rows[-1].figure, rows[-1].passed, rows[-1].note) == (2, False, "a.onnx: x, 2 in all")
+    problems = []
+    last = as_run.compare(pipe, None, [a], [2])[-1]  # type: ignore[list-item]
+    assert (last.figure, last.bound, last.passed, last.note) == (0, 0, True, "")
+
+    floats = SimpleNamespace(formats=SimpleNamespace(quantized=False))
+    for other in ({"backend": SimpleNamespace(name="ort-cuda")}, {"manifest": floats}):
+        called.clear()
+        rows = as_run.compare(SimpleNamespace(**vars(pipe) | other), None, [a], [2])  # type: ignore[arg-type, list-item]
+        assert [each.stage for each in rows] == ["as run: vision"]
+        assert called == [("a", 2, False)]  # and no run more
+
+
 # What is compared.
 
 
