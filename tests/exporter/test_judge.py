@@ -585,6 +585,84 @@ def test_a_graph_that_cannot_be_run_is_a_row_that_fails():
     assert found.note == "decode.onnx: no"
 
 
+# Kept tokens that differ within the error of their scores: PyTorch goes on with the bundle's.
+
+
+class Answers:
+    """A pipeline that keeps given tokens, and notes what it is asked."""
+
+    def __init__(self, kept: Any, logits: Any) -> None:
+        self.kept, self.logits, self.asked = kept, logits, list[Any]()
+        self.manifest = SimpleNamespace(
+            method="fastv", method_config={"a": 1}, dtype="float32", formats=None, image_rows={}, cache=[]
+        )
+        self.bundle, self.forgotten = None, 0
+
+    def generate_tokens(self, prompt: Any, pixels: Any, **options: Any) -> Any:
+        self.asked.append(("generate", prompt, options))
+        return SimpleNamespace(kept_visual=self.kept, token_ids=[0, 1, 3], logits=self.logits)
+
+    def score_tokens(self, prompt: Any, pixels: Any, tokens: Any) -> Any:
+        self.asked.append(("score", prompt, tokens))
+        return self.logits
+
+    def prefill_inputs(self, prompt: Any, rows: Any) -> Any:
+        return {"last_index": np.array([0])}
+
+    def forget_images(self) -> None:
+        self.forgotten += 1
+
+
+ASKED: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels=array(1))
+LAST = ("generate", (5, 6), {"max_new_tokens": 3, "ignore_eos": True})
+
+
+@pytest.mark.parametrize(
+    ("kept", "passed", "again"),
+    [([0, 2], True, False), ([0, 3], True, True), ([0, 3], False, False), (None, True, False)],
+)
+@pytest.mark.parametrize("as_it_runs", [False, True])
+def test_the_reference_goes_on_with_tokens_that_are_as_good(kept, passed, again, as_it_runs, monkeypatch):
+    runs: list[Any] = []
+    expected = replace(reference(LOGITS), kept=None if kept is None else torch.tensor([0, 2]))
+
+    def run(model: Any, config: Any, prompt: Any, pixels: Any, steps: int, kept: Any = None) -> Reference:
+        runs.append((prompt, steps, None if kept is None else kept.tolist()))
+        return expected
+
+    chosen = None if kept is None else np.array(kept)
+    pipe: Any = Answers(chosen, LOGITS)
+    seen = [row(passed)]
+    for module in (parity, as_run):
+        monkeypatch.setattr(module.references, "module", lambda name: SimpleNamespace(run=run))
+        monkeypatch.setattr(module.vision, "compare", lambda *given: list(seen))
+    monkeypatch.setattr(parity, "_selection", lambda *given: ([row(True)], chosen))
+    monkeypatch.setattr(as_run, "_selection", lambda *given: [row(True)])
+
+    rows = as_run._case(pipe, None, ASKED, 3, False) if as_it_runs else parity.compare(pipe, None, ASKED, 3)
+
+    assert runs == [((5, 6), 3, None)] + [((5, 6), 3, kept)] * again
+    assert [each.stage for each in rows][-3:] == ["prefill logits", "decode logits", "tokens"]
+    assert len(rows) == 1 + (kept is not None) + 3
+    assert pipe.asked[-2:] == ([("score", (5, 6), [0, 1, 3]), LAST])
+    if as_it_runs:
+        assert pipe.asked[0] == ("generate", (5, 6), {"max_new_tokens": 1})
+    else:
+        assert pipe.forgotten == 1  # caches may hold what PyTorch made of the images
+
+
+def test_logits_that_are_not_finite_are_looked_for_in_the_caches(monkeypatch):
+    monkeypatch.setattr(parity.references, "module", lambda name: SimpleNamespace(run=lambda *given: reference(LOGITS)))
+    monkeypatch.setattr(parity.vision, "compare", lambda *given: [])
+    monkeypatch.setattr(parity, "_overflow", lambda *given: row(False))
+    spoilt = LOGITS.copy()
+    spoilt[0, 2] = np.inf
+
+    found = [parity.compare(Answers(None, logits), None, ASKED, 3) for logits in (LOGITS, spoilt)]  # type: ignore[arg-type]
+
+    assert [len(rows) for rows in found] == [3, 4]
+
+
 def test_where_activations_are_rounded_graphs_are_judged_without_that_too(monkeypatch):
     called: list[Any] = []
 
