@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import shutil
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from lvlm_edge.exporter.proof import as_run, cases, judge, parity, polygraphy, v
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle
-from lvlm_edge.runtime.errors import BundleError
+from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run
 from lvlm_edge.runtime.pictures.views import Canvas, Views
@@ -476,6 +478,40 @@ def test_a_graph_is_compared_by_the_largest_of_each_output_and_whole_numbers_exa
     )
 
 
+def test_outputs_are_written_as_polygraphy_reads_them(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::2]
+
+    polygraphy._write(tmp_path / "a.json", polygraphy._results({"y": values}))
+
+    said = tiny.read_json(tmp_path / "a.json")
+    ((runner, (result,)),) = said["lst"]
+    assert (runner, said["polygraphy_class"]) == ("lvlm-edge check", "RunResults")
+    assert {key: result[key] for key in ("runtime", "runner_name", "polygraphy_class")} == {
+        "runtime": 0, "runner_name": "lvlm-edge check", "polygraphy_class": "IterationResult"
+    }  # fmt: skip
+    output = result["outputs"]["y"]
+    assert (output["polygraphy_class"], output["values"]["polygraphy_class"]) == ("LazyArray", "ndarray")
+    read = np.load(io.BytesIO(base64.b64decode(output["values"]["array"])), allow_pickle=False)
+    assert read.dtype == np.float32 and read.tolist() == [[0, 2], [3, 5]]
+
+
+@pytest.mark.parametrize("there", ["folder", "link", "nothing"])
+def test_a_place_for_files_must_be_free(there, tmp_path):
+    place = tmp_path / "saved"
+    if there == "folder":
+        place.mkdir()
+    elif there == "link":
+        place.symlink_to(tmp_path / "nowhere")
+
+    if there == "nothing":
+        polygraphy.check_target(place, "ort")
+        with pytest.raises(UsageError, match=r"--save-polygraphy has the outputs of ort, not of trt; leave --backend"):
+            polygraphy.check_target(place, "trt")
+    else:
+        with pytest.raises(UsageError, match=r"saved: exists; give another folder"):
+            polygraphy.check_target(place, "ort")
+
+
 # Prompts whose logits are not finite.
 
 
@@ -729,6 +765,9 @@ def test_prompts_are_short_and_long_with_their_images_at_several_places(room, te
         assert (len(case.prompt), at) == (text + images, [start + apart * i for i in range(images)])
         assert all(0 <= token < 160 for token in case.prompt)
         assert case.pixels.shape == (images * (images + 1) // 2, 3, 28, 42) and case.pixels.dtype == np.float32
+    default, zero = (cases.synthetic(of(room, images), *seed) for seed in ((), (0,)))
+    assert [case.prompt for case in default] == [case.prompt for case in zero]
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(default, zero, strict=True))
     again = cases.synthetic(of(room, images), seed=3)
     assert [case.prompt for case in again] == [case.prompt for case in found]
     assert room < 3 or cases.synthetic(of(room, images), seed=4)[0].prompt != found[0].prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UsageError
 from lvlm_edge.runtime.pictures.layout import Run, is_complete, lay_out, positions_of
 from lvlm_edge.runtime.pipeline import decoder as decoding
@@ -256,6 +259,44 @@ def test_pictures_take_positions_by_the_longer_side_of_their_grids():
     assert positions_of([made, made], 1) == 2 * (2 + 6 + 4)
     assert positions_of([made, made], 3) == 2 * (2 + 3 + 4)
     assert (made.rows(), made.visual_tokens, made.rows("cached"), made.rows("text", "visual")) == (12, 16, 6, 12)
+
+
+# What is left out of a call.
+
+DEFAULTS: dict[Any, dict[str, Any]] = {
+    Pipeline.load: {"backend": "ort", "keep_ratio": None, "verify": True, "certified": False, "portable": False},
+    Pipeline.__init__: {"portable": False},
+    Pipeline.stream: {
+        "images": (), "max_new_tokens": None, "sampling": None, "stop": (), "system": None, "fit": False
+    },
+    Pipeline.prepare: {"prompt": None, "images": (), "system": None, "messages": None, "fit": False},
+    Pipeline.generate: {"images": ()},
+    Pipeline.generate_tokens: {
+        "max_new_tokens": None, "ignore_eos": False, "image_sizes": None, "sampling": None, "replace": None
+    },
+    Pipeline.pixels: {"fit": False},
+    Pipeline.run_graph: {"length": None},
+    Pipeline.prefill_inputs: {"pictures": None},
+    inputs.read_images: {"fit": False},
+    lay_out: {"axes": 1},
+    open_bundle: {"verify": True, "keep_ratio": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda function: function.__qualname__)
+def test_what_is_left_out_is_as_documented(function):
+    parameters = inspect.signature(function).parameters.values()
+
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[function]
+
+
+def test_an_answer_and_a_turn_begin_empty():
+    assert vars(Result()) == {
+        "token_ids": [], "logits": None, "kept_visual": None, "text": "", "finish": "length", "prompt_tokens": 0,
+        "pictures": (), "seconds": {},
+    }  # fmt: skip
+    turn = Turn([1], (), 2, Sampling())
+    assert (turn.ignore_eos, turn.rows, turn.began, turn.replace) == (False, None, None, {})
 
 
 # The decoder's own.
