@@ -399,6 +399,11 @@ def test_a_file_is_hashed_beyond_the_first_piece(tmp_path):
     assert files.sha256(tmp_path / "a") == hashlib.sha256(content + b"end").hexdigest()
 
 
+def test_a_bundle_is_verified_where_that_is_said_alone():
+    assert not files.Bundle(Path("x"), GOOD).verified
+    assert files.Bundle(Path("x"), GOOD).name == "manifest.json"
+
+
 def checked(**changed: Any) -> None:
     """The references of a bundle whose embedding, or manifest, is another."""
     own = {f.name for f in dataclasses.fields(Embedding)}
