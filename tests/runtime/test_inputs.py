@@ -13,12 +13,13 @@ import pytest
 
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle
-from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UsageError
+from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
 from lvlm_edge.runtime.pictures.layout import Run, is_complete, lay_out, positions_of
+from lvlm_edge.runtime.pictures.sources import Reading
 from lvlm_edge.runtime.pipeline import decoder as decoding
 from lvlm_edge.runtime.pipeline import inputs
 from lvlm_edge.runtime.pipeline.decoder import Decoder, Result, Turn
-from lvlm_edge.runtime.pipeline.sampling import Sampling
+from lvlm_edge.runtime.pipeline.sampling import Sampling, StopStrings
 from tests.runtime.test_manifest import GOOD, GRAPHS, HIDDEN, PICTURE, VIEWS, VOCAB, tensor
 
 IMAGE = PICTURE.token_id
@@ -546,3 +547,150 @@ def test_positions_behind_a_picture_of_three_axes_are_fewer_than_rows(axes, behi
     found = prefilled(replace(GOOD, axes=axes), outputs, [3, IMAGE, 5], (PICTURE,))
 
     assert (found.decoder._next, found.result.kept_visual) == (behind, None)
+
+
+# The pipeline around it.
+
+
+class Words:
+    """A tokenizer of one word to a token, of which the last is known only at the end."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def encode_chat(self, messages: Any) -> list[int]:
+        self.messages = messages
+        return [5, IMAGE]
+
+    def stream(self) -> Any:
+        return Words()
+
+    def push(self, token: int) -> str:
+        shown, self.held = self.held, f"w{token} "
+        return shown
+
+    def flush(self) -> str:
+        return self.held
+
+
+def pipeline(tokens: list[int] | None = None, manifest: Any = GOOD) -> Any:
+    """A pipeline whose model answers with given tokens."""
+    found: Any = object.__new__(Pipeline)
+    own = SimpleNamespace(lock=threading.RLock(), tokens=lambda result, turn: iter(tokens or []))
+    vars(found).update(manifest=manifest, reading=Reading(), last=None, _text=Words(), _decoder=own)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "pieces", "finish"),
+    [
+        ([7, 8], (), ["w7 ", "w8 "], "length"),
+        ([7, 2, 8], (), ["w7 "], "length"),  # what comes behind the end of sequence, 2, is no text
+        ([2], (), [], "length"),
+        ([7, 8, 9], ("w8",), ["w7 "], "stop"),
+        ([7, 8], ("w8",), ["w7 "], "length"),  # in the last piece
+        ([7, 8], ("8 w",), ["w7 ", "w8 "], "length"),  # begun and never ended
+    ],
+)
+def test_pieces_of_an_answer_are_its_text_up_to_its_end(tokens, stop, pieces, finish):
+    made, result = pipeline(tokens), Result()
+
+    stream = made._pieces(result, Turn([5], (), 9, Sampling()), StopStrings(stop))
+
+    found = list(stream)
+    assert (found, result.text, result.finish) == (pieces, "".join(pieces), finish)
+    assert "" not in found
+
+
+def test_a_stream_that_is_closed_is_cancelled():
+    made, result = pipeline([7, 8, 9]), Result()
+    stream = made._pieces(result, Turn([5], (), 9, Sampling()), StopStrings(()))
+    next(stream)
+
+    stream.close()
+
+    assert (result.finish, result.text) == ("cancelled", "w7 ")
+
+
+def test_the_last_result_is_that_of_the_last_call_to_end():
+    made, result = pipeline(), Result(text="mine")
+
+    def stream(prompt: str, images: Any, **options: Any) -> Any:
+        made.last = Result(text="another's")
+        yield "mine"
+        return result
+
+    made.stream = stream
+
+    assert made.generate("w5") is result is made.last
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"prompt": "a", "messages": []}, "prepare: takes either a prompt or messages; leave out the prompt and the"),
+        ({"system": "a", "messages": []}, "prepare: takes either a prompt or messages; leave out the prompt and the"),
+        ({}, "prompt: is empty; ask something"),
+        ({"messages": [{"content": [{"type": "image"}]}]}, "messages: name 1 image(s), 0 given; give one for each"),
+        ({"messages": [{"content": "a"}], "images": "x.png"}, "messages: name 0 image(s), 1 given; give one for each"),
+    ],
+)
+def test_a_conversation_names_the_images_that_are_given(given, said):
+    with pytest.raises(InputError) as caught:
+        pipeline(manifest=FEWER).prepare(**given)
+    assert str(caught.value).startswith(said)
+
+
+def test_what_is_prepared_are_tokens_and_pixels():
+    made = pipeline()
+    picture = np.zeros((14, 28, 3), np.uint8)
+
+    ids, pixels = made.prepare("a", picture, system="b")
+
+    assert (ids, pixels.shape) == ([5, IMAGE], LARGE)
+    assert [message["role"] for message in made._text.messages] == ["system", "user"]
+    text = [{"role": "user", "content": "a"}]
+    assert pipeline(manifest=FEWER).prepare(messages=text) == ([5, IMAGE], None)
+    assert [views.shape for views in made.pixels([picture])] == [LARGE]
+
+
+def test_pictures_are_taken_in_their_order_and_fitted_where_that_is_asked_for():
+    both = replace(VIEWS.canvas, rule="pinpoints", among=((28, 14), (14, 28)))
+    pinned = replace(PICTURE, views=replace(VIEWS, canvas=both))
+    made = replace(GOOD, pictures=(pinned,))
+    tall, wide = np.zeros((28, 14, 3), np.uint8), np.zeros((14, 28, 3), np.uint8)
+
+    assert inputs.read_images(made, [wide], Reading()).shape == LARGE  # type: ignore[union-attr]
+    assert inputs.read_images(made, [tall], Reading(), fit=True).shape == LARGE  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"^picture: 14x28 is resized to 14x28, the bundle is for 28x14; give a"):
+        inputs.read_images(made, [tall], Reading())
+    several = inputs.read_images(FEWER, [wide, tall], Reading())
+    assert isinstance(several, list) and [views.shape for views in several] == [LARGE, TINY]
+    with pytest.raises(InputError, match=r"^images: 2 given, the bundle is planned for 1; give 1, or export with"):
+        inputs.read_images(GOOD, [wide, wide], Reading())
+
+
+def test_planned_pictures_are_as_many_as_the_prompt_has():
+    made: Any = object.__new__(Pipeline)
+    given: list[Any] = []
+    own = SimpleNamespace(
+        prompt_tensors=lambda rows, images: given.append((rows.count, len(rows.visual), images)) or {}
+    )
+    vars(made).update(manifest=FEWER, _decoder=own)
+
+    made.prefill_inputs([5, IMAGE, 3], {"x": 1})
+    made.prefill_inputs([5, 3], {})
+    made.prefill_inputs([5, IMAGE, 3], {}, [SMALL])
+
+    assert given == [(10, 8, {"x": 1}), (2, 0, {}), (6, 4, {})]
+
+
+def test_a_bundle_without_a_tokenizer_says_what_to_do():
+    made = pipeline()
+    vars(made).update(_text=None, bundle=SimpleNamespace(folder="folder"))
+
+    for ask in (lambda: made.encode([]), lambda: made.prepare("a", np.zeros((14, 28, 3), np.uint8))):
+        with pytest.raises(
+            UnsupportedError, match=r"^folder: has no tokenizer, .* export again, or use generate_tokens$"
+        ):
+            ask()
