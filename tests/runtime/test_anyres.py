@@ -284,13 +284,13 @@ def test_views_are_the_whole_picture_and_its_tiles():
 
 
 def test_patches_of_tiles_are_cut_to_whole_pixels_and_scaled_back():
-    """A canvas of 100 x 60 in patches of 16 x 10 holds a picture of 50 x 20 as 100 x 40, 10 down."""
-    found = views.tile_boxes((50, 20), (100, 60), (2, 2), (3, 3))
+    """A canvas of 100 x 60 in 3 x 2 tiles of 2 x 3 patches, of 16 x 10, holds a picture of 50 x 20 as 100 x 40."""
+    found = views.tile_boxes((50, 20), (100, 60), (3, 2), (2, 3))
 
     expected = []
-    for tile_y in (0, 30):
+    for tile_y in (0, 20, 40):
         for tile_x in (0, 50):
-            for y in (0, 10, 20):
+            for y in (0, 10):
                 for x in (0, 16, 32):
                     left, top = tile_x + x, tile_y + y - 10
                     expected.append([left / 2, top / 2, (left + 16) / 2, (top + 10) / 2])
