@@ -154,6 +154,15 @@ def test_answers_are_apart_by_the_logits_up_to_the_first_other_token(tokens, sam
     assert error == (0 if same == 3 else pytest.approx(1 / LOGITS[same].max()))
 
 
+def test_a_tie_may_fall_either_way():
+    """Logits that are all 0 leave no room for errors, and none is needed."""
+    nothing = np.zeros((2, 4), np.float32)
+
+    tokens = judge.answers("short", reference(nothing), nothing, [0, 3], 0.1)[-1]
+
+    assert (tokens.figure, tokens.bound, tokens.passed) == (0, 0, True)
+
+
 def test_scores_are_read_of_the_graph_that_has_them():
     """Of several graphs below the prune layer the last one has scores."""
     graphs = [
@@ -172,6 +181,8 @@ def test_scores_are_read_of_the_graph_that_has_them():
     assert (scores.stage, scores.passed, kept.passed) == ("scores", True, True)
     assert (scores.figure, scores.bound) == (pytest.approx(0.01), pytest.approx(0.03 * 0.5))
     assert not as_run._selection(pipe, SimpleNamespace(name="short"), expected, np.array([0, 2, 4]), 0.01)[0].passed
+    held["prefill_1", "score"] = SCORES[None]
+    assert as_run._selection(pipe, SimpleNamespace(name="short"), expected, np.array([0, 2, 4]), 0.0)[0].passed
 
 
 @pytest.mark.parametrize(
@@ -415,6 +426,9 @@ def test_scores_are_those_of_the_graph_before_the_selection(error, passed):
     assert [row.passed for row in rows] == [True, passed, True, True]
     assert (rows[1].figure, rows[1].bound) == (pytest.approx(error * 0.5, rel=1e-2), pytest.approx(0.5e-4))
     assert found is kept and [name for name, *_ in asked] == names[:3]
+    zeros = replace(expected, score=torch.zeros(5))
+    score[:] = 0
+    assert parity._selection(pipe, CASE, zeros, inputs)[0][1].passed  # of nothing, by nothing
     hidden[0, 4] += 1
     assert not parity._selection(pipe, CASE, expected, inputs)[0][0].passed  # the last real row
     hidden[0, 4] -= 1

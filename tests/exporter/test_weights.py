@@ -91,6 +91,18 @@ def test_a_position_turned_by_more_than_the_precision_is_found(part, dtype, axes
     assert found == {"rope_cos": [], "rope_sin": []} | {("rope_cos", "rope_sin")[part]: wrong}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_turn_at_the_bound_is_right_and_one_next_to_it_wrong(dtype, rotary):
+    """The first position's sines are 0, so that a table's value is its own error."""
+    at = np.float32(TURNS[dtype])
+    if float(at) > TURNS[dtype]:
+        at = np.nextafter(at, np.float32(0))
+    for value, rows in ((at, []), (np.nextafter(at, np.float32(1)), [0])):
+        values = table(3)[1].astype(np.float32)
+        values[0, 1] = value
+        assert list(tensors._wrong_turns({"rope_sin": stored(values)}, plan(dtype), rotary(1))) == [("rope_sin", rows)]
+
+
 def test_tables_that_graphs_do_not_read_are_passed_over_and_misshapen_ones_named(rotary):
     narrow, wide = table(7)[1][:, :3], np.zeros((7, 9))
 
@@ -199,6 +211,23 @@ def test_integers_of_a_checkpoint_stand_for_its_values(dtype, shifted, blocks, s
     found = wrong(named, sources(matrix=torch.from_numpy(values).float()), plan(dtype))
 
     assert found == {"matrix": rows}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_at_the_bound_are_right_and_next_to_it_wrong(dtype):
+    named = {"matrix": np.array([[0], [8]], np.int8), "matrix.scale": np.ones(1)}
+    at = np.float32(8 * KEPT[dtype])
+
+    for value, rows in ((at, []), (np.nextafter(at, np.float32(9)), [0])):
+        of = sources(matrix=torch.tensor([[float(value), 8.0]]))
+        assert wrong(named, of, plan(dtype)) == {"matrix": rows}
+
+
+def test_weights_that_integers_hold_exactly_are_held_exactly():
+    named = {"matrix": np.array([[127, 0], [5, 0]], np.int8), "matrix.scale": np.ones(2)}
+    of = sources(matrix=torch.tensor([[127.0, 5.0], [0.0, 0.0]]))
+
+    assert wrong(named, of, plan(requested="int8")) == {"matrix": []}
 
 
 def test_integers_of_another_shape_are_named():
