@@ -147,6 +147,21 @@ def test_answers_are_drawn_as_transformers_draws_them(name, tmp_path):
         assert (found.passed, found.figure) == (False, 1), name_
 
 
+@pytest.mark.parametrize(("own", "wanted", "rows"), [(None, None, 0), (None, "x", 1), ("x", None, 1)])
+def test_a_tokenizer_that_one_has_and_the_other_has_not_is_told(own, wanted, rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(host.text, "copy", lambda *given: wanted)
+    plan: Any = SimpleNamespace(
+        family=SimpleNamespace(chat_template=lambda of: None),
+        settings=SimpleNamespace(chat_template="checkpoint"),
+        spec=SimpleNamespace(image_token_id=3),
+    )
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(text=own), bundle=SimpleNamespace(folder=tmp_path))
+
+    found = list(host._prompt(pipe, SimpleNamespace(folder=tmp_path), plan))  # type: ignore[arg-type]
+
+    assert [(row.stage, row.passed) for row in found] == [("tokenizer", False)] * rows
+
+
 @pytest.fixture(scope="module")
 def checkpoint(checkpoint_once) -> Path:
     return tiny.checkpoint(checkpoint_once)

@@ -227,6 +227,15 @@ def test_cached_rows_that_differ_at_most_by_the_bound_are_told_as_they_are():
     assert parity._unordered(own, wanted, 0.5) == [pytest.approx(0.25), pytest.approx(0.5)]
 
 
+def test_an_error_at_the_bound_is_that_of_the_row_in_its_place():
+    """The first key is nearer to the second one's place, where its value would be wrong."""
+    wanted = [array([[1, 0], [0.375, 0]]), array([[1, 0], [8, 0]])]
+    own = [array([[0.5, 0], [0.375, 0]]), wanted[1].copy()]
+
+    assert parity._unordered(own, wanted, 0.5) == [0.5, 0]
+    assert parity._unordered(own, wanted, 0.25)[1] > 0.5
+
+
 def test_fewer_rows_and_copied_heads_are_compared_with_those_that_they_are():
     wanted = cached(3, 6)
     own = [part[[2, 0, 2, 1]][:, [4, 1, 5]].copy() for part in wanted]  # of heads the last row tells them apart

@@ -288,6 +288,32 @@ def read(folder: Path, files: list[str], variants: list[str], known: set[str]) -
     return sorted(named), stray
 
 
+def test_portable_graphs_say_where_a_weight_is(tmp_path):
+    graph(tmp_path / "b.onnx", ("one", "weights.bin", 0, (2, 3)))
+    graph(tmp_path / "a.onnxruntime", ("one", "weights.bin", 1, (2, 3)))
+
+    assert read(tmp_path, ["b.onnx"], ["a.onnxruntime"], {"one"}) == (["one"], ["a.onnxruntime: one"])
+
+
+def test_weights_turns_embedding_and_strays_are_a_row_each(monkeypatch):
+    monkeypatch.setattr(tensors.graph_set, "weights", lambda plan: {"known": None})
+    monkeypatch.setattr(tensors.pack, "sources", lambda of, model, adapter: (None, {"source": None}))
+    monkeypatch.setattr(tensors, "_read_by_graphs", lambda pipe, known: ({}, ["a.onnx: x", "b.onnx: y"]))
+    monkeypatch.setattr(tensors, "_wrong_weights", lambda named, known, sources, plan: iter([("w", [4])]))
+    monkeypatch.setattr(tensors, "_wrong_turns", lambda named, plan, model: iter([]))
+    monkeypatch.setattr(tensors, "_wrong_embeddings", lambda pipe, model: iter([("e", [1, 2])]))
+    made: Any = SimpleNamespace(family=None, spec=None, pictures=None, settings=SimpleNamespace(adapter=None))
+
+    rows = tensors.compare(SimpleNamespace(), None, made, None)  # type: ignore[arg-type]
+
+    assert [(row.stage, row.figure, row.note) for row in rows] == [
+        ("weights", 1, "first in w, row 4"),
+        ("rotary", 0, ""),
+        ("embedding", 2, "first in e, row 1"),
+        ("weights of graphs", 2, "first in a.onnx: x, row 0"),
+    ]
+
+
 def test_what_graphs_read_is_a_weight_where_the_portable_graphs_have_it(tmp_path):
     one = ("one", "weights.bin", 64, (2, 3))
     first = ("first", "weights.bin", 0, (4,))

@@ -694,3 +694,12 @@ def test_a_bundle_without_a_tokenizer_says_what_to_do():
             UnsupportedError, match=r"^folder: has no tokenizer, .* export again, or use generate_tokens$"
         ):
             ask()
+
+
+def test_the_buffer_of_a_graphs_input_or_output_is_found_by_its_name():
+    made = pipeline()
+    made._decoder.memory = SimpleNamespace(buffer=lambda info: info)
+
+    assert made.buffer("prefill_head", "last_index") is GRAPHS[1].inputs[1]
+    assert made.buffer("prefill_head", "hidden") is GRAPHS[1].outputs[0]
+    assert made.buffer("prefill_tail", "hidden") is GRAPHS[2].inputs[0]

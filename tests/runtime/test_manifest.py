@@ -399,6 +399,26 @@ def test_a_file_is_hashed_beyond_the_first_piece(tmp_path):
     assert files.sha256(tmp_path / "a") == hashlib.sha256(content + b"end").hexdigest()
 
 
+def test_a_graphs_bytes_are_the_listed_ones_and_read_the_weights_alone(tmp_path):
+    content = b""  # a model of nothing
+    listed = {"a.onnx": FileInfo(0, hashlib.sha256(content).hexdigest())}
+    plain, verified = (files.Bundle(tmp_path, replace(GOOD, files=listed), verified=v) for v in (False, True))
+    (tmp_path / "a.onnx").write_bytes(content)
+    assert plain.graph("a.onnx") == verified.graph("a.onnx") == content
+
+    with pytest.raises(BundleError, match=r"b\.onnx: cannot be read as ONNX \(.*No such file.*\); export or copy"):
+        plain.graph("b.onnx")
+    (tmp_path / "a.onnx").write_bytes(b"\x80")
+    with pytest.raises(
+        BundleError, match=r"a\.onnx: cannot be read as ONNX \(a number without end at byte 1\); export"
+    ):
+        plain.graph("a.onnx")
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x01")
+    assert plain.graph("a.onnx") == b"\x08\x01"
+    with pytest.raises(BundleError, match=r"a\.onnx: was altered \(its sha256 is not the manifest's\)"):
+        verified.graph("a.onnx")
+
+
 def test_a_bundle_is_verified_where_that_is_said_alone():
     assert not files.Bundle(Path("x"), GOOD).verified
     assert files.Bundle(Path("x"), GOOD).name == "manifest.json"

@@ -691,6 +691,17 @@ def test_powers_and_products_of_templates_have_limits(tmp_path: Path, monkeypatc
                 said(source, x=value, n=times + 1)
 
 
+def test_a_template_that_is_not_compiled_in_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(seconds: float) -> Any:
+        assert seconds == 5
+        raise time_limit.TimeLimitError
+
+    monkeypatch.setattr(chat_template, "time_limit", late)
+
+    with pytest.raises(BundleError, match=r"t\.jinja: takes longer than 5 s, expected a chat template; do not use"):
+        chat_template.compile_template("x", tmp_path / "t.jinja")
+
+
 def test_what_surrounds_every_sequence_is_told_from_it(tmp_path: Path) -> None:
     """A tokenizer that adds two tokens before and one after; and one that makes nothing of the sample."""
     tokenizer = tiny.tokenizer()
