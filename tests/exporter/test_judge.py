@@ -864,6 +864,11 @@ def test_a_certificate_that_cannot_be_written_is_told_and_the_figures_with_it(bu
     )
 
 
+def test_at_least_one_case_is_compared():
+    with pytest.raises(UsageError, match=r"^check: no cases are given, expected at least one; leave `cases` out for"):
+        parity.check("nowhere", "nothing", cases=[])
+
+
 def test_the_seed_and_the_steps_are_those_of_the_documentation():
     assert parity.Settings() == parity.Settings(steps=16, backend="ort", engines=None, keep_ratio=None, seed=0)
     assert parity.Settings().save_polygraphy is None

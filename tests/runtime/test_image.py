@@ -327,6 +327,16 @@ def test_a_picture_is_called_by_its_name(source: str | bytes | Path, name: str) 
     assert str(caught.value).startswith(f"{name}: ")
 
 
+def test_what_a_format_trips_over_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a\nb")
+
+    monkeypatch.setattr(PIL.Image, "open", fail)
+
+    with pytest.raises(InputError, match=r"^picture of 1 bytes: cannot be read as a picture \(a b\), expected a JPEG"):
+        image.open_image(b"x")
+
+
 def test_a_picture_of_pillow_is_called_by_its_file(tmp_path: Path) -> None:
     made = PIL.Image.fromarray(np.zeros((4, 4), np.int32))
     with pytest.raises(InputError, match=r"^picture: its pixels are I"):

@@ -610,6 +610,10 @@ def test_a_stream_that_is_closed_is_cancelled():
     stream.close()
 
     assert (result.finish, result.text) == ("cancelled", "w7 ")
+    other = made._pieces(Result(), Turn([5], (), 9, Sampling()), StopStrings(()))
+    next(other)
+    with pytest.raises(GeneratorExit):
+        other.throw(GeneratorExit)
 
 
 def test_the_last_result_is_that_of_the_last_call_to_end():
