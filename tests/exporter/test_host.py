@@ -147,6 +147,32 @@ def test_answers_are_drawn_as_transformers_draws_them(name, tmp_path):
         assert (found.passed, found.figure) == (False, 1), name_
 
 
+@pytest.mark.parametrize(
+    ("image", "rendered", "ids"),
+    [
+        (159, "w5 <image> w6", [1, 5, 159, 6]),
+        (159, "<s> w5 <image>", [1, 5, 159]),  # the template's own first token is the only one
+        (0, "w5 <image> w6", [1, 5, 159, 6]),
+        (-200, "w5 <image> w6 <image>", [1, 5, -200, 6, -200]),
+        (-200, "<image> w6", [1, -200, 6]),
+        (-200, "<s> w5 <image> w6", [1, 5, -200, 6]),
+    ],
+)
+def test_a_question_is_encoded_with_one_first_token_and_each_image(image, rendered, ids, tmp_path):
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = SimpleNamespace(
+        tokenizer="tokenizer.json", bos_token="<s>", eos_token="</s>", image_token="<image>", image_token_id=image
+    )
+
+    found = host._encoded(tmp_path, config, "{{ messages[0]['content'] }}", [{"role": "user", "content": rendered}])
+
+    assert found == ids
+
+
 @pytest.mark.parametrize(("own", "wanted", "rows"), [(None, None, 0), (None, "x", 1), ("x", None, 1)])
 def test_a_tokenizer_that_one_has_and_the_other_has_not_is_told(own, wanted, rows, monkeypatch, tmp_path):
     monkeypatch.setattr(host.text, "copy", lambda *given: wanted)

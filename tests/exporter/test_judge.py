@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
-from lvlm_edge.exporter.proof import as_run, cases, judge, parity, polygraphy, vision
+from lvlm_edge.exporter.proof import as_run, cases, certificate, judge, parity, polygraphy, vision
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import open_bundle
@@ -820,6 +820,15 @@ def test_a_certificate_says_what_was_decoded_and_of_what(checkpoint_once, eager_
     assert len(said["rows"]) == len(verdict.rows)
     assert said["against_config_sha256"] == hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
     assert said["manifest_sha256"] == hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_pictures_of_several_sizes_are_hashed_one_after_the_other():
+    first, other = np.arange(12, dtype=np.float32).reshape(2, 2, 3), np.ones((1, 5), np.float32)
+    bytes_ = first.tobytes()
+
+    assert certificate._digest(first) == hashlib.sha256(bytes_).hexdigest()
+    assert certificate._digest(first[:, ::-1]) != certificate._digest(first)
+    assert certificate._digest([first, other]) == hashlib.sha256(bytes_ + other.tobytes()).hexdigest()
 
 
 @pytest.fixture
