@@ -174,6 +174,13 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
         ("found = (c for c, part in parts if not np.isfinite(", "1", "2"),  # zeros are finite, however many
         ("quick = Pipeline.load(bundle, backend", "False", "True"),  # hashes files that were hashed already
     ],
+    "exporter/proof/cases.py": [
+        ("ids[ids == manifest.image_token_id] =", "1", "2"),  # any other token stands in for that of images
+        ("ids[ids == manifest.image_token_id] =", "+", "-"),  # the same
+    ],
+    "runtime/prompt/time_limit.py": [
+        ("watcher = threading.Thread(", "True", "False"),  # it is waited for
+    ],
     "exporter/proof/polygraphy.py": [
         ("np.save(file,", "False", "True"),  # of arrays of numbers nothing is pickled
     ],

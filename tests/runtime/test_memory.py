@@ -134,6 +134,15 @@ def test_rows_that_a_graph_returns_go_behind_those_that_went_by(role, length, co
         assert (found.copied if found else []) == expected
 
 
+def test_a_prompts_rows_go_to_the_start():
+    one = graph("one", "prefill", [], [cache(PRESENT, 3, "0")])
+    made, backend = memory(one)
+
+    made.run(one)
+
+    assert [buffer.copied for buffer in backend.made if buffer.copied] == [[(f"{PRESENT}.0.key", 0)]]
+
+
 def test_a_whole_cache_is_not_copied_onto_itself():
     one = graph("one", "prefill", [], [cache(PRESENT, 15)])
     made, backend = memory(one)
