@@ -111,7 +111,11 @@ def test_equal_tokens_and_logits_pass():
 
     assert [row.stage for row in rows] == ["prefill logits", "decode logits", "tokens"]
     assert all(row.passed and row.figure == 0 for row in rows)
-    assert [row.note for row in rows] == ["", "3 steps", "3 equal"]
+    assert [(row.case, row.bound, row.note) for row in rows] == [
+        ("short", 1e-4, ""),
+        ("short", 1e-4, "3 steps"),
+        ("short", 0, "3 equal"),
+    ]
 
 
 def test_logits_of_the_first_step_and_of_later_ones_are_told_apart():
@@ -199,7 +203,7 @@ def test_rows_that_are_not_the_kept_ones_are_counted(name, index, wrong):
     select["kept_last_index"] = np.array([3])
     case: Any = SimpleNamespace(name="short")
     right = parity._order(case, select, inputs, hidden, kept)
-    assert (right.stage, right.figure, right.passed) == ("kept order", 0, True)
+    assert (right.case, right.stage, right.figure, right.bound, right.passed) == ("short", "kept order", 0, 0, True)
 
     select[name] = select[name].copy()
     select[name][index] += 1
