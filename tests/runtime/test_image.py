@@ -193,6 +193,19 @@ def test_transparent_pixels_are_white_and_not_the_black_behind_them(tmp_path: Pa
     assert (opened[0, 0] == 255).all() and opened[3, 3].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_colour_that_is_transparent_is_white(mode: str, tmp_path: Path) -> None:
+    made = PIL.Image.new(mode, (4, 4), 0 if mode != "RGB" else (0, 0, 0))
+    made.paste(1 if mode == "P" else 99 if mode == "L" else (99, 99, 99), (0, 0, 2, 2))
+    if mode == "P":
+        made.putpalette([0, 0, 0, 99, 99, 99])
+    made.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+
+    opened = np.array(image.open_image(tmp_path / "a.png"))
+
+    assert opened[3, 3].tolist() == [255] * 3 and opened[0, 0].tolist() == [99] * 3
+
+
 DEEP = [("a.png", np.uint16), ("a.tiff", np.uint16), ("a.tiff", np.float32), ("a.tiff", np.int32)]
 
 

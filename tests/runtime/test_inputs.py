@@ -707,3 +707,22 @@ def test_the_buffer_of_a_graphs_input_or_output_is_found_by_its_name():
     assert made.buffer("prefill_head", "last_index") is GRAPHS[1].inputs[1]
     assert made.buffer("prefill_head", "hidden") is GRAPHS[1].outputs[0]
     assert made.buffer("prefill_tail", "hidden") is GRAPHS[2].inputs[0]
+
+
+@pytest.mark.parametrize("length", [None, 7])
+def test_one_graph_reads_what_it_is_given_and_returns_copies(length):
+    asked: list[Any] = []
+    hidden = Held([1, 2])
+    memory = SimpleNamespace(
+        write=lambda graphs, given: asked.append(("write", [g.name for g in graphs], given)),
+        run=lambda graph, length: asked.append(("run", graph.name, length)),
+        buffer=lambda info: hidden,
+    )
+    made = decoder(GOOD, memory=memory, lock=threading.RLock())
+
+    found = made.run_graph("prefill_head", {"x": 1}, length)
+
+    assert asked == [("write", ["prefill_head"], {"x": 1}), ("run", "prefill_head", length)]
+    hidden.values[:] = 9
+    assert {name: values.tolist() for name, values in found.items()} == {"hidden": [1, 2]}
+    assert made._begun == 1  # a stream cannot go on behind it
