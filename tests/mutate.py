@@ -55,6 +55,7 @@ BUNDLE = exporting("runtime/test_bundle.py", "runtime/test_external.py", only="n
 
 MANIFEST = quick("runtime/test_manifest.py")
 INPUTS = quick("runtime/test_inputs.py", "runtime/test_memory.py")
+SPLIT = exporting("exporter/test_split.py", only="bodies_of_small")
 FEWER = exporting("exporter/test_fastv.py", only="text_alone and bodies")
 
 
@@ -94,8 +95,9 @@ TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path
     "exporter/methods/fastv": (
         quick("exporter/test_fastv.py", "exporter/test_planning.py", "exporter/test_method_counts.py"),
         exporting("exporter/test_fastv.py", only="bodies"),
+        SPLIT,
     ),
-    "exporter/methods/none": (exporting("exporter/test_none.py", only="bodies"),),
+    "exporter/methods/none": (exporting("exporter/test_none.py", only="bodies"), SPLIT),
     "exporter/methods/proxyv": of_method("proxyv"),
     "exporter/methods/_proxyv": of_method("proxyv"),
     "exporter/methods/yopo": of_method("yopo"),

@@ -522,6 +522,37 @@ def test_outputs_are_written_as_polygraphy_reads_them(tmp_path):
     assert read.dtype == np.float32 and read.tolist() == [[0, 2], [3, 5]]
 
 
+def test_graphs_read_what_they_read_of_a_prompt_and_of_the_token_behind_it():
+    graphs = [
+        graph("decode", "decode", "x", "y"),
+        graph("vision", "image", "p", "f"),
+        graph("tail", "prefill", "f x", "y"),
+    ]
+    pipe = pipe_of(graphs=graphs)
+    told: list[Any] = []
+    buffers: dict[Any, np.ndarray] = {(each.name, t.name): array(0) for each in graphs for t in each.inputs}
+
+    def generate_tokens(prompt: Any, pixels: Any, **options: Any) -> None:
+        told.append((prompt, pixels, options))
+        for values in buffers.values():
+            values += 1
+
+    pipe.forget_images = lambda: told.append("forget")
+    pipe.generate_tokens = generate_tokens
+    pipe.buffer = lambda graph, name: SimpleNamespace(read=lambda: buffers[graph, name])
+    case: Any = SimpleNamespace(prompt=(5,), pixels="pixels")
+
+    found = polygraphy._inputs(pipe, case)
+
+    steps = [((5,), "pixels", {"max_new_tokens": n, "ignore_eos": True}) for n in (1, 2)]
+    assert told == ["forget", *steps]
+    assert [(of.name, {name: values.tolist() for name, values in given.items()}) for of, given in found] == [
+        ("vision", {"p": [1]}),
+        ("tail", {"f": [1], "x": [1]}),
+        ("decode", {"x": [2]}),
+    ]
+
+
 @pytest.mark.parametrize("there", ["folder", "link", "nothing"])
 def test_a_place_for_files_must_be_free(there, tmp_path):
     place = tmp_path / "saved"
