@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -435,6 +437,31 @@ def answering(monkeypatch, picks: list[int], logits: Any = 1.0) -> tuple[Any, li
     return found, seen, decoded
 
 
+@pytest.fixture
+def clock(monkeypatch) -> None:
+    """A clock that goes on by a quarter of a second whenever it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) / 4)
+
+
+@pytest.mark.parametrize(
+    ("began", "limit", "seconds"),
+    [
+        (None, 1, {"first_token": 0.25}),
+        (-7.0, 1, {"first_token": 7.0}),
+        (None, 2, {"first_token": 0.25, "decode": 0.25}),
+        (-7.0, 4, {"first_token": 7.0, "decode": 0.75}),
+    ],
+)
+def test_the_first_token_and_all_others_are_timed(began, limit, seconds, monkeypatch, clock):
+    made, _, _ = answering(monkeypatch, [4, 5, 6, 7])
+    result = Result()
+
+    assert len(list(made.tokens(result, Turn([0], (), limit, Sampling(), began=began)))) == limit
+
+    assert result.seconds == seconds
+
+
 def test_tokens_see_the_prompt_without_placeholders_and_the_answer_so_far(monkeypatch):
     made, seen, decoded = answering(monkeypatch, [4, 5, 6])
     result, rows = Result(), list[Any]()
@@ -512,7 +539,7 @@ CHOOSES = replace(FEWER, graphs=(GRAPHS[0], HEAD, SELECT, *GRAPHS[2:]))
 RETURNED = {"hidden": [0], "score": [np.arange(12)], "kept_visual": [0, 2, 3, 4, 9, 11], "logits": [[[7, 8]]]}
 
 
-def test_a_whole_prompt_is_answered_as_the_graphs_choose():
+def test_a_whole_prompt_is_answered_as_the_graphs_choose(clock):
     found = prefilled(CHOOSES, RETURNED, [IMAGE, 3, IMAGE], (PICTURE, SMALL))
 
     assert found.ran == ["write", "prefill_head", "select", "prefill_tail"]
@@ -521,8 +548,7 @@ def test_a_whole_prompt_is_answered_as_the_graphs_choose():
     assert found.buffers["score"].values.tolist() == [list(range(12))]
     assert (found.result.prompt_tokens, found.result.pictures) == (13, (PICTURE, SMALL))
     assert (found.decoder._next, found.decoder._restored) == (0, 0)
-    assert list(found.result.seconds) == ["vision", "prefill_head", "select", "prefill_tail"]
-    assert all(0 < found.result.seconds[name] < 1 for name in found.ran[1:])
+    assert found.result.seconds == {"vision": 1, "prefill_head": 0.25, "select": 0.25, "prefill_tail": 0.25}
 
 
 def test_a_prompt_with_fewer_pictures_keeps_their_share_and_says_what_is_theirs():

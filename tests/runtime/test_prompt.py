@@ -584,9 +584,8 @@ def test_interruptions_come_a_fifth_of_a_second_apart():
     with pytest.raises(time_limit.TimeLimitError), time_limit.time_limit(0.05):
         stubborn()
 
-    assert times[0] - began >= 0.05
-    assert times[1] - times[0] > 0.1 and times[2] - times[0] > 0.3
-    assert times[2] - times[0] < 2
+    assert all(at - began >= 0.05 + 0.2 * i for i, at in enumerate(times))
+    assert times[2] - began < 2.4
 
 
 @pytest.mark.parametrize("how", ["truncation", "padding"])
