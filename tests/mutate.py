@@ -161,7 +161,9 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
     "runtime/pipeline/decoder.py": [
         ("self._begun = 0", "0", "1"),  # only told from later numbers
         ("self._restored = 0", "0", "1"),  # set with every prompt, before anything reads it
+        ("self._restored = 0", "self._restored = 0", "pass"),
         ("self._next = 0", "0", "1"),  # the same
+        ("self._next = 0", "self._next = 0", "pass"),
     ],
     "runtime/pictures/views.py": [
         ("if wide < high:", "<", "<="),  # a picture in the canvas's own shape fills it either way

@@ -455,6 +455,8 @@ def test_another_image_token_than_the_manifest_names_is_reported(tmp_path: Path)
 
     with pytest.raises(BundleError, match="the manifest says '<picture>'"):
         Text.load(tmp_path, TextConfig(**{**vars(config), "image_token": "<picture>"}))
+    with pytest.raises(BundleError, match="token 0 is '<unk>', the manifest says '<image>'"):
+        Text.load(tmp_path, TextConfig(**{**vars(config), "image_token_id": 0}))
     with pytest.raises(BundleError, match="no added token"):
         Text.load(tmp_path, TextConfig(**{**vars(config), "image_token_id": 9999}))
 
