@@ -60,7 +60,7 @@ def synthetic(pipe: Pipeline, seed: int = 0, sizes: tuple[tuple[int, int], ...] 
     for name, text, before in (
         ("short", min(6, room), 1),
         ("middle", max(2, room // 2), min(room // 4, 35)),
-        ("full", room, min(5, room - 1)),
+        ("full", room, 5),
     ):
         ids = rng.integers(0, manifest.embedding.vocab, text)
         ids[ids == manifest.image_token_id] = (manifest.image_token_id + 1) % manifest.embedding.vocab
