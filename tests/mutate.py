@@ -203,9 +203,8 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
         ("turns = decoder.rotary_emb(torch.zeros(1)", "1", "(0)"),
     ],
     "exporter/proof/host.py": [
-        ("noise = np.random.default_rng(", "0", "1"),  # the darkest pixel of a made-up picture, or its other side
-        ("noise = np.random.default_rng(", "1", "(0)"),  # the same
-        ("noise = np.random.default_rng(", "3", "4"),  # or one with transparency
+        ("pictures = [Image.fromarray(rng.integers(", "0", "1"),  # the darkest pixel of a made-up picture
+        ("pictures = [Image.fromarray(rng.integers(", "3", "4"),  # or one with transparency
         ("processor = AutoImageProcessor.from_pretrained(", "True", "False"),  # the folder is there
     ],
 }

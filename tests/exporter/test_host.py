@@ -85,7 +85,7 @@ def stages_of(folder: Path, ends: list[int], **drawn: float) -> tuple[Any, Any]:
     generation = Generation(**drawn)  # type: ignore[arg-type]
     manifest = SimpleNamespace(eos_token_ids=tuple(ends), text=None, generation=generation)
     pipe: Any = SimpleNamespace(manifest=manifest, bundle=SimpleNamespace(folder=folder))
-    return host._ends(pipe, folder), host._generation(pipe, folder)
+    return host._ends(pipe, folder, None), host._generation(pipe, folder)
 
 
 ENDS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[int]]] = {  # config.json, generation_config.json
@@ -177,7 +177,7 @@ def test_a_question_is_encoded_with_one_first_token_and_each_image(image, render
 def test_a_tokenizer_that_one_has_and_the_other_has_not_is_told(own, wanted, rows, monkeypatch, tmp_path):
     monkeypatch.setattr(host.text, "copy", lambda *given: wanted)
     plan: Any = SimpleNamespace(
-        family=SimpleNamespace(chat_template=lambda of: None),
+        family=SimpleNamespace(chat_template=lambda of: None, own_template=False),
         settings=SimpleNamespace(chat_template="checkpoint"),
         spec=SimpleNamespace(image_token_id=3),
     )

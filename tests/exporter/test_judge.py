@@ -20,11 +20,13 @@ from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.proof import as_run, cases, certificate, judge, parity, polygraphy, vision
 from lvlm_edge.exporter.references import Reference
 from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.backends import Highest
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run
 from lvlm_edge.runtime.pictures.views import Canvas, Views
+from lvlm_edge.runtime.pipeline.inputs import Media
 from tests import eager, tiny
 
 
@@ -459,6 +461,7 @@ def test_rows_of_views_are_compared_without_separators(separated):
     how = Views(canvas=Canvas(size=(2, 1)), how=Preprocessing(resize_to=(1, 2)))
     pictures = [Picture(token_id=9, graphs=(name,), views=how, runs=tuple(runs)) for name in ("vision.0", "vision.1")]
     manifest = SimpleNamespace(pictures=pictures, image_rows={"image_embeds": "x", "deep": "y"}, fewer_pictures=False)
+    manifest.graph = lambda name: graph(name, "image", "pixel_values", "")
     features = array([[1, 2], [3, 4]], [[5, 6], [7, 8]])
     embeds = array([[10], [11], [90]], [[12], [13], [90]])[:, : 2 + separated]
     seen: list[Any] = []
@@ -489,6 +492,39 @@ def test_rows_of_views_are_compared_without_separators(separated):
     assert [row.passed for row in vision.compare(pipe, case, expected, 0.125)] == [False, False, False]
     manifest.image_rows = {}
     assert [row.stage for row in vision.compare(pipe, case, expected, 0.125)] == ["vision"]
+
+
+def test_what_follows_the_views_runs_once_on_all_that_they_gave():
+    graphs = {
+        "encoder": graph("encoder", "image", "pixel_values", "states image_features"),
+        "projector": graph("projector", "image", "states", "image_embeds"),
+    }
+    asked: list[Any] = []
+
+    def run_graph(name: str, given: dict[str, Any]) -> dict[str, Any]:
+        asked.append((name, {key: value.tolist() for key, value in given.items()}))
+        if name == "projector":
+            return {"image_embeds": given["states"] + 100}
+        value = float(given["pixel_values"][0, 0, 0, 0])
+        return {"states": array([[value], [value + 1]]), "image_features": array([[value]])}
+
+    how = Views(canvas=Canvas(size=(1, 1)), tiles=(1, 1), how=Preprocessing(resize_to=(1, 1)))
+    picture = Picture(token_id=9, graphs=tuple(graphs), views=how, runs=(Run(kind="visual", rows=4),))
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(graph=graphs.__getitem__), run_graph=run_graph)
+    pixels = np.repeat(array(10, 20), 3).reshape(2, 3, 1, 1)
+
+    found = vision._outputs(pipe, Media(picture, pixels))
+
+    assert asked == [
+        ("encoder", {"pixel_values": pixels[:1].tolist()}),
+        ("encoder", {"pixel_values": pixels[1:].tolist()}),
+        ("projector", {"states": [[[10], [11], [20], [21]]]}),
+    ]
+    assert {name: [part.reshape(-1).tolist() for part in parts] for name, parts in found.items()} == {
+        "states": [[10, 11], [20, 21]],
+        "image_features": [[10], [20]],
+        "image_embeds": [[110, 111, 120, 121]],
+    }
 
 
 # Commands for polygraphy.
@@ -605,6 +641,35 @@ def test_the_first_layer_whose_caches_are_not_finite_is_named(spoilt, where):
     assert row.note == f"{where}; activations left the range of float16: export with --dtype bfloat16 or float32"
 
 
+# The highest logits, as a backend finds them.
+
+
+@pytest.mark.parametrize(
+    ("ids", "scores", "wrong"),
+    [
+        ([1, 3], [4, 3], 0),
+        ([1, 3], [4, 2.5], 1),
+        ([0, 3], [4, 3], 1),  # another's score
+        ([2, 3], [1, 3], 1),  # token 1 is above the lowest
+        ([0, 2], [0, 1], 2),  # and token 3
+        ([0, 1, 3], [0, 4, 3], 0),
+    ],
+)
+def test_logits_that_are_called_the_highest_are_and_none_is_above(ids, scores, wrong):
+    """Tokens 0 to 3 have logits 0, 4, 1 and 3; equal to the lowest of the highest is not above it."""
+    logits = array(0, 4, 1, 3) if len(ids) == 2 else array(0, 4, 0, 3)
+    wrong += int(ids == [0, 3])  # token 1 is above 3, too
+    pipe = pipe_of(role=lambda role: [graph("early", role, "", ""), graph("last", role, "", "")])
+    pipe.highest = lambda: Highest(np.array(ids), array(*scores))
+    pipe.buffer = lambda *of: {("last", "logits"): SimpleNamespace(read=lambda: logits[None, None])}[of]
+
+    (row,) = parity._highest(pipe, CASE)
+
+    assert (row.stage, row.figure, row.bound, row.passed) == ("highest logits", wrong, 0, wrong == 0)
+    pipe.highest = lambda: None
+    assert parity._highest(pipe, CASE) == []
+
+
 # What rounded weights cost.
 
 
@@ -706,8 +771,11 @@ class Answers:
     def forget_images(self) -> None:
         self.forgotten += 1
 
+    def highest(self) -> None:
+        return None
 
-ASKED: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels=array(1))
+
+ASKED: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels=array(1), sizes=((7, 8),))
 LAST = ("generate", (5, 6), {"max_new_tokens": 3, "ignore_eos": True})
 
 
@@ -721,6 +789,7 @@ def test_the_reference_goes_on_with_tokens_that_are_as_good(kept, passed, again,
     expected = replace(reference(LOGITS), kept=None if kept is None else torch.tensor([0, 2]))
 
     def run(model: Any, config: Any, prompt: Any, pixels: Any, steps: int, kept: Any = None) -> Reference:
+        assert pixels == "pixels of ((7, 8),)"  # references read the sizes of the pictures too
         runs.append((prompt, steps, None if kept is None else kept.tolist()))
         return expected
 
@@ -729,6 +798,7 @@ def test_the_reference_goes_on_with_tokens_that_are_as_good(kept, passed, again,
     seen = [row(passed)]
     for module in (parity, as_run):
         monkeypatch.setattr(module.references, "module", lambda name: SimpleNamespace(run=run))
+        monkeypatch.setattr(module.references, "given", lambda model, pixels, sizes: f"pixels of {sizes}")
         monkeypatch.setattr(module.vision, "compare", lambda *given: list(seen))
     monkeypatch.setattr(parity, "_selection", lambda *given: ([row(True)], chosen))
     monkeypatch.setattr(as_run, "_selection", lambda *given: [row(True)])
@@ -747,6 +817,7 @@ def test_the_reference_goes_on_with_tokens_that_are_as_good(kept, passed, again,
 
 def test_logits_that_are_not_finite_are_looked_for_in_the_caches(monkeypatch):
     monkeypatch.setattr(parity.references, "module", lambda name: SimpleNamespace(run=lambda *given: reference(LOGITS)))
+    monkeypatch.setattr(parity.references, "given", lambda *given: None)
     monkeypatch.setattr(parity.vision, "compare", lambda *given: [])
     monkeypatch.setattr(parity, "_overflow", lambda *given: row(False))
     spoilt = LOGITS.copy()
@@ -829,6 +900,26 @@ def test_prompts_are_short_and_long_with_their_images_at_several_places(room, te
     again = cases.synthetic(of(room, images), seed=3)
     assert [case.prompt for case in again] == [case.prompt for case in found]
     assert room < 3 or cases.synthetic(of(room, images), seed=4)[0].prompt != found[0].prompt
+
+
+def test_made_up_pictures_are_of_the_sizes_asked_for_or_fill_their_canvas():
+    canvases = [Canvas(size=(28, 42)), Canvas(size=(56, 28), rule="multiple", factor=28), Canvas(size=(28, 42))]
+    pictures = [SimpleNamespace(views=SimpleNamespace(canvas=canvas)) for canvas in canvases]
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(pictures=pictures))
+    asked: Any = SimpleNamespace(sizes=(None, None, (9, 7)))
+
+    assert cases.planned_sizes(pipe, asked) == ((301, 207), (56, 28), (9, 7))
+
+
+def test_cases_know_the_sizes_of_their_pictures_and_join_those_of_one_size():
+    pipe = of(24, 2)
+    other = SimpleNamespace(crop=(14, 14), resize_to=None, shortest_edge=14)
+    pipe.manifest.pictures[1].views.how = other
+
+    found = cases.synthetic(pipe, sizes=((5, 6), (7, 8)))
+
+    assert all(case.sizes == ((5, 6), (7, 8)) for case in found)
+    assert [[part.shape for part in case.pixels] for case in found] == [[(1, 3, 28, 42), (2, 3, 14, 14)]] * 3
 
 
 def test_one_case_is_decoded_to_the_end_of_the_capacity():

@@ -286,7 +286,9 @@ def test_views_are_the_whole_picture_and_its_tiles():
 
 def test_patches_of_tiles_are_cut_to_whole_pixels_and_scaled_back():
     """A canvas of 100 x 60 in 3 x 2 tiles of 2 x 3 patches, of 16 x 10, holds a picture of 50 x 20 as 100 x 40."""
-    found = views.tile_boxes((50, 20), (100, 60), (3, 2), (2, 3))
+    planned = views.Views(canvas=views.Canvas(size=(100, 60)), tiles=(3, 2), how=HOW)
+
+    found = views.tile_boxes((50, 20), planned, (2, 3))
 
     expected = []
     for tile_y in (0, 20, 40):

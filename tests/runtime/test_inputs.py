@@ -54,7 +54,7 @@ def test_a_question_comes_after_its_images_and_the_system_message_before_both():
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": " a "}]}
 
     assert inputs.user_turn(" a ", 2, None) == [turn]
-    assert inputs.user_turn(" a ", 2, "") == [{"role": "system", "content": ""}, turn]
+    assert inputs.user_turn(" a ", 2, {"role": "system", "content": ""}) == [{"role": "system", "content": ""}, turn]
 
 
 def test_images_are_counted_in_lists_of_parts_alone():
@@ -127,18 +127,77 @@ def test_pixels_of_another_number_or_shape_are_refused(manifest, given, said):
     assert said in str(caught.value)
 
 
-def test_sizes_are_those_of_planned_pictures():
+def test_sizes_choose_among_planned_pictures():
     both = replace(VIEWS.canvas, rule="pinpoints", among=((28, 14), (14, 28)))
     pinned = replace(PICTURE, views=replace(VIEWS, canvas=both))
-    made = replace(GOOD, pictures=(pinned, PICTURE))
+    made = replace(FEWER, pictures=(pinned, PICTURE))
+    given = of(LARGE, LARGE)
 
-    inputs.check_sizes(made, [(5, 99), (99, 5)], 2)  # the first belongs on any canvas, the second on its own
-    with pytest.raises(InputError, match=r"^image_sizes: has 1 entries, 2 image\(s\) given; give \(width, height\)"):
-        inputs.check_sizes(made, [(1, 2)], 2)
-    with pytest.raises(
-        InputError, match=r"^picture: 5x99 is resized to 14x28, the bundle is for 28x14; give a picture"
+    for sizes, planned in (
+        ([(99, 5), (5, 99)], [pinned, PICTURE]),  # the first belongs on its own canvas, the second on any
+        ([(5, 99), (99, 5)], [PICTURE, pinned]),
     ):
-        inputs.check_sizes(replace(made, pictures=(pinned,)), [(5, 99)], 1)
+        assert [one.picture for one in inputs.media(made, given, sizes)] == planned
+        assert [one.picture for one in inputs.media(made, np.concatenate(given), sizes)] == planned
+    with pytest.raises(InputError, match=r"^picture: 5x99 is resized to 14x28, the bundle is for 28x14; give a pict"):
+        inputs.media(replace(made, pictures=(pinned,)), given[:1], [(5, 99)])
+    with pytest.raises(InputError, match=r"^image_sizes: has 3 image\(s\), the bundle is planned for 2; give"):
+        inputs.media(made, given, [(9, 9)] * 3)
+
+
+def test_there_is_a_size_of_each_picture():
+    inputs.check_sizes([(1, 2), (3, 4)], 2)
+    for sizes, images in (([(1, 2)], 2), ([(1, 2)] * 3, 2)):
+        with pytest.raises(InputError, match=rf"^image_sizes: has {len(sizes)} entries, 2 image\(s\) given; give \(w"):
+            inputs.check_sizes(sizes, images)
+    with pytest.raises(InputError, match=r"^image_sizes: has 1 entries, 2 image\(s\) given; give \(width, height\)"):
+        inputs.media(FEWER, np.zeros((2, 3, 14, 28), np.float32), [(28, 14)])
+
+
+# Planned pictures of equal views that stand for different rows.
+
+OTHER = replace(PICTURE, runs=(Run(kind="text", rows=1, ids=(4,)), *PICTURE.runs))
+ALIKE = replace(FEWER, pictures=(PICTURE, OTHER))
+
+
+def test_pixels_of_prepare_know_their_planned_picture():
+    tall = replace(VIEWS.canvas, rule="pinpoints", among=((28, 14), (14, 28)))
+    one = replace(PICTURE, views=replace(VIEWS, canvas=tall))
+    made = replace(ALIKE, pictures=(one, OTHER))
+    wide, high = np.zeros((14, 28, 3), np.uint8), np.zeros((28, 14, 3), np.uint8)
+
+    pixels = inputs.read_images(made, [high, wide], Reading())
+
+    assert isinstance(pixels, inputs.Pixels) and pixels.pictures == (OTHER, one)
+    assert [found.picture for found in inputs.media(made, pixels)] == [OTHER, one]
+    alone = inputs.read_images(made, [high], Reading())
+    assert [found.picture for found in inputs.media(made, alone)] == [OTHER]
+    assert [found.picture for found in inputs.media(made, [alone])] == [OTHER]
+    assert [found.picture for found in inputs.media(made, [pixels[1:], pixels[:1]])] == [one, OTHER]
+    assert (pixels * 1).pictures == ()  # what was computed of them may be anything
+
+
+def test_pixels_of_another_bundle_are_those_of_planned_pictures_in_order():
+    pixels = inputs.read_images(ALIKE, [np.zeros((14, 28, 3), np.uint8)] * 2, Reading())
+
+    assert [one.picture for one in inputs.media(replace(ALIKE, pictures=(OTHER, OTHER)), pixels)] == [OTHER, OTHER]
+    with pytest.raises(InputError, match=r"^pixel_values: is \[2, 3, 14, 28\], the bundle is planned for \[1, 3"):
+        inputs.media(replace(ALIKE, pictures=(PICTURE,)), pixels)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_fewer_pictures_than_planned_that_might_be_several_are_refused(listed):
+    (given,) = of(LARGE)
+
+    with pytest.raises(InputError, match=r"^pixel_values: planned pictures of these views stand for different rows; g"):
+        inputs.media(ALIKE, [given] if listed else given)
+
+    both = [given, given] if listed else np.concatenate([given, given])
+    assert [one.picture for one in inputs.media(ALIKE, both)] == [PICTURE, OTHER]
+    sized = inputs.media(ALIKE, [given] if listed else given, [(28, 14)])
+    assert [one.picture for one in sized] == [PICTURE]
+    unlike = replace(FEWER, pictures=(PICTURE, replace(SMALL, runs=OTHER.runs)))
+    assert len(inputs.media(unlike, [given] if listed else given)) == 1
 
 
 # Prompts.
@@ -275,7 +334,8 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     Pipeline.prepare: {"prompt": None, "images": (), "system": None, "messages": None, "fit": False},
     Pipeline.generate: {"images": ()},
     Pipeline.generate_tokens: {
-        "max_new_tokens": None, "ignore_eos": False, "image_sizes": None, "sampling": None, "replace": None
+        "max_new_tokens": None, "ignore_eos": False, "image_sizes": None, "sampling": None, "replace": None,
+        "logits": True,
     },
     Pipeline.pixels: {"fit": False},
     Pipeline.run_graph: {"length": None},
@@ -396,7 +456,7 @@ def test_a_token_more_has_the_next_position_and_the_coded_length(axes):
     rows = {"image_embeds": "inputs_embeds", "deep": "deep_rows"}
     made = decoder(replace(GOOD, axes=axes, graphs=graphs, image_rows=rows), memory=memory, _next=-5, _restored=2)
 
-    found = made._decode(7, 20)
+    made._decode(7, 20)
 
     ((of, given),) = written
     assert [graph.name for graph in of] == ["decode.0", "decode.1"]
@@ -405,7 +465,7 @@ def test_a_token_more_has_the_next_position_and_the_coded_length(axes):
     assert given["position_ids"].tolist() == [[15]] * axes
     assert (given["cache_length"].tolist(), given["last_index"].tolist()) == ([20 + 2 * 2**24], [0])
     assert given["deep_rows"].tolist() == [[[0] * HIDDEN]]
-    assert found.tolist() == list(range(VOCAB))
+    assert made._logits().tolist() == list(range(VOCAB))
 
 
 def answering(monkeypatch, picks: list[int], logits: Any = 1.0) -> tuple[Any, list[list[int]], list[tuple[int, int]]]:
@@ -425,15 +485,11 @@ def answering(monkeypatch, picks: list[int], logits: Any = 1.0) -> tuple[Any, li
     found = decoder(GOOD, bundle=SimpleNamespace(folder="folder"))
     found.lock = threading.RLock()
 
-    def prefill(result: Result, turn: Turn) -> Any:
+    def prefill(result: Result, turn: Turn) -> None:
         result.prompt_tokens = 10
-        return np.full(3, logits, np.float32)
 
-    def decode(token: int, length: int) -> Any:
-        decoded.append((token, length))
-        return np.full(3, logits, np.float32)
-
-    found._prefill, found._decode = prefill, decode
+    found._prefill, found._decode = prefill, lambda token, length: decoded.append((token, length))
+    found._logits, found.memory = lambda: np.full(3, logits, np.float32), SimpleNamespace(finder=None)
     return found, seen, decoded
 
 
@@ -529,8 +585,8 @@ def prefilled(manifest: Any, outputs: dict[str, Any], prompt: list[int], picture
     features = SimpleNamespace(of=lambda media, seconds: seconds.update(vision=1.0) or {})
     made, result = decoder(manifest, memory=memory, features=features), Result()
     media = tuple(inputs.Media(picture, np.zeros(1)) for picture in pictures)
-    logits = made._prefill(result, Turn(prompt, media, 2, Sampling(), **turn))
-    return SimpleNamespace(decoder=made, result=result, logits=logits, buffers=buffers, ran=ran)
+    made._prefill(result, Turn(prompt, media, 2, Sampling(), **turn))
+    return SimpleNamespace(decoder=made, result=result, buffers=buffers, ran=ran)
 
 
 HEAD = replace(GRAPHS[1], outputs=(*GRAPHS[1].outputs, tensor("score", 1, 12)))
@@ -543,7 +599,7 @@ def test_a_whole_prompt_is_answered_as_the_graphs_choose(clock):
     found = prefilled(CHOOSES, RETURNED, [IMAGE, 3, IMAGE], (PICTURE, SMALL))
 
     assert found.ran == ["write", "prefill_head", "select", "prefill_tail"]
-    assert found.logits.tolist() == [7, 8]
+    assert found.decoder._logits().tolist() == [7, 8]
     assert found.result.kept_visual.tolist() == RETURNED["kept_visual"]
     assert found.buffers["score"].values.tolist() == [list(range(12))]
     assert (found.result.prompt_tokens, found.result.pictures) == (13, (PICTURE, SMALL))
@@ -583,6 +639,9 @@ class Words:
 
     def __init__(self) -> None:
         self.held = ""
+
+    def system_message(self, system: str) -> dict[str, Any]:
+        return {"role": "system", "content": [system]}
 
     def encode_chat(self, messages: Any) -> list[int]:
         self.messages = messages
@@ -671,6 +730,12 @@ def test_a_conversation_names_the_images_that_are_given(given, said):
     assert str(caught.value).startswith(said)
 
 
+def prepared(made: Any, *given: Any, **options: Any) -> Any:
+    """The messages that a tokenizer gets."""
+    made.prepare(*given, **options)
+    return made._text.messages
+
+
 def test_what_is_prepared_are_tokens_and_pixels():
     made = pipeline()
     picture = np.zeros((14, 28, 3), np.uint8)
@@ -679,6 +744,8 @@ def test_what_is_prepared_are_tokens_and_pixels():
 
     assert (ids, pixels.shape) == ([5, IMAGE], LARGE)
     assert [message["role"] for message in made._text.messages] == ["system", "user"]
+    assert made._text.messages[0]["content"] == ["b"]  # in the form that the template reads
+    assert [message["role"] for message in prepared(made, "a", picture)] == ["user"]
     text = [{"role": "user", "content": "a"}]
     assert pipeline(manifest=FEWER).prepare(messages=text) == ([5, IMAGE], None)
     assert [views.shape for views in made.pixels([picture])] == [LARGE]

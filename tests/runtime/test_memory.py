@@ -39,6 +39,18 @@ class Buffer:
         self.copied.append((rows.info.name, slot))
 
 
+class Step:
+    """Buffers that are filled all at once, and how often they were."""
+
+    def __init__(self, buffers: dict[TensorInfo, Buffer]) -> None:
+        self.buffers, self.written = buffers, 0
+
+    def write(self, values: dict[TensorInfo, np.ndarray]) -> None:
+        self.written += 1
+        for info, given in values.items():
+            self.buffers[info].write(given)
+
+
 class Session:
     def __init__(self, backend: Any, graph: Graph, bound: dict[str, Buffer]) -> None:
         self.backend, self.graph, self.bound = backend, graph, bound
@@ -60,6 +72,13 @@ class Backend:
         self.made.append(Buffer(info, host))
         return self.made[-1]
 
+    def together(self, infos: Any) -> Any:
+        self.step = Step({info: self.allocate(info, host=True) for info in infos})
+        return self.step
+
+    def finder(self, bundle: Any, logits: Any) -> Any:
+        return logits
+
     def open(self, bundle: Any, graph: Graph, buffers: Any) -> Any:
         return Session(self, graph, buffers)
 
@@ -78,9 +97,12 @@ CACHES = (
 )
 
 
+LAST = graph("last", "decode", [], [tensor("logits", 1, 1, 7)])  # a manifest has one that returns logits
+
+
 def memory(*graphs: Graph, backend: Any = None) -> tuple[Memory, Any]:
     made = backend or Backend()
-    return Memory(None, replace(GOOD, cache=CACHES, graphs=graphs), made), made  # type: ignore[arg-type]
+    return Memory(None, replace(GOOD, cache=CACHES, graphs=(*graphs, LAST)), made), made  # type: ignore[arg-type]
 
 
 def test_equal_names_and_shapes_are_one_buffer_and_caches_are_written_where_they_are_read():
@@ -93,6 +115,7 @@ def test_equal_names_and_shapes_are_one_buffer_and_caches_are_written_where_they
     assert made.buffer(tensor("x", 1, 3)) is not made.buffer(tensor("x", 1, 1))
     assert sorted((b.info.name, b.info.shape, b.host) for b in backend.made) == [
         ("hidden", (2,), True),
+        ("logits", (1, 1, 7), True),
         (f"{PAST}.0.key", (1, 2, 15, 4), False),
         ("x", (1, 1), True),
         ("x", (1, 3), True),
@@ -151,13 +174,45 @@ def test_a_whole_cache_is_not_copied_onto_itself():
 
     made.run(one)
 
-    assert [buffer.copied for buffer in backend.made] == [[]]
+    assert [buffer.copied for buffer in backend.made] == [[], []]
 
 
 @pytest.mark.parametrize("info", [cache(PRESENT, 16), cache(PAST, 14), tensor(f"{PRESENT}.0.key", 1, 3, 1, 4)], ids=str)
 def test_a_tensor_that_does_not_fit_its_cache_is_refused(info):
     with pytest.raises(BundleError, match=r"does not fit its cache, .*; export the bundle again"):
         memory(graph("one", "prefill", [info], []))
+
+
+DECODE = graph("decode", "decode", [tensor("inputs_embeds", 1, 1, 2), tensor("cache_length", 1)], [tensor("x", 2)])
+
+
+def test_what_the_host_hands_to_a_token_is_written_all_at_once():
+    """Also the rows of images; not what one graph returns to the next, and not some of it."""
+    more = graph("more", "decode", [tensor("x", 2), tensor("deep_rows", 1), tensor("cache_length", 1)], [])
+    made = Backend()
+    manifest = replace(
+        GOOD, cache=CACHES, graphs=(DECODE, more, LAST), image_rows={"a": "inputs_embeds", "b": "deep_rows"}
+    )
+    found = Memory(None, manifest, made)  # type: ignore[arg-type]
+    given = {"inputs_embeds": np.ones((1, 1, 2)), "cache_length": np.array([5]), "deep_rows": np.array([6])}
+
+    assert {info.name for info in made.step.buffers} == {"inputs_embeds", "cache_length", "deep_rows"}
+    found.write([DECODE, more], given)
+    assert made.step.written == 1
+    assert {name: found.buffer(info).read().reshape(-1).tolist() for name, info in STEP.items()} == {
+        "inputs_embeds": [1, 1], "cache_length": [5], "deep_rows": [6]
+    }  # fmt: skip
+    found.write([DECODE], given | {"cache_length": np.array([9])})
+    assert made.step.written == 1 and found.buffer(STEP["cache_length"]).read().tolist() == [9]
+
+
+STEP = {"inputs_embeds": DECODE.inputs[0], "cache_length": DECODE.inputs[1], "deep_rows": tensor("deep_rows", 1)}
+
+
+def test_the_highest_logits_are_looked_for_in_those_of_the_last_graph():
+    made, _ = memory(graph("other", "decode", [], [tensor("logits", 1, 1, 9)]))
+
+    assert made.finder is made.buffer(LAST.outputs[0])  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("array is too big")])
@@ -207,7 +262,7 @@ def compute(name: str, bound: dict[str, Buffer]) -> None:
 
 
 def features(*graphs: Graph, pictures: Any = (PICTURE, TILED)) -> tuple[Features, Any]:
-    manifest: Manifest = replace(GOOD, graphs=graphs, pictures=pictures, cache=())
+    manifest: Manifest = replace(GOOD, graphs=(*graphs, LAST), pictures=pictures, cache=())
     backend: Any = Backend(compute)
     return Features(manifest, Memory(None, manifest, backend)), backend  # type: ignore[arg-type]
 
