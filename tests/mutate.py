@@ -51,8 +51,10 @@ def exporting(*files: str, only: str = "") -> Selection:
 PIPELINE = exporting("runtime/test_pipeline.py", only="not host_touches and not interleaved and not thread")
 RUNS = exporting("runtime/test_anyres.py", "runtime/test_sources.py")
 BUNDLE = exporting("runtime/test_bundle.py", "runtime/test_external.py", only="not damage and not single_bit")
-
-
+SEEN = quick(
+    *(f"exporter/families/test_{name}.py" for name in ("internvl", "llava_next", "smolvlm", "unpadded")),
+    only="sizes or grids or boxes or cells_lie or as_the_release_counts",
+)
 MANIFEST = quick("runtime/test_manifest.py")
 INPUTS = quick("runtime/test_inputs.py", "runtime/test_memory.py")
 SPLIT = exporting("exporter/test_split.py", only="bodies_of_small")
@@ -76,11 +78,12 @@ CHECK = exporting("exporter/test_check.py", only="(names_the_stage or certificat
 CLEAN = exporting("exporter/test_check_methods.py", only="a_clean_bundle and bodies and not yopo and not float16")
 MISTAKES = exporting("exporter/test_check_methods.py", only="himix and not graphs")
 TESTS: dict[str, tuple[Selection, ...]] = {  # by the beginning of a file's path; the first that fits
-    "runtime/pipeline/sampling": (quick("runtime/test_sampling.py"), PIPELINE),
+    "runtime/pipeline/sampling": (quick("runtime/test_sampling.py", "runtime/test_highest.py"), PIPELINE),
     "runtime/pipeline": (INPUTS, quick("runtime/test_layout.py"), PIPELINE, RUNS, FEWER),
     "runtime/pictures/layout": (quick("runtime/test_inputs.py", "runtime/test_layout.py"), MANIFEST, BUNDLE, PIPELINE),
     "runtime/pictures": (
-        quick(*(f"runtime/test_{name}.py" for name in ("image", "anyres", "sources", "layout"))),
+        quick(*(f"runtime/test_{name}.py" for name in ("image", "anyres", "views", "sources", "layout"))),
+        SEEN,
         RUNS,
         BUNDLE,
     ),
@@ -438,6 +441,9 @@ def preload(folder: Path) -> None:
     import torch
     import torch.onnx._internal.exporter._registration
     from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: F401
+    from transformers.models.got_ocr2 import image_processing_pil_got_ocr2  # noqa: F401
+    from transformers.models.idefics3 import image_processing_pil_idefics3  # noqa: F401
+    from transformers.models.llava_next import modeling_llava_next  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lvlm_edge.runtime import Pipeline
+from lvlm_edge.runtime.backends import Highest
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import InputError, LvlmEdgeError, UnsupportedError, UsageError
 from lvlm_edge.runtime.pictures.layout import Run, is_complete, lay_out, positions_of
@@ -21,7 +22,7 @@ from lvlm_edge.runtime.pictures.sources import Reading
 from lvlm_edge.runtime.pipeline import decoder as decoding
 from lvlm_edge.runtime.pipeline import inputs
 from lvlm_edge.runtime.pipeline.decoder import Decoder, Result, Turn
-from lvlm_edge.runtime.pipeline.sampling import Sampling, StopStrings
+from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings
 from tests.runtime.test_manifest import GOOD, GRAPHS, HIDDEN, PICTURE, VIEWS, VOCAB, tensor
 
 IMAGE = PICTURE.token_id
@@ -295,6 +296,10 @@ def test_a_prompt_keeps_its_share_of_fewer_pictures(manifest, config, visual, ke
         (Run(kind="visual", rows=5, grid=(2, 3), missing=1), True),
         (Run(kind="visual", rows=5, grid=(2, 3), leading=-1), False),
         (Run(kind="visual", rows=7, grid=(2, 3), missing=-1), False),
+        (Run(kind="visual", rows=9, grid=(2, 3), leading=1, row_ends=1), True),
+        (Run(kind="visual", rows=12, grid=(2, 3), row_ends=3), True),
+        (Run(kind="visual", rows=6, grid=(2, 3), row_ends=1), False),
+        (Run(kind="visual", rows=4, grid=(2, 3), row_ends=-1), False),
         (Run(kind="visual", rows=6, grid=(2, 3), leading=-1, missing=-1), False),
         (Run(kind="text", rows=1, ids=(0,)), True),
         (Run(kind="text", rows=2, ids=(3, -1)), False),
@@ -551,6 +556,32 @@ def test_logits_that_are_not_finite_are_an_error_where_nobody_wants_them(wanted,
             LvlmEdgeError, match=r"^folder: logits of token 0 are not finite.* range of float32; export"
         ):
             list(made.tokens(Result(), turn))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "highest", "wanted", "token", "read"),
+    [
+        (Sampling(), Highest(np.array([3, 8]), np.array([1, 5], np.float32)), False, 8, 0),
+        (Sampling(), Highest(np.array([3, 8]), np.array([1, 5], np.float32)), True, 6, 1),  # somebody wants all
+        (Sampling(), Highest(np.array([3, 8]), np.array([5, 5], np.float32)), False, 6, 1),  # others may be as high
+        (Sampling(), None, False, 6, 1),  # one may not be finite
+        (Sampling(repetition_penalty=0.5), Highest(np.array([3, 8]), np.ones(2, np.float32)), False, 6, 1),
+    ],
+)
+def test_all_logits_are_read_where_the_highest_are_not_enough(sampling, highest, wanted, token, read):
+    looked: list[Any] = []
+    finder = SimpleNamespace(find=lambda: looked.append("highest") or highest)
+    made = decoder(GOOD, memory=SimpleNamespace(finder=finder))
+    rows: list[Any] | None = [] if wanted else None
+    logits = np.zeros(VOCAB, np.float32)
+    logits[6] = 7
+    made._logits = lambda: looked.append("all") or logits
+
+    assert made._pick(Sampler(sampling), [], rows, 0) == token
+
+    assert looked.count("all") == read
+    assert looked.count("highest") == int(not wanted and sampling.repetition_penalty == 1)
+    assert rows is None or (len(rows) == 1 and rows[0] is not logits and rows[0].tolist() == logits.tolist())
 
 
 def test_an_answer_cannot_go_on_after_another_prompt(monkeypatch):

@@ -126,8 +126,12 @@ def canvas(**fields: Any) -> Change:
     return lambda m: replace(m, pictures=(replace(PICTURE, views=changed),))
 
 
+def views(**fields: Any) -> Change:
+    return lambda m: replace(m, pictures=(replace(PICTURE, views=replace(VIEWS, **fields)),))
+
+
 def tiles(*given: int) -> Change:
-    return lambda m: replace(m, pictures=(replace(PICTURE, views=replace(VIEWS, tiles=given)),))
+    return views(tiles=given)
 
 
 def field(**fields: Any) -> Change:
@@ -194,6 +198,28 @@ BELIEFS: list[tuple[Change, str, bool]] = [  # a change, words of what may be sa
     (canvas(rule="pinpoints", among=((14, 28),)), "impossible canvas", True),
     (canvas(rule="pinpoints"), "impossible canvas", True),
     (canvas(among=((0, 0),)), "impossible canvas", False),  # under a rule that does not read them
+    (canvas(rule="ratio", among=((14, 28), (28, 14))), "impossible canvas", False),
+    (canvas(rule="ratio", among=((14, 28),)), "impossible canvas", True),
+    (canvas(rule="ceil", longest=TOP), "impossible canvas", False),
+    (canvas(longest=TOP + 1), "impossible canvas", True),
+    (canvas(longest=-1), "impossible canvas", True),
+    (canvas(cells=(1, TOP)), "impossible canvas", False),  # which are not read without a picture
+    (canvas(cells=(TOP + 1, 1)), "impossible canvas", True),
+    (canvas(cells=(0, -1)), "impossible canvas", True),
+    (canvas(picture=(0, -1)), "impossible canvas", True),
+    (canvas(picture=(28, 14), cells=(4, 8)), "impossible canvas", False),
+    (canvas(picture=(TOP, 1), cells=(8, 8)), "impossible canvas", True),  # which covers no whole cell
+    (canvas(picture=(1, TOP), cells=(8, 8)), "impossible canvas", True),
+    (canvas(picture=(28, 28), cells=(TOP, 1)), "impossible canvas", False),
+    (canvas(picture=(TOP + 1, TOP), cells=(8, 8)), "impossible canvas", True),
+    (canvas(picture=(0, 14), cells=(4, 8)), "impossible canvas", True),
+    (canvas(picture=(28, 0), cells=(4, 8)), "impossible canvas", True),
+    (canvas(picture=(28, 14), cells=(0, 8)), "impossible canvas", True),
+    (canvas(picture=(28, 14), cells=(4, 0)), "impossible canvas", True),
+    (views(fit="stretch"), "impossible canvas", False),
+    (views(fit="fill"), "impossible canvas", True),
+    *((views(whole=whole, tiles=(1, 1)), "impossible canvas", False) for whole in ("first", "last", "none")),
+    (views(whole="middle"), "impossible canvas", True),
     (tiles(1, 1), "impossible canvas", False),
     (tiles(0, 1), "impossible canvas", True),
     (tiles(1, 0), "impossible canvas", True),

@@ -864,3 +864,55 @@ class Loud(str):
 
 def test_a_string_of_another_class_is_none_of_ours() -> None:
     assert chat_module.plain_value(Loud("a")) == "<Loud>"
+
+
+# System messages.
+
+LISTS = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part is mapping and 'text' in part %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+STRINGS = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} "
+    "{% else %}{{ message['content'][0]['text'] }} {% endif %}{% endfor %}"
+)
+SYSTEMS = {  # a template, and the form in which it reads a system message, None where it reads none
+    "text alone": (
+        "{% for m in messages %}{{ m.content + ' ' if m.role == 'system' else m.content[0].text }}{% endfor %}",
+        "text",
+    ),
+    "both": (STRINGS, "text"),
+    "lists alone": (LISTS, "list"),
+    "lists, and refuses text": (
+        "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}" + LISTS, "list"
+    ),
+    "none": ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endif %}{% endfor %}",
+             None),
+    "refuses them": (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ 'w5' }}", None
+    ),
+    "for an answer only": ("{% if add_generation_prompt %}" + STRINGS + "{% endif %}", "text"),
+    "without an answer only": ("{% if not add_generation_prompt %}" + STRINGS + "{% endif %}", None),
+    "of a question only": (  # which is a list with a part of text, as `Pipeline.prepare` makes it
+        "{% if messages[1]['content'][0]['type'] == 'text' and messages[1]['role'] == 'user' %}" + STRINGS
+        + "{% endif %}",
+        "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_message_has_the_form_that_the_template_reads(name, tmp_path, caplog):
+    template, form = SYSTEMS[name]
+    text = Text.load(tmp_path, save(tmp_path, tiny.tokenizer(), template, "<s>", "</s>"))
+    parts = [{"type": "text", "text": "w7"}]
+
+    found = text.system_message("w7")
+
+    assert found == {"role": "system", "content": parts if form == "list" else "w7"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (form is None)
+    assert all(one.startswith("system message: the chat template has no place for one, so it is left") for one in said)
+    if form is not None:
+        question = {"role": "user", "content": [{"type": "text", "text": "w8"}]}
+        assert text.encode_chat([found, question]) == [7, 8]
