@@ -34,6 +34,9 @@ def changes(source: str) -> set[str]:
         ("if a:\n    b.c = d", ["a -> (not a)", "b.c = d -> pass"]),
         ("a(b)", ["a(b) -> pass"]),
         ("a += b", ["a += b -> pass"]),
+        ("x = a.reshape(2, -1)", ["2 -> 3", "2 -> (1)", "1 -> (0)"]),
+        ("x = zip(a, b, strict=False)", ["False -> True"]),
+        ("x = file.read(MOST + 1)", ["+ -> -", "1 -> 2", "1 -> (0)"]),
         ("raise E(f'{1 + 2}')", ["raise E(f'{1 + 2}') -> pass"]),
     ],
     ids=str,
@@ -55,11 +58,29 @@ def test_changes_are_small(source, found):
         "x = 'a' + b",
         "x = {'help': 1}",
         "x = 1000",
+        "x = file.read(1 << 20)",
+        "x = zip(a, b, strict=True)",
+        "x = secrets.token_hex(8)",
+        "x = json.dumps(a, indent=1)",
         "def f() -> UsageError:\n    return a + 1",
     ],
 )
 def test_nothing_is_changed_that_nobody_can_tell(source):
     assert changes(source) == set()
+
+
+def test_changes_that_were_found_to_be_none_are_still_there_to_be_left_out():
+    for file, lines in mutate.SAME.items():
+        source = (mutate.ROOT / file).read_text("utf-8")
+        every, left = (
+            [(m.line, m.old.strip(), m.new.strip()) for m in mutate.Changes(name, source).found]
+            for name in ("other", file)
+        )
+        for begins, old, new in lines:
+            at = [i for i, line in enumerate(source.splitlines(), 1) if line.strip().startswith(begins)]
+            assert len(at) == 1, (file, begins)
+            assert (at[0], old, new) in every
+            assert (at[0], old, new) not in left
 
 
 def test_every_file_that_is_changed_has_tests():

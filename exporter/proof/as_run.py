@@ -41,7 +41,9 @@ def compare(pipe: Pipeline, model: Any, cases: Sequence[Case], steps: Sequence[i
     rounds = pipe.backend.name == "ort" and pipe.manifest.formats.quantized
     rows = [row for case, n in zip(cases, steps, strict=True) for row in judged(_case, pipe, model, case, n, rounds)]
     rows = [replace(row, stage=f"as run: {row.stage}") for row in rows]
-    return rows + _unrounded(pipe, model, *max(zip(cases, steps, strict=True), key=lambda pair: pair[1])) * rounds
+    if rounds:
+        rows += _unrounded(pipe, model, *max(zip(cases, steps, strict=True), key=lambda pair: pair[1]))
+    return rows
 
 
 def _unrounded(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:

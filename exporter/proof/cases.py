@@ -66,7 +66,7 @@ def synthetic(pipe: Pipeline, seed: int = 0, sizes: tuple[tuple[int, int], ...] 
     for name, text, before in (
         ("short", min(6, room), 1),
         ("middle", max(2, room // 2), min(room // 4, 35)),
-        ("full", room, min(5, room - 1)),
+        ("full", room, 5),
     ):
         ids = random_text(rng, manifest, text)
         before = min(before, text - 1)

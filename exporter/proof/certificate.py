@@ -73,5 +73,4 @@ def versions() -> dict[str, str]:
 
 def _digest(values: NDArray[Any] | Sequence[NDArray[Any]]) -> str:
     """sha256 of the bytes of a tensor, or of several one after the other, hexadecimal."""
-    parts = [values] if isinstance(values, np.ndarray) else values
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in values)).hexdigest()

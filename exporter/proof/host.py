@@ -59,7 +59,7 @@ def _equal(stage: str, found: Any, wanted: Any, note: str = "") -> Row:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it, so that tuples are lists."""
-    return json.loads(json.dumps(value, default=asdict, sort_keys=True))
+    return json.loads(json.dumps(value, default=asdict))
 
 
 def planned(pipe: Pipeline, of: Checkpoint) -> Plan:

@@ -325,7 +325,7 @@ def _image_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
         width, height = view_size(picture.views)
         shapes = [t.shape for t in seen]
         yield f"pixel_values are {shapes}, expected [1, 3, {height}, {width}]", shapes == [(1, 3, height, width)]
-        per_view = graphs[-1:] and any(t.name == "pixel_values" for t in graphs[-1].inputs)
+        per_view = bool(graphs) and any(t.name == "pixel_values" for t in graphs[-1].inputs)
         times = picture.views.count if per_view else 1
         image = picture.rows("visual", "separator")
         for name in m.image_rows:

@@ -180,8 +180,8 @@ def _open(source: str | os.PathLike[str] | bytes, where: str) -> Image:
 def _reduce(picture: Image, megapixels: float) -> None:
     """Have a large JPEG decoded at a fraction of its size, which takes as little memory as that."""
     width, height = picture.size
-    parts = [part for part in (1, 2, 4, 8) if -(-width // part) * -(-height // part) <= megapixels * 1e6]
-    if picture.format == "JPEG" and parts[:1] != [1]:
+    parts = [part for part in (1, 2, 4) if -(-width // part) * -(-height // part) <= megapixels * 1e6]
+    if picture.format == "JPEG":
         part = min(parts, default=8)
         picture.draft(picture.mode, (max(1, width // part), max(1, height // part)))
 

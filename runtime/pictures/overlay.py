@@ -29,9 +29,10 @@ def cells(kept: Any, run: Run, start: int) -> list[int]:
         kept: ascending indices among the visual tokens of all pictures, int [k].
         start: index of the run's first visual token.
     """
-    mine = kept[(kept >= start) & (kept < start + run.rows)] - start - run.leading + run.missing
+    mine = kept[(kept >= start) & (kept < start + run.rows)] - start
+    mine = mine[mine >= run.leading] - run.leading + run.missing
     columns = run.grid[1] if run.grid is not None else 1
-    row, column = np.divmod(mine[mine >= 0], columns + run.row_ends)
+    row, column = np.divmod(mine, columns + run.row_ends)
     return [int(i) for i in (row * columns + column)[column < columns]]
 
 

@@ -177,14 +177,20 @@ def edged(size: tuple[int, int], longest: int) -> tuple[int, int]:
     """
     if not longest:
         return size
+    width, height = _along(size, longest)
+    if size[0] >= size[1]:
+        height = max(1, height + height % 2)
+    else:
+        width = max(1, width + width % 2)
+    if max(width, height) > MOST:
+        width, height = _along((width, height), MOST)
+    return max(1, width), max(1, height)
+
+
+def _along(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size whose longer side is `longest`, the other one cut to whole pixels."""
     ratio = size[0] / size[1]
-    wide = size[0] >= size[1]
-    other = int(longest / ratio) if wide else int(longest * ratio)
-    long, short = longest, max(1, other + other % 2)
-    if long > MOST:
-        ratio = (long if wide else short) / (short if wide else long)
-        long, short = MOST, max(1, int(MOST / ratio) if wide else int(MOST * ratio))
-    return (long, short) if wide else (short, long)
+    return (longest, int(longest / ratio)) if size[0] >= size[1] else (int(longest * ratio), longest)
 
 
 def rounded_up(size: tuple[int, int], factor: int) -> tuple[int, int]:

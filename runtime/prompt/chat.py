@@ -177,8 +177,7 @@ class Text:
         """What a user cannot write: special tokens, and other added tokens that the template uses."""
         named = {self._config.image_token, self._config.bos_token, self._config.eos_token}
         named |= {token.content for token_id, token in self._added.items() if token_id == self._config.video_token_id}
-        unknown = {self._config.image_token} if self._config.image_token_id < 0 else set()
-        return frozenset(unknown) | frozenset(
+        return frozenset({self._config.image_token}) | frozenset(
             token.content
             for token in self._added.values()
             if not token.content.isspace()

@@ -132,4 +132,5 @@ def test_graphs_that_run_are_judged_in_every_format(gqa, export_once, name):
         kinds = ["as run"] if name.startswith("float") else ["as run", "as run, unrounded"]
         assert found - {"as run, unrounded: rounding"} == {f"{k}: {s}" for k in kinds for s in STAGES}
         assert ("as run, unrounded: rounding" in found) == (len(kinds) == 2)
+        assert len([row for row in verdict.rows if row.stage == "loss"]) == 3 * (len(kinds) == 2)
         assert all(row.bound is not None for row in verdict.rows if row.stage != "loss")

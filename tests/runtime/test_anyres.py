@@ -236,6 +236,70 @@ def test_a_manifest_whose_tiles_do_not_fit_together_is_refused(field, value, sai
         bundle.load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(("factor", "bounds"), [(28, (56 * 56, 100 * 28 * 28)), (32, (4096, 4096)), (14, (1, 1 << 30))])
+def test_sides_are_rounded_as_in_transformers(factor, bounds):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    sides = [1, 2, 13, 14, 15, 28, 41, 42, 43, 55, 56, 57, 70, 98, 111, 200, 280, 281, 333, 800]
+    pairs = [(w, h) for w in sides for h in sides if max(w, h) / min(w, h) <= 200]
+    assert (1, 200) in pairs and (200, 1) in pairs
+
+    for width, height in pairs:
+        canvas = views.Canvas(size=(1, 1), rule="multiple", factor=factor, pixels=bounds)
+        height_, width_ = smart_resize(height, width, factor, *bounds)
+        assert views.canvas_of((width, height), canvas) == (width_, height_), (width, height)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (401, 2)])
+def test_a_picture_more_than_200_times_as_long_as_wide_is_refused(size):
+    said = rf"is {size[0]}x{size[1]}, one side more than 200 times the other, expected at most 200; crop it first"
+    with pytest.raises(InputError, match=said):
+        views.multiple(size, 14, (1, 1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("how", "size"),
+    [
+        ({"crop": (3, 5)}, (5, 3)),
+        ({"resize_to": (3, 5)}, (5, 3)),
+        ({"resize_to": (9, 9), "crop": (3, 5)}, (5, 3)),
+        ({"shortest_edge": 7, "crop": (3, 5)}, (5, 3)),
+        ({"shortest_edge": 7}, (7, 7)),
+    ],
+    ids=str,
+)
+def test_a_view_is_as_large_as_the_last_step_makes_it(how, size):
+    assert views.view_size(views.Views(canvas=views.Canvas(size=(1, 1)), how=image.Preprocessing(**how))) == size
+
+
+def test_views_are_the_whole_picture_and_its_tiles():
+    made = views.Views(canvas=views.Canvas(size=(112, 168)), how=HOW, tiles=(3, 2))
+    boxes = views.boxes((112, 168), made, [(4, 4)] * 7)
+
+    assert (made.count, views.pixels(picture(100, 150), made).shape) == (7, (7, 3, 56, 56))
+    assert [box.shape for box in boxes] == [(16, 4)] * 7
+    assert boxes[0][[0, -1]].tolist() == [[0, 0, 28, 42], [84, 126, 112, 168]]
+    assert [box[0].tolist() for box in boxes[1:]] == [[x, y, x + 14, y + 14] for y in (0, 56, 112) for x in (0, 56)]
+    alone = views.Views(canvas=views.Canvas(size=(56, 56)), how=HOW)
+    assert (alone.count, len(views.boxes((56, 56), alone, [(4, 4)]))) == (1, 1)
+
+
+def test_patches_of_tiles_are_cut_to_whole_pixels_and_scaled_back():
+    """A canvas of 100 x 60 in 3 x 2 tiles of 2 x 3 patches, of 16 x 10, holds a picture of 50 x 20 as 100 x 40."""
+    planned = views.Views(canvas=views.Canvas(size=(100, 60)), tiles=(3, 2), how=HOW)
+
+    found = views.tile_boxes((50, 20), planned, (2, 3))
+
+    expected = []
+    for tile_y in (0, 20, 40):
+        for tile_x in (0, 50):
+            for y in (0, 10):
+                for x in (0, 16, 32):
+                    left, top = tile_x + x, tile_y + y - 10
+                    expected.append([left / 2, top / 2, (left + 16) / 2, (top + 10) / 2])
+    assert found.tolist() == expected
+
+
 def test_a_picture_has_at_least_one_pixel():
     canvas = views.Canvas(size=(56, 56))
 

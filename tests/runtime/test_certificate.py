@@ -65,6 +65,16 @@ def test_a_certificate_that_does_not_hold_is_warned_of_and_refused_where_it_is_r
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"passed": true}'])
+def test_a_certificate_that_cannot_be_read_says_nothing(content, bundle):
+    (bundle / "certificate.json").write_text(content)
+
+    found = certificate.read(bundle, "manifest.json")
+
+    assert found == certificate.Certificate(passed=None, of_this_bundle=False, cases=0, steps=0, not_judged=())
+    assert not found.holds and found.state() == "damaged"
+
+
 def test_a_bundle_without_a_certificate_is_refused_only_where_it_is_required(bundle, caplog):
     certificate.consult(bundle, "manifest.json", required=False)
 

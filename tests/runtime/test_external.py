@@ -132,3 +132,109 @@ def test_a_graph_exchanged_after_it_was_hashed_is_not_opened(bundle):
 
     with pytest.raises(BundleError, match=r"decode\.onnx: was altered"):
         opened.graph("decode.onnx")
+
+
+# Weights and operators, as onnx reads them.
+
+
+def saved(name: str, kind: int, dims: list[int], **entries: str) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def test_weights_are_those_that_onnx_reads():
+    tensors = [
+        saved("a", TensorProto.FLOAT, [3, 129], location="w", offset="70000", length="1548"),
+        saved("b", TensorProto.INT8, [], location="w"),
+        saved("é", TensorProto.INT4, [1 << 62, 1, 127, 128], location="w", length="0", checksum="x"),
+        helper.make_tensor("inside", TensorProto.FLOAT, [1], [1.0]),
+        saved("nowhere", TensorProto.FLOAT, [1], offset="1"),
+    ]
+    made = helper.make_model(helper.make_graph([], "g", [], [], tensors), producer_name="x" * 300)
+
+    found = external.weights(made.SerializeToString())
+
+    assert found == (
+        external.Weight("a", TensorProto.FLOAT, (3, 129), 70000, 1548),
+        external.Weight("b", TensorProto.INT8, (), 0, None),
+        external.Weight("é", TensorProto.INT4, (1 << 62, 1, 127, 128), 0, 0),
+    )
+
+
+def test_weights_of_subgraphs_are_not_the_graphs():
+    assert [weight.name for weight in external.weights(model().SerializeToString())] == ["w"]
+
+
+def test_operators_are_named_with_their_domain_in_subgraphs_and_functions_too():
+    made = model()
+    made.graph.node.add(op_type="MatMulNBits", domain="com.microsoft")
+
+    found = external.operators(made.SerializeToString())
+
+    assert found == {("", "If"), ("", "Constant"), ("com.microsoft", "MatMulNBits")}
+
+
+def varint(value: int) -> bytes:
+    """A number as protocol buffers write it: 7 bits to a byte, the lowest first."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def message(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+ENTRY = message(13, message(1, b"location") + message(2, b"w"))
+DIMS = [1, 127, 128, 300, (1 << 63) - 1]
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [message(1, b"".join(map(varint, DIMS))), b"".join(varint(1 << 3) + varint(n) for n in DIMS)],
+    ids=["packed", "one by one"],
+)
+def test_fields_of_other_kinds_are_passed_over(dims):
+    """Numbers of 4 and 8 bytes, and fields that no version of the format has yet."""
+    fixed = varint(100 << 3 | 1) + bytes(8) + varint(101 << 3 | 5) + bytes(4) + varint(2000 << 3) + varint(5)
+    tensor = fixed + dims + fixed + varint(2 << 3) + varint(10) + message(8, b"name") + ENTRY + fixed
+    content = fixed + message(7, fixed + message(5, tensor) + fixed) + fixed
+
+    assert external.weights(content) == (external.Weight("name", 10, tuple(DIMS), 0, None),)
+    assert external.locations(content) == {"w"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80", "a number without end at byte 1"),
+        (b"\xff" * 11, "a number without end at byte 10"),
+        (varint(7 << 3 | 2) + b"\x80", "a number without end at byte 2"),
+        (varint(7 << 3 | 3), "wire type 3 at byte 1"),
+        (varint(7 << 3 | 6), "wire type 6 at byte 1"),
+        (varint(7 << 3 | 2) + b"\x05abcd", "a field that ends at byte 7, after its message's end at 6"),
+        (varint(9 << 3 | 1) + bytes(7), "a field that ends at byte 9, after its message's end at 8"),
+        (varint(9 << 3 | 5) + bytes(3), "a field that ends at byte 5, after its message's end at 4"),
+        (
+            message(7, varint(1 << 3 | 2) + b"\x03ab") + varint(9 << 3) + b"\x01",
+            "a field that ends at byte 7, after its message's end at 6",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_protocol_buffer_is_said_with_its_place(content, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        external.locations(content)
+
+
+def test_a_number_has_ten_bytes_at_most():
+    whole = varint(9 << 3) + b"\xff" * 9 + b"\x01"
+
+    assert external.locations(whole) == set()
+    assert (
+        external.locations(varint(9 << 3 | 1) + bytes(8)) == external.locations(varint(9 << 3 | 5) + bytes(4)) == set()
+    )

@@ -193,6 +193,19 @@ def test_transparent_pixels_are_white_and_not_the_black_behind_them(tmp_path: Pa
     assert (opened[0, 0] == 255).all() and opened[3, 3].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_colour_that_is_transparent_is_white(mode: str, tmp_path: Path) -> None:
+    made = PIL.Image.new(mode, (4, 4), 0 if mode != "RGB" else (0, 0, 0))
+    made.paste(1 if mode == "P" else 99 if mode == "L" else (99, 99, 99), (0, 0, 2, 2))
+    if mode == "P":
+        made.putpalette([0, 0, 0, 99, 99, 99])
+    made.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+
+    opened = np.array(image.open_image(tmp_path / "a.png"))
+
+    assert opened[3, 3].tolist() == [255] * 3 and opened[0, 0].tolist() == [99] * 3
+
+
 DEEP = [("a.png", np.uint16), ("a.tiff", np.uint16), ("a.tiff", np.float32), ("a.tiff", np.int32)]
 
 
@@ -284,6 +297,76 @@ def test_a_picture_over_a_limit_is_not_decoded(
 
     with pytest.raises(InputError, match=r"too large .*expected at most 98|expected at most 9\.9e-05; scale it down"):
         image.open_image(path, megapixels=own)
+
+
+def test_a_picture_of_as_many_pixels_as_the_limit_is_read_and_one_of_more_is_not() -> None:
+    assert image.open_image(picture("RGB", 10, 10), megapixels=1e-4).size == (10, 10)
+    with pytest.raises(InputError, match=r"picture: the picture is 10x11, 0\.0 megapixels, expected at most 0\.0001"):
+        image.open_image(picture("RGB", 10, 11), megapixels=1e-4)
+
+
+@pytest.mark.parametrize(("format_", "fractions"), [("JPEG", {2: (9, 8), 4: (5, 4), 8: (3, 2)}), ("PNG", {})])
+def test_a_jpeg_is_reduced_as_little_as_the_limit_asks_for(format_: str, fractions: dict[int, tuple[int, int]]) -> None:
+    file = io.BytesIO()
+    picture("RGB", 17, 15).save(file, format_)
+    sizes = {1: (17, 15)} | fractions  # of a half, a quarter and an eighth, rounded up
+
+    for width, height in sizes.values():
+        found = image.open_image(file.getvalue(), megapixels=width * height / 1e6)
+        assert found.size == (width, height)
+    smallest = min(width * height for width, height in sizes.values())
+    with pytest.raises(InputError, match="expected at most"):
+        image.open_image(file.getvalue(), megapixels=(smallest - 1) / 1e6)
+
+
+def test_what_a_picture_is_resized_to_has_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert image.MEGAPIXELS == 25
+    monkeypatch.setattr(image, "MEGAPIXELS", 0.0006)
+    how = Preprocessing(shortest_edge=20)
+
+    assert image.preprocess(picture("RGB", 4, 6), how).shape == (1, 3, 30, 20)
+    said = r"picture: 40x64 is too long and thin, it would be resized to 20x32, expected at most 0\.0006 megapixels"
+    with pytest.raises(InputError, match=said):
+        image.preprocess(picture("RGB", 40, 64), how)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("", "''"), (b"abc", "picture of 3 bytes"), ("no\nwhere.png", "no where.png"), (Path("x.png"), "x.png")],
+)
+def test_a_picture_is_called_by_its_name(source: str | bytes | Path, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        image.open_image(source)
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+def test_what_a_format_trips_over_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a\nb")
+
+    monkeypatch.setattr(PIL.Image, "open", fail)
+
+    with pytest.raises(InputError, match=r"^picture of 1 bytes: cannot be read as a picture \(a b\), expected a JPEG"):
+        image.open_image(b"x")
+
+
+def test_a_picture_of_pillow_is_called_by_its_file(tmp_path: Path) -> None:
+    made = PIL.Image.fromarray(np.zeros((4, 4), np.int32))
+    with pytest.raises(InputError, match=r"^picture: its pixels are I"):
+        image.open_image(made)
+    made.save(tmp_path / "deep.tiff")
+    with pytest.raises(InputError, match=r"deep\.tiff: its pixels are I"):
+        image.open_image(PIL.Image.open(tmp_path / "deep.tiff"))
+
+
+@pytest.mark.parametrize("part", ["mean", "std"])
+def test_pixels_are_normalised_where_mean_and_deviation_are_given(part: str) -> None:
+    made = picture("RGB", 5, 4)
+    one: dict[str, tuple[float, float, float]] = {part: (0.1, 0.2, 0.3)}
+
+    found = image.preprocess(made, Preprocessing(rescale=1 / 255, **one))  # type: ignore[arg-type]
+
+    np.testing.assert_array_equal(found[0].transpose(1, 2, 0), (np.array(made) / 255).astype(np.float32))
 
 
 def test_a_picture_that_would_be_resized_beyond_measure_is_refused() -> None:
@@ -415,3 +498,44 @@ def test_a_damaged_tiff_is_an_answer_or_an_error_and_no_warning(recwarn: pytest.
             image.open_image(content)
 
     assert [str(each.message) for each in recwarn] == []
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [((384, 1), (384, 1)), ((383, 2), (766, 4)), ((192, 100), (384, 200)), ((191, 3), (573, 9)), ((2, 400), (2, 400))],
+)
+def test_small_pictures_are_enlarged_by_whole_factors(size: tuple[int, int], drawn: tuple[int, int]) -> None:
+    views = Views(canvas=Canvas(size=(112, 112)), how=SIGLIP)
+    planned = Picture(token_id=7, graphs=(), views=views, runs=(Run(kind="visual", rows=4, grid=(2, 2)),))
+
+    assert overlay.draw([planned], [PIL.Image.new("RGB", size)], np.array([0])).size == drawn
+
+
+def test_pictures_of_several_sizes_stand_side_by_side() -> None:
+    views = Views(canvas=Canvas(size=(112, 112)), how=SIGLIP)
+    planned = Picture(token_id=7, graphs=(), views=views, runs=(Run(kind="visual", rows=1, grid=(1, 1)),))
+    sources = [PIL.Image.new("RGB", size, colour) for size, colour in (((400, 50), "red"), ((500, 90), "lime"))]
+
+    shown = np.array(overlay.draw([planned, planned], sources, np.array([0, 1])))
+
+    assert shown.shape == (90, 900, 3)
+    assert shown[25, 200].tolist() == [255, 0, 0] and shown[70, 700].tolist() == [0, 255, 0]
+    assert not shown[51:, :400].any()  # below the lower one
+
+
+def test_what_is_not_kept_has_three_tenths_of_its_light_and_boxes_end_with_the_picture() -> None:
+    grey = PIL.Image.new("RGB", (10, 8), (200, 100, 50))
+    boxes = np.array([[-3.0, -2, 2.4, 1.6], [7.6, 6, 14, 11], [4, 4, 4, 9], [11, 2, 15, 5]])
+
+    shown = np.array(overlay.overlay(grey, boxes, [0, 1, 2, 3]))
+
+    assert shown[4, 5].tolist() == [60, 30, 15]
+    outline = np.zeros((8, 10), bool)
+    outline[0:2, 0:2] = outline[6:8, 8:10] = True  # boxes of 2 x 2 are all outline; an empty one has none
+    assert np.array_equal((shown == [255, 210, 0]).all(-1), outline)
+
+
+def test_cells_are_those_of_their_own_run() -> None:
+    run = Run(kind="visual", rows=5, grid=(2, 3), leading=1, missing=2)
+
+    assert overlay.cells(np.array([0, 3, 9, 10, 11, 14, 15, 20]), run, 10) == [2, 5]

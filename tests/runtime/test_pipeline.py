@@ -211,6 +211,18 @@ def test_pixels_that_do_not_fit_are_refused(given, pipe):
         pipe.generate_tokens(PROMPT, given)
 
 
+def test_sizes_of_pictures_are_looked_at_where_they_are_given(pipe):
+    found = pipe.generate_tokens(PROMPT, pixels(), image_sizes=[(300, 20)], max_new_tokens=1)
+    assert found.token_ids == pipe.generate_tokens(PROMPT, pixels(), max_new_tokens=1).token_ids
+
+    with pytest.raises(
+        InputError, match=r"^image_sizes: has 2 image\(s\), the bundle is planned for 1; give at most 1"
+    ):
+        pipe.generate_tokens(PROMPT, pixels(), image_sizes=[(300, 20), (300, 20)])
+    with pytest.raises(InputError, match=r"^image_sizes: has 0 entries, 1 image\(s\) given; give \(width, height\)"):
+        pipe.generate_tokens(PROMPT, pixels(), image_sizes=[])
+
+
 def test_a_picture_that_the_prompt_speaks_of_has_to_be_given(pipe):
     with pytest.raises(InputError, match=r"prompt: has 1 image token\(s\), 0 image\(s\) given"):
         pipe.generate_tokens(PROMPT, None)

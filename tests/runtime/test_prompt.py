@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from lvlm_edge.runtime.errors import BundleError, InputError
-from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, time_limit
+from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, escaping, streams, time_limit
+from lvlm_edge.runtime.prompt import chat as chat_module
 from tests import tiny
 from tests.npm_tokenizers import fetch
 
@@ -454,6 +455,8 @@ def test_another_image_token_than_the_manifest_names_is_reported(tmp_path: Path)
 
     with pytest.raises(BundleError, match="the manifest says '<picture>'"):
         Text.load(tmp_path, TextConfig(**{**vars(config), "image_token": "<picture>"}))
+    with pytest.raises(BundleError, match="token 0 is '<unk>', the manifest says '<image>'"):
+        Text.load(tmp_path, TextConfig(**{**vars(config), "image_token_id": 0}))
     with pytest.raises(BundleError, match="no added token"):
         Text.load(tmp_path, TextConfig(**{**vars(config), "image_token_id": 9999}))
 
@@ -566,6 +569,27 @@ def test_code_that_catches_the_first_interruption_gets_another():
         stubborn()
 
 
+def test_interruptions_come_a_fifth_of_a_second_apart():
+    times: list[float] = []
+
+    def stubborn() -> None:
+        while True:
+            try:
+                while True:
+                    pass
+            except time_limit.TimeLimitError:
+                times.append(time.perf_counter())
+                if len(times) == 3:
+                    raise
+
+    began = time.perf_counter()
+    with pytest.raises(time_limit.TimeLimitError), time_limit.time_limit(0.05):
+        stubborn()
+
+    assert all(at - began >= 0.05 + 0.2 * i for i, at in enumerate(times))
+    assert times[2] - began < 2.4
+
+
 @pytest.mark.parametrize("how", ["truncation", "padding"])
 def test_a_tokenizer_that_cuts_or_pads_encodes_whole_prompts(how: str, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
@@ -619,3 +643,276 @@ def test_a_tokenizer_that_lacks_its_unknown_token_is_one_line(tmp_path):
     assert text.encode_chat([{"role": "user", "content": "a"}]) == [1]
     with pytest.raises(BundleError, match=r"tokenizer\.json: cannot encode this prompt \(WordLevel error"):
         text.encode_chat([{"role": "user", "content": "b"}])
+
+
+class PanicException(BaseException):
+    """Called as that of the tokenizer's Rust code, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (PanicException("a\nb"), BundleError),
+        (ValueError("a\nb"), BundleError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["panic", "error", "interrupt"],
+)
+def test_a_panic_is_one_line_and_an_interruption_goes_through(raised, said, tmp_path, monkeypatch):
+    config = save(tmp_path, small_with_image(), "{{ messages[0]['content'] }}", "", "")
+    text = Text.load(tmp_path, config)
+
+    def fail(*_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(text, "_encode", fail)
+    monkeypatch.setattr(Tokenizer, "from_str", fail)
+
+    with pytest.raises(said, match=r"cannot encode this prompt \(a b\)" if said is BundleError else None):
+        text.encode_chat([{"role": "user", "content": "a"}])
+    with pytest.raises(said, match=r"not a tokenizer this version reads \(a b\)" if said is BundleError else None):
+        Text.load(tmp_path, config)
+
+
+def test_powers_and_products_of_templates_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (chat_template.SECONDS, chat_template.LENGTH, chat_template.EXPONENT) == (5, 10_000_000, 64)
+
+    def said(source: str, **given: Any) -> str:
+        return chat_template.render(chat_template.compile_template(source, tmp_path), given)
+
+    assert said("{{ 2 ** 64 }} {{ 2.0 ** -64 < 1 }} {{ 3 * 4 }}") == f"{2**64} True 12"
+    for power in ("65", "-65", "'a'"):
+        with pytest.raises(SecurityError, match="a power of "):
+            said("{{ 2 ** " + power + " }}")
+    monkeypatch.setattr(chat_template, "LENGTH", 10)
+    for value, times in (("ab", 5), ([0, 0], 5), ((0, 0), 5)):
+        for source in ("{{ (x * n) | length }}", "{{ (n * x) | length }}"):
+            assert said(source, x=value, n=times) == "10"
+            with pytest.raises(SecurityError, match=f"repeated {times + 1} times has more than 10"):
+                said(source, x=value, n=times + 1)
+
+
+def test_a_template_that_is_not_compiled_in_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(seconds: float) -> Any:
+        assert seconds == 5
+        raise time_limit.TimeLimitError
+
+    monkeypatch.setattr(chat_template, "time_limit", late)
+
+    with pytest.raises(BundleError, match=r"t\.jinja: takes longer than 5 s, expected a chat template; do not use"):
+        chat_template.compile_template("x", tmp_path / "t.jinja")
+
+
+def test_what_surrounds_every_sequence_is_told_from_it(tmp_path: Path) -> None:
+    """A tokenizer that adds two tokens before and one after; and one that makes nothing of the sample."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["a"])
+    ends = [("<s>", 1), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> <s> $A </s>", special_tokens=ends)
+    text = Text.load(tmp_path, save(tmp_path, tokenizer, "{{ messages[0]['content'] }}", "", "</s>"))
+    assert text._frame == ([1, 1], [2])
+    assert text.encode_chat([{"role": "user", "content": "w5 </s>"}])[:3] == [1, 1, 5]
+    assert text.encode_chat([{"role": "user", "content": "w5 </s>"}])[-1] == 2
+
+    nothing = tiny.tokenizer()
+    nothing.normalizer = normalizers.Replace("a", "")
+    nothing.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    empty = Text.load(tmp_path, save(tmp_path, nothing, "x", "", "</s>"))
+    assert empty._frame == ([1, 2], [])
+
+
+@pytest.mark.parametrize(
+    ("token", "byte"),
+    [
+        ("<0xE4>", True), ("<0x00>", True), ("<0xE4", False), ("0xE4>>", False), ("<0xE4>>", False),
+        ("<0x4>", False), ("a<0x4>", False), ("<0x444", False), ("", False),
+    ],
+)  # fmt: skip
+def test_tokens_of_single_bytes_are_told_by_their_form(token: str, byte: bool) -> None:
+    assert streams._is_byte(token) == byte
+
+
+@pytest.mark.parametrize(
+    ("decoder", "bytes_"),
+    [
+        (None, False),
+        (decoders.ByteLevel(), True),
+        (decoders.Fuse(), False),
+        (decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()]), True),
+        (decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]), False),
+        (decoders.Sequence([decoders.ByteLevel(), decoders.Strip("a", 1, 0)]), False),
+        (decoders.Sequence([decoders.Strip("a", 1, 0), decoders.ByteLevel()]), False),
+    ],
+    ids=str,
+)
+def test_a_decoder_of_bytes_alone_is_told_from_others(decoder: Any, bytes_: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    if decoder is not None:
+        tokenizer.decoder = decoder
+
+    assert streams.is_byte_level(tokenizer) == bytes_
+
+
+def test_characters_stand_for_bytes_as_in_gpt2() -> None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert streams._byte_alphabet() == {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+def test_bytes_become_characters_and_added_tokens_stay_as_they_are() -> None:
+    alphabet = {byte: char for char, byte in streams._byte_alphabet().items()}
+    tokens = {0: alphabet[0xC3], 1: alphabet[0xA9] + alphabet[ord("a")], 2: "→", 3: None}
+    stream = streams.ByteStream(tokens.get)  # type: ignore[arg-type]
+
+    assert [stream.push(i) for i in (0, 1, 3, 2, 0)] == ["", "éa", "", "→", ""]
+    assert stream.flush() == "\ufffd"
+
+
+def test_tokens_are_decoded_after_the_ones_before_them() -> None:
+    words = {1: "a", 2: "<0xC3>", 3: "<0xA9>", 4: "b", 5: None}
+    asked: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        asked.append(list(ids))
+        return " ".join(str(words[i]) for i in ids)
+
+    stream = streams.TokenStream(words.get, decode)  # type: ignore[arg-type]
+
+    assert [stream.push(i) for i in (1, 2, 3, 5, 4)] == ["a", "", "", "", " <0xC3> <0xA9> b"]
+    assert stream.flush() == ""
+    assert asked == [[], [1], [1], [1, 2, 3, 4]]
+
+
+# Which characters must not be seen: the first visible one of every reserved token, whole or begun.
+
+
+@pytest.mark.parametrize(
+    ("text", "risky"),
+    [
+        ("", set()),
+        ("hello > there <", {14}),
+        ("q<", {1}),
+        (">y", {0}),
+        ("a>", set()),
+        ("<b", set()),
+        ("a <image> b", {2}),
+        ("<image><image>", {0, 7}),
+        ("<ima<image>ge>", {4}),
+        ("  <ima  ", {2}),
+        (" ge> ", {1}),
+        ("image>", {0}),
+        ("<", {0}),
+        (">", {0}),
+        ("s>", {0}),
+        ("</s><im", {0, 4}),
+        ("ge></s", {0, 3}),
+        ("\u2003x", {1}),  # of a token that begins with a space the first letter
+        ("a \u2003x", {3}),
+    ],
+)
+def test_the_first_visible_character_of_what_spells_a_token_is_risky(text: str, risky: set[int]) -> None:
+    reserved = frozenset({"<image>", "</s>", "\u2003x"})
+
+    assert escaping.Escaping(tiny.tokenizer(), reserved, "")._risky(text) == risky
+
+
+def test_stand_ins_are_private_characters_that_nothing_else_uses() -> None:
+    first, second, third = (chr(0xF0000 + i) for i in (0, 1, 2))
+    made = escaping.Escaping(tiny.tokenizer(), frozenset({"<image>", "[x]"}), f"template {first}")
+    messages = [{"role": "<image>", "content": [{"type": "text", "text": f"<image> {second}"}, "[x]"]}]
+
+    found = made.stand_ins(messages)
+
+    assert found == {"<": third, "[": chr(0xF0003)}
+    assert made.disguise("a<b <image> [x]", found) == f"a<b {third}image> {chr(0xF0003)}x]"
+    assert made.stand_ins([{"role": "<image>", "type": "[x]", "content": "a < b [y]"}]) == {}
+    assert made.disguise("<image>", {}) == "<image>"
+
+
+def test_texts_are_all_strings_but_roles_and_types() -> None:
+    message = {"role": "r", "content": ["a", {"type": "t", "text": "b", "more": {"x": ["c", 1, None]}}], "name": "d"}
+
+    assert list(escaping.texts_of([message, "e", 3])) == ["a", "b", "c", "d", "e"]
+    assert escaping.map_texts([message, "e", 3], str.upper) == [
+        {"role": "r", "content": ["A", {"type": "t", "text": "B", "more": {"x": ["C", 1, None]}}], "name": "D"},
+        "E",
+        3,
+    ]
+
+
+def test_users_cannot_write_special_tokens_nor_what_the_template_and_the_config_name(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    for content in ("<used>", "<unused>", "<|end|>", "  "):
+        tokenizer.add_tokens([AddedToken(content, special=content == "  ")])
+    config = save(tmp_path, tokenizer, "{{ messages[0]['content'] }}<used>", "", "<|end|>")
+    text = Text.load(tmp_path, config)
+    assert text._reserved() == {"<s>", "</s>", "<image>", "<used>", "<|end|>"}
+
+    around = Text.load(tmp_path, TextConfig(**{**vars(config), "image_token": "<picture>", "image_token_id": -200}))
+    assert around._reserved() == {"<s>", "</s>", "<image>", "<used>", "<|end|>", "<picture>"}
+
+
+def test_values_of_other_types_become_their_names() -> None:
+    given = {1: (True, None, 2, 2.5, "a"), "x": [b"bytes", {"y": {1}}]}
+
+    assert chat_module.plain_value(given) == {"1": [True, None, 2, 2.5, "a"], "x": ["<bytes>", {"y": "<set>"}]}
+
+
+class Loud(str):
+    """A string with methods of its own."""
+
+
+def test_a_string_of_another_class_is_none_of_ours() -> None:
+    assert chat_module.plain_value(Loud("a")) == "<Loud>"
+
+
+# System messages.
+
+LISTS = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part is mapping and 'text' in part %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+STRINGS = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} "
+    "{% else %}{{ message['content'][0]['text'] }} {% endif %}{% endfor %}"
+)
+SYSTEMS = {  # a template, and the form in which it reads a system message, None where it reads none
+    "text alone": (
+        "{% for m in messages %}{{ m.content + ' ' if m.role == 'system' else m.content[0].text }}{% endfor %}",
+        "text",
+    ),
+    "both": (STRINGS, "text"),
+    "lists alone": (LISTS, "list"),
+    "lists, and refuses text": (
+        "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}" + LISTS, "list"
+    ),
+    "none": ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endif %}{% endfor %}",
+             None),
+    "refuses them": (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ 'w5' }}", None
+    ),
+    "for an answer only": ("{% if add_generation_prompt %}" + STRINGS + "{% endif %}", "text"),
+    "without an answer only": ("{% if not add_generation_prompt %}" + STRINGS + "{% endif %}", None),
+    "of a question only": (  # which is a list with a part of text, as `Pipeline.prepare` makes it
+        "{% if messages[1]['content'][0]['type'] == 'text' and messages[1]['role'] == 'user' %}" + STRINGS
+        + "{% endif %}",
+        "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_message_has_the_form_that_the_template_reads(name, tmp_path, caplog):
+    template, form = SYSTEMS[name]
+    text = Text.load(tmp_path, save(tmp_path, tiny.tokenizer(), template, "<s>", "</s>"))
+    parts = [{"type": "text", "text": "w7"}]
+
+    found = text.system_message("w7")
+
+    assert found == {"role": "system", "content": parts if form == "list" else "w7"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (form is None)
+    assert all(one.startswith("system message: the chat template has no place for one, so it is left") for one in said)
+    if form is not None:
+        question = {"role": "user", "content": [{"type": "text", "text": "w8"}]}
+        assert text.encode_chat([found, question]) == [7, 8]

@@ -21,7 +21,7 @@ from lvlm_edge.runtime.pipeline.sampling import Sampler, Sampling, StopStrings, 
 SETTINGS = [
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
     for temperature, top_k, top_p, penalty in itertools.product(
-        (0.2, 1.0, 1.7), (0, 1, 7, 5000), (0.01, 0.5, 0.9, 1.0), (0.8, 1.0, 1.3)
+        (0.2, 1.0, 2.0), (0, 1, 7, 5000), (0.01, 0.5, 0.9, 1.0), (0.8, 1.0, 1.3)
     )
 ]
 
@@ -155,6 +155,56 @@ def test_removed_tokens_are_never_drawn() -> None:
 def test_a_value_out_of_range_is_reported_with_its_name(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_values_at_the_ends_of_their_ranges_are_taken() -> None:
+    made = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1e-9, seed=0)
+    assert made.greedy and made == Sampling(repetition_penalty=1e-9, seed=0)
+    assert Sampling() == Sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=1, seed=None)
+    assert Sampling(top_p=1e-9).top_p == 1e-9
+    assert Sampling(temperature=9.9e-5).greedy and not Sampling(temperature=1e-4).greedy
+
+
+@pytest.mark.parametrize("k", [3, 4, 5])
+def test_as_many_as_there_are_or_more_all_stay(k: int) -> None:
+    out = filtered(np.array([1, 2, 3, 4], dtype=np.float32), [], Sampling(temperature=1.0, top_k=k))
+
+    assert np.isfinite(out).sum() == min(k, 4)
+
+
+def test_a_top_p_of_1_keeps_what_has_no_probability() -> None:
+    out = filtered(np.array([0, -5000], dtype=np.float32), [], Sampling(temperature=1.0, top_p=1.0))
+
+    assert np.isfinite(out).all()
+
+
+def test_the_penalty_of_2_is_one_too() -> None:
+    out = filtered(np.array([4, -4, 4, -4], dtype=np.float32), [0, 1, 0], Sampling(repetition_penalty=2.0))
+
+    assert out.tolist() == [2, -8, 4, -4]
+    assert filtered(np.array([4, 2], dtype=np.float32), [1], Sampling(repetition_penalty=4.0)).tolist() == [4, 0.5]
+
+
+class Draws:
+    """A generator that gives one number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("drawn", "token"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.5, 4), (0.7499, 4), (0.75, 5), (1, 5)]
+)
+def test_a_draw_falls_to_the_token_whose_share_it_is_in(drawn: float, token: int) -> None:
+    """Of four equal ones; a draw that rounding puts at the end is the last token's."""
+    logits = np.array([-np.inf, 0, 0, -np.inf, 0, 0], dtype=np.float32)
+    sampler = Sampler(Sampling(temperature=1.0))
+    sampler._random = Draws(drawn)  # type: ignore[assignment]
+
+    assert sampler.pick(logits, []) == token
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[str, bool]:

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from lvlm_edge.runtime import InputError, Pipeline, Reading
+from lvlm_edge.runtime.errors import UsageError
+from lvlm_edge.runtime.pictures import sources
 from tests import tiny
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -152,3 +154,95 @@ def test_a_picture_with_a_limit_is_drawn_as_it_was_read(tmp_path):
     Image.new("RGB", (64, 48), (255, 0, 0)).save(buffer, "JPEG")
 
     assert Reading(max_megapixels=0.001).open(buffer.getvalue()).size == (32, 24)
+
+
+class Answer(io.BytesIO):
+    """What a server answers."""
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("over", "said"), [(0, None), (1, r"^http://x\.invalid/a: has more than \d+ bytes, expected a")]
+)
+def test_a_server_may_send_as_much_as_the_limit_and_wait_half_a_minute(over, said, monkeypatch):
+    buffer = io.BytesIO()
+    Image.fromarray(NOISE).save(buffer, "PNG")
+    content, waited = buffer.getvalue(), []
+
+    def urlopen(url, timeout):
+        waited.append((url, timeout))
+        return Answer(content)
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(sources, "MOST", len(content) - over)
+    reading = Reading(allow_url=True)
+
+    if said is None:
+        assert reading.open("http://x.invalid/a?b").size == (40, 30)
+    else:
+        with pytest.raises(InputError, match=said):
+            reading.open("http://x.invalid/a?b")
+    assert waited == [("http://x.invalid/a?b", 30)]
+
+
+@pytest.mark.parametrize("given", [0, -1, float("nan")])
+def test_a_limit_is_above_0(given):
+    with pytest.raises(UsageError, match=rf"^max_megapixels: is {given}, expected a number above 0$"):
+        Reading(max_megapixels=given)
+
+
+def test_pictures_are_read_as_the_documentation_says_where_nothing_is_asked_for():
+    assert Reading() == Reading(max_megapixels=25.0, bgr=False, allow_url=False)
+    assert sources.MOST == 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (NOISE, 1),
+        (NOISE[..., 0], 1),
+        (NOISE[None], 1),
+        (np.stack([NOISE] * 3), 3),
+        ("a", 1),
+        (b"a", 1),
+        (bytearray(b"a"), 1),
+        (Path("a"), 1),
+        (Image.fromarray(NOISE), 1),
+        (("a", "b"), 2),
+        ([], 0),
+        (3, 1),
+        (None, 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_picture_needs_no_list(given, count):
+    found = sources.listed(given)
+
+    assert type(found) is list and len(found) == count
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 3), (1, 1, 3)])
+def test_an_array_of_any_size_above_0_is_a_picture(shape):
+    assert Reading().open(np.zeros(shape, np.uint8)).size == (shape[1], shape[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (3, 4), (1, 3, 4, 3), (0, 4, 3), (4, 0, 3)])
+def test_an_array_of_another_form_is_refused(shape):
+    with pytest.raises(InputError, match=r"^images: an array is uint8 \[.*\], expected uint8 \[H, W, 3\]; convert it$"):
+        Reading().open(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize(("head", "body"), [("data:image/png;base64", None), ("data:image/png", "%")])
+def test_data_urls_are_base64_or_escaped_bytes(head, body, png):
+    content = png.read_bytes()
+    escaped = "".join(f"%{byte:02x}" for byte in content)
+    spaced = "\n".join(base64.encodebytes(content).decode().split()).replace("+", "%2B")
+
+    found = Reading().open(f"{head},{escaped if body else spaced}")
+
+    assert np.array_equal(np.asarray(found), NOISE)
