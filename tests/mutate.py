@@ -181,10 +181,6 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
         ("found = (c for c, part in parts if not np.isfinite(", "1", "2"),  # zeros are finite, however many
         ("quick = Pipeline.load(bundle, backend", "False", "True"),  # hashes files that were hashed already
     ],
-    "exporter/proof/cases.py": [
-        ("ids[ids == manifest.image_token_id] =", "1", "2"),  # any other token stands in for that of images
-        ("ids[ids == manifest.image_token_id] =", "+", "-"),  # the same
-    ],
     "runtime/prompt/time_limit.py": [
         ("watcher = threading.Thread(", "True", "False"),  # it is waited for
     ],
@@ -206,8 +202,8 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
         ("turns = decoder.rotary_emb(torch.zeros(1)", "1", "(0)"),
     ],
     "exporter/proof/host.py": [
-        ("pictures = [Image.fromarray(rng.integers(", "0", "1"),  # the darkest pixel of a made-up picture
-        ("pictures = [Image.fromarray(rng.integers(", "3", "4"),  # or one with transparency
+        ("made = [rng.integers(0, 256, (n or 1, h, w, 3", "0", "1"),  # the darkest pixel of a made-up picture
+        ("made = [rng.integers(0, 256, (n or 1, h, w, 3", "3", "4"),  # or one with transparency
         ("processor = AutoImageProcessor.from_pretrained(", "True", "False"),  # the folder is there
     ],
 }

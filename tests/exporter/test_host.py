@@ -175,11 +175,11 @@ def test_a_question_is_encoded_with_one_first_token_and_each_image(image, render
 
 @pytest.mark.parametrize(("own", "wanted", "rows"), [(None, None, 0), (None, "x", 1), ("x", None, 1)])
 def test_a_tokenizer_that_one_has_and_the_other_has_not_is_told(own, wanted, rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(host.text, "copy", lambda *given: wanted)
+    monkeypatch.setattr(host.text, "copy", lambda *given, **named: wanted)
     plan: Any = SimpleNamespace(
         family=SimpleNamespace(chat_template=lambda of: None, own_template=False),
         settings=SimpleNamespace(chat_template="checkpoint"),
-        spec=SimpleNamespace(image_token_id=3),
+        spec=SimpleNamespace(image_token_id=3, video_token_id=None),
     )
     pipe: Any = SimpleNamespace(manifest=SimpleNamespace(text=own), bundle=SimpleNamespace(folder=tmp_path))
 

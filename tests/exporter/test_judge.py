@@ -286,7 +286,7 @@ def test_values_are_silent_row_by_row_and_head_by_head():
 def pipe_of(*caches: str, dtype: str = "float32", **more: Any) -> Any:
     """A pipeline of some caches, as far as rows are made of it."""
     found = [SimpleNamespace(name=name, heads=1, head_dim=4, capacity=9, dropped=0) for name in caches]
-    return SimpleNamespace(manifest=SimpleNamespace(cache=found, dtype=dtype, **more))
+    return SimpleNamespace(manifest=SimpleNamespace(**{"cache": found, "dtype": dtype, "method_config": {}} | more))
 
 
 @pytest.mark.parametrize(
@@ -461,6 +461,7 @@ def test_rows_of_views_are_compared_without_separators(separated):
     how = Views(canvas=Canvas(size=(2, 1)), how=Preprocessing(resize_to=(1, 2)))
     pictures = [Picture(token_id=9, graphs=(name,), views=how, runs=tuple(runs)) for name in ("vision.0", "vision.1")]
     manifest = SimpleNamespace(pictures=pictures, image_rows={"image_embeds": "x", "deep": "y"}, fewer_pictures=False)
+    manifest.placeholders = {9: "image"}
     manifest.graph = lambda name: graph(name, "image", "pixel_values", "")
     features = array([[1, 2], [3, 4]], [[5, 6], [7, 8]])
     embeds = array([[10], [11], [90]], [[12], [13], [90]])[:, : 2 + separated]
@@ -473,7 +474,7 @@ def test_rows_of_views_are_compared_without_separators(separated):
 
     pipe: Any = SimpleNamespace(manifest=manifest, run_graph=run_graph)
     pixels = np.arange(12, dtype=np.float32).reshape(2, 3, 1, 2)
-    case: Any = SimpleNamespace(name="short", pixels=pixels)
+    case: Any = SimpleNamespace(name="short", pixels=pixels, prompt=(5, 9, 9))
     expected = replace(
         reference(LOGITS),
         image_features=torch.tensor(features),
@@ -707,7 +708,9 @@ def test_rows_of_images_are_pytorchs_and_separators_the_bundles(separated):
     )
     embeds, injected = torch.arange(10.0).reshape(5, 2) + 50, torch.ones(5, 2)
 
-    found = parity._image_rows(pipe, replace(reference(LOGITS), image_embeds=embeds, injected={"deep": injected}))
+    found = parity._image_rows(
+        pipe, replace(reference(LOGITS), image_embeds=embeds, injected={"deep": injected}), pictures
+    )
 
     rows = embeds.numpy()
     wanted = np.concatenate([rows[:3], left[0, -1:], rows[3:]]) if separated else rows
@@ -716,7 +719,7 @@ def test_rows_of_images_are_pytorchs_and_separators_the_bundles(separated):
 
 
 def test_images_without_rows_have_none():
-    assert parity._image_rows(pipe_of(image_rows={}), reference(LOGITS)) == {}
+    assert parity._image_rows(pipe_of(image_rows={}), reference(LOGITS), ()) == {}
 
 
 # Verdicts.
@@ -753,8 +756,9 @@ class Answers:
     def __init__(self, kept: Any, logits: Any) -> None:
         self.kept, self.logits, self.asked = kept, logits, list[Any]()
         self.manifest = SimpleNamespace(
-            method="fastv", method_config={"a": 1}, dtype="float32", formats=None, image_rows={}, cache=[]
-        )
+            method="fastv", method_config={"a": 1}, dtype="float32", formats=None, image_rows={}, cache=[],
+            pictures=(), placeholders={}, fewer_pictures=True,
+        )  # fmt: skip
         self.bundle, self.forgotten = None, 0
 
     def generate_tokens(self, prompt: Any, pixels: Any, **options: Any) -> Any:
@@ -765,7 +769,7 @@ class Answers:
         self.asked.append(("score", prompt, tokens))
         return self.logits
 
-    def prefill_inputs(self, prompt: Any, rows: Any) -> Any:
+    def prefill_inputs(self, prompt: Any, rows: Any, pictures: Any = ()) -> Any:
         return {"last_index": np.array([0])}
 
     def forget_images(self) -> None:
@@ -775,7 +779,7 @@ class Answers:
         return None
 
 
-ASKED: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels=array(1), sizes=((7, 8),))
+ASKED: Any = SimpleNamespace(name="short", prompt=(5, 6), pixels=[], sizes=((7, 8),))
 LAST = ("generate", (5, 6), {"max_new_tokens": 3, "ignore_eos": True})
 
 
@@ -907,7 +911,7 @@ def test_made_up_pictures_are_of_the_sizes_asked_for_or_fill_their_canvas():
     canvases = [Canvas(size=(28, 42)), Canvas(size=(56, 28), rule="multiple", factor=28), Canvas(size=(28, 42))]
     pictures = [SimpleNamespace(views=SimpleNamespace(canvas=canvas)) for canvas in canvases]
     pipe: Any = SimpleNamespace(manifest=SimpleNamespace(pictures=pictures))
-    asked: Any = SimpleNamespace(sizes=(None, None, (9, 7)))
+    asked: Any = SimpleNamespace(sizes=(None, None, (9, 7)), num_videos=0)
 
     assert cases.planned_sizes(pipe, asked) == ((301, 207), (56, 28), (9, 7))
 

@@ -67,10 +67,16 @@ def test_images_are_counted_in_lists_of_parts_alone():
         {"role": "user", "content": ({"type": "image"},)},
     ]
 
-    assert inputs.count_images(messages) == 3
+    inputs.check_named(messages, 3, 0)
+    with pytest.raises(InputError, match=r"^messages: name 3 image\(s\), 2 given"):
+        inputs.check_named(messages, 2, 0)
 
 
 # Pixels.
+
+
+def read_images(manifest: Any, images: list[Any], reading: Reading, *, fit: bool = False) -> Any:
+    return inputs.read_media(manifest, ["image"] * len(images), images, [], reading, fit=fit)
 
 
 def of(*shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -90,7 +96,7 @@ def test_pixels_are_given_the_planned_picture_of_their_shape(shapes, planned):
     found = inputs.media(FEWER, given)
 
     assert [one.picture for one in found] == planned
-    assert all(one.pixels is pixels for one, pixels in zip(found, given, strict=True))
+    assert all(np.array_equal(one.pixels, pixels) for one, pixels in zip(found, given, strict=True))
     assert inputs.media(FEWER, None) == ()
 
 
@@ -167,11 +173,11 @@ def test_pixels_of_prepare_know_their_planned_picture():
     made = replace(ALIKE, pictures=(one, OTHER))
     wide, high = np.zeros((14, 28, 3), np.uint8), np.zeros((28, 14, 3), np.uint8)
 
-    pixels = inputs.read_images(made, [high, wide], Reading())
+    pixels = read_images(made, [high, wide], Reading())
 
     assert isinstance(pixels, inputs.Pixels) and pixels.pictures == (OTHER, one)
     assert [found.picture for found in inputs.media(made, pixels)] == [OTHER, one]
-    alone = inputs.read_images(made, [high], Reading())
+    alone = read_images(made, [high], Reading())
     assert [found.picture for found in inputs.media(made, alone)] == [OTHER]
     assert [found.picture for found in inputs.media(made, [alone])] == [OTHER]
     assert [found.picture for found in inputs.media(made, [pixels[1:], pixels[:1]])] == [one, OTHER]
@@ -179,7 +185,7 @@ def test_pixels_of_prepare_know_their_planned_picture():
 
 
 def test_pixels_of_another_bundle_are_those_of_planned_pictures_in_order():
-    pixels = inputs.read_images(ALIKE, [np.zeros((14, 28, 3), np.uint8)] * 2, Reading())
+    pixels = read_images(ALIKE, [np.zeros((14, 28, 3), np.uint8)] * 2, Reading())
 
     assert [one.picture for one in inputs.media(replace(ALIKE, pictures=(OTHER, OTHER)), pixels)] == [OTHER, OTHER]
     with pytest.raises(InputError, match=r"^pixel_values: is \[2, 3, 14, 28\], the bundle is planned for \[1, 3"):
@@ -226,18 +232,18 @@ def test_fewer_pictures_than_planned_that_might_be_several_are_refused(listed):
 )  # fmt: skip
 def test_a_prompt_fits_to_the_last_token(manifest, prompt, images, said):
     if said is None:
-        found = inputs.check_prompt(manifest, prompt, images)
+        found = inputs.check_prompt(manifest, prompt, [PICTURE] * images)
         assert found.tolist() == prompt and found.dtype == np.int64
     else:
         with pytest.raises(InputError) as caught:
-            inputs.check_prompt(manifest, prompt, images)
+            inputs.check_prompt(manifest, prompt, [PICTURE] * images)
         assert str(caught.value).startswith(said)
 
 
 def test_an_image_token_outside_of_the_vocabulary_is_no_mistake():
     made = replace(GOOD, pictures=(replace(PICTURE, token_id=-200),))
 
-    assert inputs.check_prompt(made, [5, -200], 1).tolist() == [5, -200]
+    assert inputs.check_prompt(made, [5, -200], made.pictures).tolist() == [5, -200]
 
 
 @pytest.mark.parametrize(("asked", "found"), [(None, 2), (1, 1), (2, 2)])
@@ -263,7 +269,7 @@ def test_an_answer_of_another_length_is_refused(asked, said):
     ],
 )
 def test_images_are_placed_with_a_token_between_as_long_as_there_are_some(text, before, count, expected):
-    assert inputs.placed(text, before, 9, count) == expected
+    assert inputs.placed(text, before, [9] * count) == expected
 
 
 @pytest.mark.parametrize(
@@ -334,18 +340,18 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     Pipeline.load: {"backend": "ort", "keep_ratio": None, "verify": True, "certified": False, "portable": False},
     Pipeline.__init__: {"portable": False},
     Pipeline.stream: {
-        "images": (), "max_new_tokens": None, "sampling": None, "stop": (), "system": None, "fit": False
+        "images": (), "videos": (), "max_new_tokens": None, "sampling": None, "stop": (), "system": None, "fit": False
     },
-    Pipeline.prepare: {"prompt": None, "images": (), "system": None, "messages": None, "fit": False},
-    Pipeline.generate: {"images": ()},
+    Pipeline.prepare: {"prompt": None, "images": (), "videos": (), "system": None, "messages": None, "fit": False},
+    Pipeline.generate: {"images": (), "videos": ()},
     Pipeline.generate_tokens: {
         "max_new_tokens": None, "ignore_eos": False, "image_sizes": None, "sampling": None, "replace": None,
         "logits": True,
     },
-    Pipeline.pixels: {"fit": False},
+    Pipeline.pixels: {"images": (), "videos": (), "fit": False},
     Pipeline.run_graph: {"length": None},
     Pipeline.prefill_inputs: {"pictures": None},
-    inputs.read_images: {"fit": False},
+    inputs.read_media: {"fit": False},
     lay_out: {"axes": 1},
     open_bundle: {"verify": True, "keep_ratio": None},
 }  # fmt: skip
@@ -735,7 +741,7 @@ def test_a_stream_that_is_closed_is_cancelled():
 def test_the_last_result_is_that_of_the_last_call_to_end():
     made, result = pipeline(), Result(text="mine")
 
-    def stream(prompt: str, images: Any, **options: Any) -> Any:
+    def stream(prompt: str, images: Any, videos: Any, **options: Any) -> Any:
         made.last = Result(text="another's")
         yield "mine"
         return result
@@ -777,8 +783,6 @@ def test_what_is_prepared_are_tokens_and_pixels():
     assert [message["role"] for message in made._text.messages] == ["system", "user"]
     assert made._text.messages[0]["content"] == ["b"]  # in the form that the template reads
     assert [message["role"] for message in prepared(made, "a", picture)] == ["user"]
-    text = [{"role": "user", "content": "a"}]
-    assert pipeline(manifest=FEWER).prepare(messages=text) == ([5, IMAGE], None)
     assert [views.shape for views in made.pixels([picture])] == [LARGE]
 
 
@@ -788,14 +792,14 @@ def test_pictures_are_taken_in_their_order_and_fitted_where_that_is_asked_for():
     made = replace(GOOD, pictures=(pinned,))
     tall, wide = np.zeros((28, 14, 3), np.uint8), np.zeros((14, 28, 3), np.uint8)
 
-    assert inputs.read_images(made, [wide], Reading()).shape == LARGE  # type: ignore[union-attr]
-    assert inputs.read_images(made, [tall], Reading(), fit=True).shape == LARGE  # type: ignore[union-attr]
+    assert read_images(made, [wide], Reading()).shape == LARGE  # type: ignore[union-attr]
+    assert read_images(made, [tall], Reading(), fit=True).shape == LARGE  # type: ignore[union-attr]
     with pytest.raises(InputError, match=r"^picture: 14x28 is resized to 14x28, the bundle is for 28x14; give a"):
-        inputs.read_images(made, [tall], Reading())
-    several = inputs.read_images(FEWER, [wide, tall], Reading())
+        read_images(made, [tall], Reading())
+    several = read_images(FEWER, [wide, tall], Reading())
     assert isinstance(several, list) and [views.shape for views in several] == [LARGE, TINY]
     with pytest.raises(InputError, match=r"^images: 2 given, the bundle is planned for 1; give 1, or export with"):
-        inputs.read_images(GOOD, [wide, wide], Reading())
+        read_images(GOOD, [wide, wide], Reading())
 
 
 def test_planned_pictures_are_as_many_as_the_prompt_has():
