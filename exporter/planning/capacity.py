@@ -61,12 +61,16 @@ class Capacity:
     max_new_tokens: int = setting(128, "Tokens of an answer, at least 1.")
     image_size: tuple[Size, ...] = setting(
         (),
-        "Width and height in pixels of the images that the bundle is for. Required by the Qwen-VL families; chooses "
-        "the tiles of any-resolution checkpoints. May be given once per image, for images of several sizes.",
+        "Width and height in pixels of the images that the bundle is for. Required where the visual tokens depend on "
+        "it: LLaVA-NeXT, LLaVA-OneVision, InternVL, SmolVLM, Qwen2-VL and later; chooses the tiles of LLaVA's original "
+        "any-resolution layouts. May be given once per image, for images of several sizes.",
         metavar="WxH",
     )
     grid: tuple[int, int] | None = setting(
-        None, "Rows and columns of tiles, for any-resolution checkpoints; replaces --image-size.", metavar="RxC"
+        None,
+        "Rows and columns of tiles; replaces --image-size for InternVL, SmolVLM, and LLaVA's original any-resolution "
+        "layouts.",
+        metavar="RxC",
     )
 
     def __post_init__(self) -> None:
