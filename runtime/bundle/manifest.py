@@ -241,6 +241,7 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     kinds = [picture.kind for picture in m.pictures]
     planned = ["image"] * c.num_images + ["video"] * c.num_videos
     yield f"{len(kinds)} pictures, expected {c.num_images} images and {c.num_videos} videos", kinds == planned
+    yield from _token_beliefs(m)
     yield f"axes is {m.axes}, expected 1 or 3", m.axes in (1, 3)
     for picture in m.pictures:
         yield f"picture {picture} is not made of whole runs", all(map(is_complete, picture.runs)) and bool(picture.runs)
@@ -259,6 +260,19 @@ def _beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
     yield f"caches are {', '.join(caches)}, expected different names", len(set(caches)) == len(caches)
     for variant in (m, *(m.for_backend(name) for name in m.variants)):
         yield from _graph_beliefs(variant)
+
+
+def _token_beliefs(m: Manifest) -> Iterator[tuple[str, bool]]:
+    """All images have one placeholder, and all videos another: those of the tokenizer, where there is one."""
+    own = {"image": set[int | None](), "video": set[int | None]()}
+    for picture in m.pictures:
+        own[picture.kind].add(picture.token_id)
+    if m.text is not None:
+        own["image"].add(m.text.image_token_id)
+        own["video"] |= {m.text.video_token_id} if own["video"] or m.text.video_token_id is not None else set()
+    tokens = [token for kind in own.values() for token in kind]
+    single = max(map(len, own.values())) <= 1 and len(set(tokens)) == len(tokens)
+    yield f"placeholders are {own}, expected one for images, and another for videos", single
 
 
 def _possible(picture: Picture) -> bool:

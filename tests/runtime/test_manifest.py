@@ -33,6 +33,7 @@ from lvlm_edge.runtime.errors import BundleError, UsageError
 from lvlm_edge.runtime.pictures.image import Preprocessing
 from lvlm_edge.runtime.pictures.layout import Picture, Run
 from lvlm_edge.runtime.pictures.views import Canvas, Views
+from lvlm_edge.runtime.prompt import TextConfig
 
 HIDDEN, VOCAB = 3, 11
 
@@ -625,3 +626,18 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["digest"] == files.digest(
         json.loads(json.dumps(dataclasses.asdict(GOOD)))
     )
+
+
+def test_placeholders_are_one_for_images_and_those_of_the_tokenizer():
+    text = TextConfig(
+        tokenizer="t", chat_template="c", image_token="i", image_token_id=PICTURE.token_id, bos_token="", eos_token=""
+    )
+    words = "expected one for images, and another for videos"
+
+    assert not list(problems(replace(GOOD, text=text)))
+    for wrong in (
+        replace(GOOD, text=replace(text, image_token_id=PICTURE.token_id + 1)),
+        replace(GOOD, text=replace(text, video_token_id=PICTURE.token_id)),
+        replace(GOOD, pictures=(PICTURE, replace(PICTURE, token_id=PICTURE.token_id + 1))),
+    ):
+        assert any(words in problem for problem in problems(wrong))
