@@ -236,9 +236,9 @@ def placed(text: Sequence[int], before: int, image: int, count: int) -> list[int
     """
     found = [int(token) for token in text[:before]]
     rest = [int(token) for token in text[before:]]
-    for i in range(count):
+    for _ in range(count):
         found.append(image)
-        if i + 1 < count and len(rest) > 1:
+        if len(rest) > 1:
             found.append(rest.pop(0))
     return found + rest
 
