@@ -163,6 +163,8 @@ FLIPS: dict[type[ast.cmpop], tuple[str, ...]] = {  # what is written there, and 
 SAME = {  # of a file, how a line begins, and what is changed there to what: with why nobody can tell
     "runtime/pipeline/decoder.py": [
         ("self._begun = 0", "0", "1"),  # only told from later numbers
+        ("self._begun += 1", "1", "2"),  # the same
+        ("number = self._begun = self._begun + 1", "1", "2"),
         ("self._restored = 0", "0", "1"),  # set with every prompt, before anything reads it
         ("self._restored = 0", "self._restored = 0", "pass"),
         ("self._next = 0", "0", "1"),  # the same
