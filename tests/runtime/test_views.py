@@ -104,6 +104,13 @@ def test_a_picture_belongs_where_it_covers_as_many_cells_as_the_planned_one():
 # Views.
 
 
+def test_what_is_left_out_takes_no_part():
+    unread = {"among": (), "factor": 1, "pixels": (0, 0), "longest": 0, "picture": (0, 0), "cells": (0, 0)}
+
+    assert Canvas(size=(1, 2)) == Canvas(size=(1, 2), rule="any", decimals=7, **unread)
+    assert planned((1, 2)) == planned((1, 2), None, fit="letterbox", whole="first")
+
+
 @pytest.mark.parametrize(("whole", "count"), [("first", 7), ("last", 7), ("none", 6)])
 def test_views_are_counted_with_the_whole_picture_where_it_is_one(whole, count):
     assert planned((1, 1), (2, 3), whole=whole).count == count
