@@ -163,6 +163,8 @@ FLIPS: dict[type[ast.cmpop], tuple[str, ...]] = {  # what is written there, and 
 SAME = {  # of a file, how a line begins, and what is changed there to what: with why nobody can tell
     "runtime/pipeline/decoder.py": [
         ("self._begun = 0", "0", "1"),  # only told from later numbers
+        ("self._begun += 1", "1", "2"),  # the same
+        ("number = self._begun = self._begun + 1", "1", "2"),
         ("self._restored = 0", "0", "1"),  # set with every prompt, before anything reads it
         ("self._restored = 0", "self._restored = 0", "pass"),
         ("self._next = 0", "0", "1"),  # the same
@@ -178,6 +180,7 @@ SAME = {  # of a file, how a line begins, and what is changed there to what: wit
         ("sizes = (*canvas.size, *(views.tiles or (1,))", "1", "2"),  # between the least and the most
     ],
     "exporter/proof/parity.py": [
+        ("if len(own[0]) != len(wanted[0]):", "0", "1"),  # keys and values have the same heads
         ("found = (c for c, part in parts if not np.isfinite(", "1", "2"),  # zeros are finite, however many
         ("quick = Pipeline.load(bundle, backend", "False", "True"),  # hashes files that were hashed already
     ],

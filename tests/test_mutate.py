@@ -78,9 +78,8 @@ def test_changes_that_were_found_to_be_none_are_still_there_to_be_left_out():
         )
         for begins, old, new in lines:
             at = [i for i, line in enumerate(source.splitlines(), 1) if line.strip().startswith(begins)]
-            assert len(at) == 1, (file, begins)
-            assert (at[0], old, new) in every
-            assert (at[0], old, new) not in left
+            assert at, (file, begins)
+            assert all((line, old, new) in every and (line, old, new) not in left for line in at), (file, begins)
 
 
 def test_every_file_that_is_changed_has_tests():

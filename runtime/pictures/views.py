@@ -88,9 +88,9 @@ class Views:
 def view_size(views: Views) -> tuple[int, int]:
     """(width, height) of each view in pixels, as the encoder takes it."""
     how = views.how
-    if how.crop or how.resize_to:
-        height, width = how.crop or how.resize_to or (0, 0)
-        return width, height
+    given = how.crop or how.resize_to
+    if given:
+        return given[1], given[0]
     edge = how.shortest_edge or 0
     return edge, edge
 

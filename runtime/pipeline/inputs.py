@@ -300,9 +300,9 @@ def placed(text: Sequence[int], before: int, placeholders: Sequence[int]) -> lis
     """
     found = [int(token) for token in text[:before]]
     rest = [int(token) for token in text[before:]]
-    for i, token in enumerate(placeholders):
+    for token in placeholders:
         found.append(token)
-        if i + 1 < len(placeholders) and len(rest) > 1:
+        if len(rest) > 1:
             found.append(rest.pop(0))
     return found + rest
 

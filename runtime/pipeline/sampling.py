@@ -160,8 +160,7 @@ class StopStrings:
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of the text that a stop string begins with."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
+        for length in range(len(text), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0

@@ -367,9 +367,12 @@ def test_the_prompts_rows_are_compared_wherever_they_are_in_a_cache(dropped, row
 
     assert (row.case, row.stage, row.figure, row.passed) == ("short", "prefill caches", 0, True)
     assert asked == [("prefill", ["last_index", "x"], 0)]
-    outputs["present.1.value"][0, 1, max(0, -dropped) * whole, 2] += 1
-    (spoilt,) = parity._caches(pipe, CASE, expected, inputs)
-    assert (spoilt.passed, spoilt.note) == (False, "first in layer 1, values")
+    for place in (0, rows - 1):
+        right = outputs["present.1.value"].copy()
+        outputs["present.1.value"][0, 1, max(0, -dropped) * whole + place, 2] += 1
+        (spoilt,) = parity._caches(pipe, CASE, expected, inputs)
+        assert (spoilt.passed, spoilt.note) == (False, "first in layer 1, values")
+        outputs["present.1.value"] = right
     assert parity._caches(pipe, CASE, replace(expected, cache=None), inputs) == []
     running(pipe, graphs, {"prefill": {"y": array(1)}})
     assert parity._caches(pipe, CASE, expected, inputs) == []  # a graph without caches has no row

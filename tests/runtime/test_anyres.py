@@ -265,6 +265,7 @@ def test_a_picture_more_than_200_times_as_long_as_wide_is_refused(size):
         ({"resize_to": (9, 9), "crop": (3, 5)}, (5, 3)),
         ({"shortest_edge": 7, "crop": (3, 5)}, (5, 3)),
         ({"shortest_edge": 7}, (7, 7)),
+        ({}, (0, 0)),  # which is no size: a manifest of such views is refused
     ],
     ids=str,
 )

@@ -119,6 +119,26 @@ def test_equal_scores_at_the_top_are_the_first_token_and_too_many_are_read_whole
     assert Sampler(Sampling(temperature=1, top_k=3)).pick_among(found(logits), []) is None
 
 
+@pytest.mark.parametrize(
+    ("sampling", "scores", "token"),
+    [
+        (Sampling(), [1, 5], 4),  # the highest is above the lowest
+        (Sampling(), [5, 5], None),  # another may be as high
+        (Sampling(temperature=1, top_k=1), [1, 5], 4),
+        (Sampling(temperature=1, top_k=2), [1, 5], None),  # another may be the second
+        (Sampling(temperature=1, top_k=2, top_p=0.1), [1, 5, 4], 4),
+        (Sampling(temperature=1, top_k=2), [1, 5, 1], None),
+        (Sampling(repetition_penalty=1.25), [2, 5, 4], 4),  # token 4, seen, is as high as 5: the first of equals
+        (Sampling(repetition_penalty=2.6), [2, 5, 1], 3),  # token 4 falls below 2
+        (Sampling(repetition_penalty=2.6), [2, 5, 2], None),  # and below what others may have
+    ],
+)
+def test_no_more_of_the_highest_are_needed_than_are_picked_from(sampling, scores, token):
+    best = Highest(np.arange(len(scores)) + 3, np.array(scores, np.float32))
+
+    assert Sampler(sampling).pick_among(best, [4]) == token
+
+
 T = np.float32(1.5)
 
 

@@ -57,7 +57,7 @@ def test_sides_are_rounded_up_as_in_transformers(longest):
     processor = stock.Idefics3ImageProcessorPil()
     processor.resize = lambda image, size, **more: asked.append((size.width, size.height))
     canvas = Canvas(size=(1, 1), rule="ceil", factor=64, longest=longest)
-    sizes = [(1, 1), (64, 64), (65, 64), (64, 65), (63, 63), (128, 1), (1, 128), (400, 3), (3, 400), (200, 100)]
+    sizes = [(1, 1), (64, 64), (65, 64), (64, 65), (63, 63), (128, 1), (1, 128), (400, 3), (7000, 1), (1, 7000)]
 
     for width, height in [*sizes, *random_sizes(4, 100, most=3000, thin=90)]:
         like = np.broadcast_to(np.uint8(0), (3, height, width))
@@ -102,6 +102,13 @@ def test_a_picture_belongs_where_it_covers_as_many_cells_as_the_planned_one():
 
 
 # Views.
+
+
+def test_what_is_left_out_takes_no_part():
+    unread = {"among": (), "factor": 1, "pixels": (0, 0), "longest": 0, "picture": (0, 0), "cells": (0, 0)}
+
+    assert Canvas(size=(1, 2)) == Canvas(size=(1, 2), rule="any", decimals=7, **unread)
+    assert planned((1, 2)) == planned((1, 2), None, fit="letterbox", whole="first")
 
 
 @pytest.mark.parametrize(("whole", "count"), [("first", 7), ("last", 7), ("none", 6)])
