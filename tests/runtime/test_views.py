@@ -232,6 +232,12 @@ def test_the_whole_picture_may_have_another_grid_than_its_tiles(whole):
     assert sorted(map(len, found)) == [2] + [16] * 6
 
 
+def test_a_single_tile_may_be_all_there_is():
+    (found,) = views.boxes((24, 16), planned((8, 8), (1, 1), fit="stretch", whole="none"), [(1, 2)])
+
+    assert found.tolist() == [[0, 0, 12, 16], [12, 0, 24, 16]]
+
+
 def shared_out(lines: np.ndarray, count: int) -> np.ndarray:
     """Lines between so many cells that cover the same, evenly among the cells that were there."""
     found = []
