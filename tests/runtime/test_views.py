@@ -221,6 +221,23 @@ def test_cells_of_every_view_lie_on_what_they_show(whole, fit):
     assert seen >= 48
 
 
+@pytest.mark.parametrize("whole", ["first", "last"])
+def test_the_whole_picture_may_have_another_grid_than_its_tiles(whole):
+    made, tiles = planned((24, 16), (2, 3), fit="stretch", whole=whole), [(4, 4)] * 6
+
+    found = views.boxes((24, 16), made, [(1, 2), *tiles] if whole == "first" else [*tiles, (1, 2)])
+
+    alone = found[0 if whole == "first" else -1]
+    assert alone.tolist() == [[0, 0, 12, 16], [12, 0, 24, 16]]
+    assert sorted(map(len, found)) == [2] + [16] * 6
+
+
+def test_a_single_tile_may_be_all_there_is():
+    (found,) = views.boxes((24, 16), planned((8, 8), (1, 1), fit="stretch", whole="none"), [(1, 2)])
+
+    assert found.tolist() == [[0, 0, 12, 16], [12, 0, 24, 16]]
+
+
 def shared_out(lines: np.ndarray, count: int) -> np.ndarray:
     """Lines between so many cells that cover the same, evenly among the cells that were there."""
     found = []
