@@ -96,10 +96,10 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
 
 def test_an_overlay_leaves_the_picture_named_like_its_partial_file(tmp_path, monkeypatch):
     (tmp_path / "kept.partial.png").write_bytes(b"mine")
-    monkeypatch.setattr(overlay, "draw", lambda *_: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(overlay, "draw", lambda *_, **__: Image.new("RGB", (4, 4)))
     answered = SimpleNamespace(last=SimpleNamespace(pictures=(), kept_visual=None), reading=None)
 
-    run._write_overlay(answered, (), tmp_path / "kept.png")
+    run._write_overlay(answered, (), (), tmp_path / "kept.png")
 
     assert (tmp_path / "kept.partial.png").read_bytes() == b"mine"
     assert Image.open(tmp_path / "kept.png").size == (4, 4)

@@ -1021,9 +1021,9 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "vocabulary": (lambda m: {"embedding": replace(m.embedding, vocab=161)}, "vocabulary: 160, the bundle has 161"),
     "hidden size": (lambda m: {"embedding": replace(m.embedding, hidden=33)}, "hidden size: 32, the bundle has 33"),
     "layers": (lambda m: {"cache": m.cache[:1]}, "layers: 2, the bundle has 1"),
-    "image token": (
+    "placeholders": (
         lambda m: {"pictures": (replace(m.pictures[0], token_id=7),)},
-        "image token: 159, the bundle has 7",
+        "placeholders: [159], the bundle has [7]",
     ),
     "visual tokens": (lambda m: {"counts": replace(m.counts, visual_tokens=5)}, "visual tokens: 4, the bundle has 5"),
     "projector": (lambda m: {"image_rows": {}}, "projector: True, the bundle has False"),
