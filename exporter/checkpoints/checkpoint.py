@@ -112,6 +112,15 @@ def cut(tensor: Source, rows: Mapping[str, int]) -> dict[str, Stored]:
     return found
 
 
+def apart(found: dict[str, Source], name: str, fused: str, rows: Mapping[str, int]) -> dict[str, Stored]:
+    """A fused tensor's parts, by its name with theirs in the place of `fused`; it leaves what was found.
+
+    Args:
+        rows: of each part, see `cut`.
+    """
+    return {name.replace(fused, part): tensor for part, tensor in cut(found.pop(name), rows).items()}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -41,7 +41,6 @@ class VisionSpec:
 
     Attributes:
         layers: that are run.
-        stored: layers of the checkpoint.
         qkv_bias: queries, keys and values have biases.
         qk_norm: queries and keys are RMS-normalised over their whole width.
         norm: `layer_norm` or `rms_norm`.
@@ -52,7 +51,6 @@ class VisionSpec:
     """
 
     layers: int
-    stored: int
     hidden: int
     heads: int
     ffn: int

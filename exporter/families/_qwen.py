@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvlm_edge.exporter.checkpoints import configs, integers, preprocess
-from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Derived, Source, Stored, renamed
+from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, CheckpointError, Derived, Source, apart, renamed
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec, ModelSpec, check_kind, check_shares, check_sizes
 from lvlm_edge.exporter.planning import Attention, Capacity, GraphSpec, Plan, PlanError, Product, Tensors, Work
 from lvlm_edge.runtime.bundle import TensorInfo
@@ -344,7 +344,7 @@ def weights(of: Checkpoint, spec: ModelSpec[Any], pictures: tuple[Picture, ...])
     if patch is not None:
         found["vision.patch.weight"] = _folded(patch, of.folder)
     for name in [name for name in found if re.match(r"vision\.blocks\.\d+\.qkv\.", name)]:
-        found |= _apart(name, found.pop(name), spec.vision.hidden, of.folder)
+        found |= apart(found, name, "qkv", dict.fromkeys("qkv", spec.vision.hidden))
     return found
 
 
@@ -356,20 +356,6 @@ def _folded(patch: Source, folder: Path) -> Source:
         )
     shape = (*patch.shape[:2], *patch.shape[3:])
     return Derived(patch.file, patch.key, shape, "float32", lambda: patch.read().float().sum(2))
-
-
-def _apart(name: str, fused: Source, width: int, folder: Path) -> dict[str, Source]:
-    """Rows of q, k and v, one above the other in the fused tensor, each under a name of its own."""
-    if not fused.shape or fused.shape[0] != 3 * width or not isinstance(fused, Stored):
-        raise CheckpointError(
-            f"{folder}: {fused.key} is {list(fused.shape)}, config.json says {3 * width} rows; correct config.json"
-        )
-    return {
-        name.replace(".qkv.", f".{part}."): replace(
-            fused, shape=(width, *fused.shape[1:]), rows=(i * width, (i + 1) * width)
-        )
-        for i, part in enumerate("qkv")
-    }
 
 
 # Constants of a grid of (rows, columns) visual tokens. Patches stand in merge order: those of a visual token together.

@@ -86,7 +86,6 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
             family="internvl",
             vision=VisionSpec(
                 layers=layer % (count + 1),
-                stored=count,
                 hidden=seen["hidden_size"],
                 heads=seen["num_attention_heads"],
                 ffn=seen["intermediate_size"],

@@ -18,7 +18,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import (
     CheckpointError,
     Derived,
     Source,
-    cut,
+    apart,
     renamed,
 )
 from lvlm_edge.exporter.checkpoints.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -123,7 +123,6 @@ def read(of: Checkpoint) -> ModelSpec[VisionSpec]:
             family="internvl_chat",
             vision=VisionSpec(
                 layers=layer % (count + 1),
-                stored=count,
                 hidden=seen["hidden_size"],
                 heads=seen["num_attention_heads"],
                 ffn=seen["intermediate_size"],
@@ -193,19 +192,14 @@ def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture
     queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
     for name in list(found):
         if re.match(r"vision\.layers\.\d+\.qkv\.", name):
-            found |= _apart(found, name, "qkv", {"q_proj": v.hidden, "k_proj": v.hidden, "v_proj": v.hidden})
+            found |= apart(found, name, "qkv", {"q_proj": v.hidden, "k_proj": v.hidden, "v_proj": v.hidden})
         elif re.match(r"layers\.\d+\.qkv_proj\.", name):
-            found |= _apart(found, name, "qkv_proj", {"q_proj": queries, "k_proj": keys, "v_proj": keys})
+            found |= apart(found, name, "qkv_proj", {"q_proj": queries, "k_proj": keys, "v_proj": keys})
         elif re.match(r"layers\.\d+\.gate_up_proj\.", name):
-            found |= _apart(found, name, "gate_up_proj", {"gate_proj": d.ffn, "up_proj": d.ffn})
+            found |= apart(found, name, "gate_up_proj", {"gate_proj": d.ffn, "up_proj": d.ffn})
         elif re.match(r"layers\.\d+\.wqkv\.", name):
             found |= _grouped(name, found.pop(name), d, of.folder)
     return found
-
-
-def _apart(found: dict[str, Source], name: str, fused: str, rows: Mapping[str, int]) -> dict[str, Source]:
-    """Matrices that stand one above the other in a tensor, each under its own name."""
-    return {name.replace(fused, part): tensor for part, tensor in cut(found.pop(name), rows).items()}
 
 
 def _grouped(name: str, fused: Source, d: DecoderSpec, folder: Path) -> dict[str, Source]:

@@ -19,7 +19,7 @@ from lvlm_edge.exporter.checkpoints.checkpoint import (
     CheckpointError,
     Derived,
     Source,
-    cut,
+    apart,
     renamed,
 )
 from lvlm_edge.exporter.checkpoints.preprocess import CLIP_MEAN, CLIP_STD
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 TABLE = 16  # rows and columns of the encoder's table of positions, and of the resampler's queries
 HEAD = 128  # size of the resampler's heads
-EPS = 1e-6  # of the encoder's norms
+PARTS = ("q_proj", "k_proj", "v_proj")  # of a fused tensor, in order
 AROUND, IMAGE = ("<img>", "</img>"), "<imgpad>"
 
 # What a field that config.json leaves out means.
@@ -242,9 +242,9 @@ def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture
         if re.match(r"vision\.layers\.\d+\.in_proj\.", name):
             found |= _interleaved(name, found.pop(name), v, of.folder)
         elif re.match(r"layers\.\d+\.c_attn\.", name):
-            found |= _apart(found, name, "c_attn", spec.decoder.hidden)
+            found |= apart(found, name, "c_attn", dict.fromkeys(PARTS, spec.decoder.hidden))
         elif name.startswith("projector.in_proj."):
-            found |= _apart(found, name, "in_proj", v.output)
+            found |= apart(found, name, "in_proj", dict.fromkeys(PARTS, v.output))
     for source, name, width in (
         ("vision.positions", "vision.positions", v.hidden),
         ("projector.pos_embed", "projector.key_positions", v.output),
@@ -258,12 +258,6 @@ def weights(of: Checkpoint, spec: ModelSpec[VisionSpec], pictures: tuple[Picture
             make = partial(resampled, table, v.grid)
             found[name] = Derived(table.file, table.key, (v.grid**2, width), "float32", make)
     return found
-
-
-def _apart(found: dict[str, Source], name: str, fused: str, width: int) -> dict[str, Source]:
-    """Rows of queries, keys and values, one above the other, each under their own name."""
-    rows = {f"{part}_proj": width for part in "qkv"}
-    return {name.replace(fused, part): tensor for part, tensor in cut(found.pop(name), rows).items()}
 
 
 def _interleaved(name: str, fused: Source, v: VisionSpec, folder: Path) -> dict[str, Source]:
@@ -283,10 +277,8 @@ def _interleaved(name: str, fused: Source, v: VisionSpec, folder: Path) -> dict[
         return rows.reshape(-1, *rest).contiguous()
 
     return {
-        name.replace("in_proj", f"{letter}_proj"): Derived(
-            fused.file, fused.key, (v.hidden, *rest), fused.dtype, partial(part, i)
-        )
-        for i, letter in enumerate("qkv")
+        name.replace("in_proj", own): Derived(fused.file, fused.key, (v.hidden, *rest), fused.dtype, partial(part, i))
+        for i, own in enumerate(PARTS)
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lvlm_edge.exporter.checkpoints import text
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError, read_json
 from lvlm_edge.exporter.references import stored
-from lvlm_edge.exporter.references.families import _stock
+from lvlm_edge.exporter.references.families import internvl
 
 TOWER, DECODER, PROJECTOR = "model.vision_tower.", "model.language_model.", "model.multi_modal_projector."
 LAYER = TOWER + r"encoder.layer.\1."
@@ -47,31 +47,10 @@ KINDS = {"InternLM2ForCausalLM": "llama", "LlamaForCausalLM": "llama", "Qwen2For
 MISSING = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 48, "num_attention_heads": 25}
 
 
-class Chat(_stock.Stock):
-    """The parts of a stock model, whose pictures stand between two tokens.
+class Chat(internvl.Intern):
+    """The parts of a stock model, whose pictures the release's own code makes views of, and not transformers."""
 
-    Attributes:
-        around: the two tokens.
-        processor: that counts a picture's views.
-    """
-
-    processed = None  # by the release's own code, not by transformers
-
-    def __init__(self, whole: Any, around: list[int], processor: Any) -> None:
-        super().__init__(whole, tower=whole.model.vision_tower, projector=whole.model.multi_modal_projector)
-        self.around, self.processor = around, processor
-
-    def given(self, pixels: Any) -> dict[str, Any]:
-        return {"pixel_values": pixels}
-
-    def embeds(self, given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        views, seen = super().embeds(given)
-        counts = [self.processor(height, width) for width, height in self.sizes]
-        left = iter(views)
-        return [torch.cat([next(left) for _ in range(count)]) for count in counts], seen
-
-    def frame(self, index: int, count: int) -> list[int]:
-        return [self.around[0], *super().frame(index, count), self.around[1]]
+    processed = None
 
 
 def load(folder: Path) -> Chat:
