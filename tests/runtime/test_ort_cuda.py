@@ -301,14 +301,20 @@ def test_every_call_that_runs_make_is_among_those_that_fail_below(legacy, machin
 FAILING = (*CALLS, *OF_ORT)
 
 
-@pytest.mark.parametrize("call", FAILING)
-def test_each_error_is_one_line_that_names_it_and_the_call(legacy, monkeypatch, quick_collection, call):
-    """Every code at two of the calls, and seven codes at every call, from the call's first time to its last."""
+SHARES = 5  # of the codes
+
+
+@pytest.mark.parametrize(
+    ("call", "share"),
+    some(itertools.product(FAILING, range(SHARES)), {(call, i % SHARES) for i, call in enumerate(FAILING)}),
+)
+def test_each_error_is_one_line_that_names_it_and_the_call(legacy, monkeypatch, quick_collection, call, share):
+    """Every code at every call, from the call's first time to its last; every code at two of the calls often."""
     counting = Machine().install(monkeypatch)
     few(Pipeline.load(legacy, "ort-cuda", verify=False), logits=False)
     total = counting.calls[call]
     every = [(name, code) for name, code in CODES.items() if code]
-    codes = every[FAILING.index(call) % 5 :: 5]
+    codes = every[share::SHARES]
     assert total > 0
     said = r"{}: ONNX Runtime's CUDA provider d.*CUDA failure {}: {}" if call in OF_ORT else "^{}: CUDA says {}"
 
