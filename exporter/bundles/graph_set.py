@@ -30,12 +30,14 @@ class GraphSet:
         specs: those for every backend.
         variants: by backend, those that it runs instead.
         models: of every file that they name.
+        by_row: files of ONNX Runtime's that compute one row of a decoder of integers at a time.
     """
 
     specs: tuple[GraphSpec, ...]
     variants: dict[str, tuple[GraphSpec, ...]]
     models: Models
     opset: int
+    by_row: frozenset[str] = frozenset()
 
     def used(self, known: Mapping[str, Weight]) -> set[str]:
         """Names of the weights that the graphs read."""
@@ -51,11 +53,11 @@ class GraphSet:
         for wanted, model in self.models:
             graph.save(graph.finish(model, wanted, self.opset, weights, places), folder / file_of(wanted))
         files = [file_of(wanted) for wanted, _ in self.models]
-        for wanted in {file_of(s): s for s in self.variants.get("ort", ())}.values():
-            file = file_of(wanted)
+        for file in sorted({file_of(s) for s in self.variants.get("ort", ())}):
             if file.endswith(ORT):
                 portable = f"{file.removesuffix(ORT)}.onnx"
-                form.convert(folder / (file if file in files else portable), folder / file)
+                source = folder / (file if file in files else portable)
+                form.convert(source, folder / file, by_row=file in self.by_row)
         return sorted({*files, *(file_of(s) for s in self.variants.get("ort", ()))})
 
 
@@ -74,7 +76,8 @@ def trace_graphs(plan: Plan, progress: Progress, *, ort: bool) -> GraphSet:
     specs = graphs_of(plan)
     models = _traced(specs, built, plan, mode, progress)
     variants, more = _variants(plan, built, mode, specs, models, progress) if ort else ({}, [])
-    return GraphSet(specs, variants, models + more, plan.lowering.opset)
+    by_row = frozenset(file_of(s) for s in variants.get("ort", ()) if s.role == "decode" and _decodes_by_row(plan))
+    return GraphSet(specs, variants, models + more, plan.lowering.opset, by_row)
 
 
 def graphs_of(plan: Plan) -> tuple[GraphSpec, ...]:
@@ -98,8 +101,8 @@ def _variants(
     """Graphs for ONNX Runtime where it gains by them.
 
     Its sessions share no weights, but one session may run both the prompt and decode, if it leaves the number of rows
-    open. Graphs with integer weights are computed on integers, and those that read caches have fused operators for
-    that (`ort_form`).
+    open. Floats do so always. Integers do with `share_weights` alone: many rows and one row have kernels of their own,
+    and a session packs weights for one of them. Graphs that read caches have fused operators for that (`ort`).
 
     Returns:
         the graphs by backend, and the models of those that have to be traced for it.
@@ -110,8 +113,10 @@ def _variants(
     shares = plan.method.shares_weights and plan.lowering.shares_weights
     if shares and not plan.share_weights:
         both = replace(plan, settings=replace(plan.settings, share_weights=True))
+        decode = [wanted for wanted in specs if wanted.role == "decode" and _decodes_by_row(plan)]
         specs = graphs_of(both)
         own = [wanted for wanted in specs if wanted.dynamic_rows is not None and wanted.file is None]
+        specs = (*(wanted for wanted in specs if not decode or wanted.role != "decode"), *decode)
         more = [(replace(s, file=s.name + ORT), model) for s, model in _traced(own, built, both, mode, progress)]
     known = parts.weights(built)
     names = {
@@ -121,6 +126,15 @@ def _variants(
     }
     named = tuple(replace(s, file=(s.file or s.name) + ORT) if (s.file or s.name) in names else s for s in specs)
     return ({"ort": named} if names else {}), more
+
+
+def _decodes_by_row(plan: Plan) -> bool:
+    """Whether ONNX Runtime decodes in graphs of their own, whose products are left to its kernel for one row.
+
+    The kernel for one row reads float32 alone, and the sessions of opset 18 are for versions that have none.
+    """
+    integers = plan.formats.decoder != "as-is"
+    return integers and plan.dtype == "float32" and plan.lowering.shares_weights and not plan.share_weights
 
 
 def _reads_caches(plan: Plan, wanted: GraphSpec) -> bool:

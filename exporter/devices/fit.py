@@ -6,7 +6,7 @@ The prediction is a sum of bytes, made before any work. Its rules, and where the
   of the decoder. Measured with TensorRT-RTX 1.7.1 on plans built for compute capability 8.6: separate engines of
   28 MB of weights, 31.1 + 29.6 MB; one engine with two wide optimization profiles (`share_weights`), 36.2 MB. ONNX
   Runtime 1.31.1 also keeps one packed copy for each of the two (measured on x86-64), but for methods whose prompt and
-  decode run in one of its sessions.
+  decode run in one of its sessions: with floats always, with integers where `share_weights` asks for it.
 - The embedding lies in a mapped file of which each token reads one row; it is in no engine and counts nothing.
 - Bytes per weight of a quantised decoder matrix in an engine, TensorRT-RTX 1.7.1: int4 in blocks of 128 0.58, int8
   per channel 1.07, fp8 per tensor 1.07. Norms, biases, lm_head, projector and vision encoder keep the graph's dtype.
@@ -136,6 +136,7 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
         raise UsageError(f"weights: {weights!r} is not known; {nearest(weights, WEIGHTS)}")
     built = profile.builds
     in_one = profile.backend == "ort" and plan.lowering.shares_weights and plan.method.shares_weights
+    in_one = in_one and (plan.share_weights or weights == "as-is")
     together = in_one or (profile.backend == "ort-cuda" and weights == "as-is")
     engines = engine_bytes(_sharing(plan) if together else plan, weights=weights)
     memory = _memory(profile)

@@ -7,13 +7,21 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lvlm_edge.exporter.ort import fusions, integers
+from lvlm_edge.exporter.ort import fusions, integers, joined
 
 
-def convert(source: Path, target: Path) -> None:
-    """Write a graph's form for ONNX Runtime beside it, or over it."""
+def convert(source: Path, target: Path, *, by_row: bool = False) -> None:
+    """Write a graph's form for ONNX Runtime beside it, or over it.
+
+    Args:
+        by_row: the graph computes one row at a time, so that its products are left to `MatMulNBits`.
+    """
     model = ir.load(source)
-    integers.rewrite(model)
+    if not by_row:
+        integers.rewrite(model)
     fusions.rewrite(model)
     RemoveUnusedNodesPass()(model)
+    if by_row:
+        joined.rewrite(model)
+        RemoveUnusedNodesPass()(model)
     ir.save(model, target)

@@ -141,8 +141,9 @@ class Settings:
     )
     share_weights: bool = setting(
         False,
-        "Run prompt and decode in the same graphs, so that TensorRT engines hold the decoder's weights once and not "
-        "twice. Methods none and fastv, modern lowering.",
+        "Run prompt and decode in the same graphs, so that TensorRT engines, and ONNX Runtime's sessions of INT8 and "
+        "INT4 matrices, hold the decoder's weights once and not twice; ONNX Runtime's tokens then take longer. Methods "
+        "none and fastv, modern lowering.",
     )
     max_graph_gb: float = setting(
         MAX_GRAPH_GB,

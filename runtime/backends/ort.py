@@ -175,6 +175,8 @@ def load(
     options.add_session_config_entry("session.x64quantprecision", "1")
     # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
+    # input channels for which one row's activations have a scale, where weights of 8 bits have one per output channel
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         if weights is not None:

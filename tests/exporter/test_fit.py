@@ -196,6 +196,18 @@ def test_a_card_needs_no_memory_for_building(planned):
     assert fit.predict(planned(lowering="modern", share_weights=True), profiles.load("rtx-4090")).fits
 
 
+@pytest.mark.parametrize(("weights", "copies"), [("as-is", 1), ("int8", 2), ("int4", 2)])
+def test_onnx_runtime_on_a_cpu_holds_integers_twice_unless_they_are_shared(planned, weights, copies):
+    cpu = profiles.load("cpu")
+    need = [
+        fit.predict(planned(dtype="float32", lowering="modern", share_weights=share), cpu, weights=weights).weights
+        for share in (True, False)
+    ]
+    once = fit.engine_bytes(planned(dtype="float32", lowering="modern", share_weights=True), weights=weights)
+
+    assert need == [sum(once), sum(once) + (copies - 1) * sum(once[1:])]
+
+
 def test_a_cpu_has_the_memory_of_this_machine_and_builds_nothing(planned, monkeypatch):
     plan, cpu = planned("2B", dtype="float32", lowering="modern"), profiles.load("cpu")
 
