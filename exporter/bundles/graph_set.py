@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lvlm_edge.exporter.graphs import graph, parts, trace
 from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import Parts, Weight
-from lvlm_edge.exporter.ort import form
+from lvlm_edge.exporter.ort import form, fusions
 from lvlm_edge.exporter.planning import GraphSpec, Plan
 from lvlm_edge.exporter.planning.report import stages
 from lvlm_edge.runtime import bundle as manifests
@@ -102,7 +102,8 @@ def _variants(
 
     Its sessions share no weights, but one session may run both the prompt and decode, if it leaves the number of rows
     open. Floats do so always. Integers do with `share_weights` alone: many rows and one row have kernels of their own,
-    and a session packs weights for one of them. Graphs that read caches have fused operators for that (`ort`).
+    and a session packs weights for one of them. Graphs that read caches and encoders have fused operators for their
+    attention (`ort`).
 
     Returns:
         the graphs by backend, and the models of those that have to be traced for it.
@@ -122,7 +123,7 @@ def _variants(
     names = {
         s.name
         for s, model in (*models, *more)
-        if s.file is not None or _reads_caches(plan, s) or _has_integers(plan, model, known)
+        if s.file is not None or _reads_caches(plan, s) or _has_integers(plan, model, known) or _encodes(plan, model)
     }
     named = tuple(replace(s, file=(s.file or s.name) + ORT) if (s.file or s.name) in names else s for s in specs)
     return ({"ort": named} if names else {}), more
@@ -140,6 +141,11 @@ def _decodes_by_row(plan: Plan) -> bool:
 def _reads_caches(plan: Plan, wanted: GraphSpec) -> bool:
     """Whether a graph attends to what its caches hold, in operators that others can be put for."""
     return plan.lowering.shares_weights and (wanted.role == "decode" or wanted.dynamic_rows is not None)
+
+
+def _encodes(plan: Plan, model: ir.Model) -> bool:
+    """Whether a graph has an encoder's attention, in an operator that another can be put for."""
+    return plan.lowering.shares_weights and any(map(fusions.encodes, model.graph))
 
 
 def _has_integers(plan: Plan, model: ir.Model, known: Mapping[str, Weight]) -> bool:

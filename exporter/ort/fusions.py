@@ -1,14 +1,18 @@
-"""Fused operators of ONNX Runtime: attention that writes its cache, and norms that add the residual before them.
+"""Fused operators of ONNX Runtime: attention, also one that writes its cache, and norms that add a residual.
 
 `GroupQueryAttention` appends keys and values to their caches in place, attends to all up to each row's own, and reads
 and writes rows as [1, rows, heads * D_h], so that nothing is transposed. Its kernel on the CPU takes a first prompt's
 positions to be 0, 1, 2, ... whatever it is given (onnxruntime 1.31.1), which pruned rows' are not: keys and queries are
 rotated by it only where slots of the cache are positions, and by an operator of their own elsewhere.
+
+`MultiHeadAttention` computes an encoder's attention block by block, without a matrix of all rows by all rows. Its
+kernel on the CPU takes float32 alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -71,6 +75,8 @@ def rewrite(model: ir.Model) -> None:
         attention = _attention(node)
         if attention is not None:
             _fuse_attention(nodes, lengths, attention)
+        elif encodes(node):
+            _fuse_encoder(nodes, node)
     for node in list(model.graph):
         if node.op_type == "RMSNormalization":
             _fuse_norm(nodes, node)
@@ -94,6 +100,25 @@ def _fuse_attention(nodes: Nodes, lengths: _Lengths, attention: _Attention) -> N
     replace(attention.joined, attended)
     for write, cache in zip(writes, caches, strict=True):
         replace(write.outputs[0], cache)
+
+
+def encodes(node: ir.Node) -> bool:
+    """Whether an attention is an encoder's, of all rows to all rows, that an operator of blocks can be put for."""
+    if node.op_type != "Attention" or len(node.inputs) != 3 or node.attributes.get_int("is_causal", 0) != 0:
+        return False
+    plain = all(value is not None and value.dtype == ir.DataType.FLOAT for value in node.inputs)
+    return plain and len({_heads(value) for value in node.inputs}) == 1
+
+
+def _fuse_encoder(nodes: Nodes, node: ir.Node) -> None:
+    """Let an encoder's attention be computed block by block, where its rows are whole before and after it."""
+    rows, joined = [_joined(value) for value in node.inputs], _join(node.outputs[0])
+    if joined is None or any(value is None for value in rows):
+        return
+    options: dict[str, Any] = {"num_heads": _heads(node.inputs[0])}
+    if "scale" in node.attributes:
+        options["scale"] = node.attributes.get_float("scale", 0)
+    replace(joined, nodes.add(node, f"{CONTRIB}::MultiHeadAttention", rows, **options))
 
 
 def _is_input(value: ir.Value | None, name: str) -> bool:
@@ -121,8 +146,8 @@ def _attention(node: ir.Node) -> _Attention | None:
         also = made_by(keys.inputs[1], "RotaryEmbedding")
     if rotated is None or also is None or keys is None or values is None:
         return None
-    if rotated.inputs[1:4] != also.inputs[1:4] or single_reader(rotated.outputs[0]) is None:
-        return None  # FastV's score reads rotated queries too
+    if rotated.inputs[1:4] != also.inputs[1:4]:
+        return None
     if not (_sees_one_row(node, keys.inputs[2]) or _sees_up_to_itself(node, keys.inputs[2])):
         return None
     rows = [_joined(value) for value in (rotated.inputs[0], also.inputs[0], values.inputs[1])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,8 @@ def load(
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    _share_arena(runtime)
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits, which saturate: "1" makes constant
     # signed weights unsigned there, so that sums are exact
@@ -193,6 +196,14 @@ def load(
         )
     except Exception as error:  # the bindings raise their own types; the first line says what is wrong
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
+
+@functools.cache
+def _share_arena(runtime: ModuleType) -> None:
+    """Let sessions take activations from one arena of this process: a graph reuses what the one before it has freed."""
+    kind, default = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, runtime.OrtMemType.DEFAULT
+    arena = runtime.OrtArenaCfg(0, 0, -1, -1)  # of any size, extended to powers of two, everything else as by default
+    runtime.create_and_register_allocator(runtime.OrtMemoryInfo("Cpu", kind, 0, default), arena)
 
 
 def check_tensor(path: Path, info: Any, buffer: TensorInfo | None) -> None:

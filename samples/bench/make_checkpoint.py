@@ -2,8 +2,8 @@
 
 smol: CLIP-B/14 at 336 px and a decoder of SmolLM2-135M's dimensions (250 M parameters). tinyllama: CLIP-L/14 at
 336 px and TinyLlama-1.1B's (1.4 B). llava-7b: LLaVA-1.5-7B's (7.1 B). 576 visual tokens. large-eye: CLIP-L/14 at
-336 px and a decoder of 4 M parameters. small-picture: smol at 56 px, 16 visual tokens. Written tensor by tensor, never
-held as a whole.
+336 px and a decoder of 4 M parameters. small-picture: smol at 56 px, 16 visual tokens. large-picture: smol at 672 px,
+2,304 visual tokens. Written tensor by tensor, never held as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VISION = {
     "b": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "l": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
-VISION["b at 56 px"] = VISION["b"] | {"image_size": 56}
+VISION |= {f"b at {size} px": VISION["b"] | {"image_size": size} for size in (56, 672)}
 SIZES = {
     "smol": (
         "b",
@@ -56,6 +56,7 @@ SIZES = {
     ),
 }  # fmt: skip
 SIZES["small-picture"] = ("b at 56 px", SIZES["smol"][1])
+SIZES["large-picture"] = ("b at 672 px", SIZES["smol"][1] | {"max_position_embeddings": 4096})
 
 
 def config(size: str) -> dict:

@@ -37,22 +37,22 @@ def flag(node, name):
 
 
 @pytest.mark.parametrize(
-    ("options", "fused", "plain"),
+    ("options", "fused", "transposed"),
     [
         ({"method": "none"}, LAYERS, 0),
         ({"method": "none", "share_weights": True}, LAYERS, 0),
         pytest.param({"method": "none", "max_graph_gb": 1e-6}, LAYERS, 0, marks=pytest.mark.slow),
         pytest.param({"method": "none", "dtype": "float16"}, LAYERS, 0, marks=pytest.mark.slow),
         ({"method": "none", "weights": "int4", "block_size": 32}, LAYERS, 0),
-        (FASTV, LAYERS - 1, 1),  # the score reads rotated queries of the layer before the prune layer
+        (FASTV, LAYERS, 2),  # the score reads rotated queries and keys of its own
     ],
 )
-def test_decode_attends_in_fused_operators(gqa, export_once, options, fused, plain):
+def test_decode_attends_in_fused_operators(gqa, export_once, options, fused, transposed):
     found = {kind: len(some) for kind, some in nodes(export_once(gqa, **options), "decode").items()}
 
-    assert (found.get("GroupQueryAttention", 0), found.get("Attention", 0)) == (fused, plain)
+    assert (found.get("GroupQueryAttention", 0), found.get("Attention", 0)) == (fused, 0)
     assert found["SkipSimplifiedLayerNormalization"] >= LAYERS
-    assert found.get("Transpose", 0) <= 5 * plain and found.get("TensorScatter", 0) == 2 * plain
+    assert (found.get("Transpose", 0), found.get("TensorScatter", 0)) == (transposed, 0)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,11 @@ def test_decode_of_every_method_has_them(original, export_once, method):
 def test_rows_are_rotated_inside_only_where_slots_are_positions(gqa, export_once):
     """The kernel takes a first prompt's rows to be at 0, 1, 2, ..., which kept rows are not."""
     bundle = export_once(gqa, **FASTV)
-    (head,) = nodes(bundle, "prefill", "prefill_head")["GroupQueryAttention"]
+    head = nodes(bundle, "prefill", "prefill_head")
     tail = nodes(bundle, "prefill", "prefill_tail")
 
-    assert flag(head, "do_rotary") == 1
+    assert [flag(node, "do_rotary") for node in head["GroupQueryAttention"]] == [1, 1]
+    assert len(head["RotaryEmbedding"]) == 1  # of the queries that the score reads
     assert [flag(node, "do_rotary") for node in tail["GroupQueryAttention"]] == [0, 0]
     assert len(tail["RotaryEmbedding"]) == 4
 
@@ -92,6 +93,14 @@ def test_heads_of_other_sizes_stay_as_they_are(checkpoint_once, export_once):
     expected, answer = (pipe.generate_tokens(prompt, pixels, ignore_eos=True) for pipe in (plain, fused))
     assert answer.token_ids == expected.token_ids
     assert np.abs(answer.logits - expected.logits).max() < 1e-4
+
+
+def test_encoders_attend_in_blocks_where_they_are_of_float32(gqa, export_once):
+    layers = 2  # of the encoder's 3, the last of which is not built
+    whole, half = (nodes(export_once(gqa, dtype=dtype), "image") for dtype in ("float32", "float16"))
+
+    assert (len(whole["MultiHeadAttention"]), "Attention" in whole) == (layers, False)
+    assert "MultiHeadAttention" not in half
 
 
 def test_portable_graphs_have_none_of_them(gqa, export_once):
