@@ -68,6 +68,11 @@ def answers_like_stock(
     assert np.abs(answer.logits - logits.numpy()).max() <= TOLERANCE
 
 
+def layers(folder: Path) -> int:
+    """Decoder layers of a checkpoint."""
+    return families.read(Checkpoint.open(folder)).decoder.layers
+
+
 def planned(folder: Path, size: tuple[int, int]) -> Picture:
     """What a checkpoint's picture of (width, height) stands for."""
     of = Checkpoint.open(folder)

@@ -44,6 +44,16 @@ def rotation(parts: Parts, positions: Tensor) -> Rotation:
     return Rotation(found[0], found[1], None)
 
 
+def last_rows(rotation: Rotation, rows: int) -> Rotation:
+    """The rotation of the last rows alone."""
+    cos, sin, positions = rotation.cos, rotation.sin, rotation.positions
+    if (cos if positions is None else positions).shape[1] == rows:
+        return rotation
+    if positions is None:
+        return Rotation(cos[:, -rows:], sin[:, -rows:], None)
+    return Rotation(cos, sin, positions[:, -rows:])
+
+
 def sections(d: DecoderSpec) -> list[list[list[float]]]:
     """1 where a frequency turns by an axis, [3, 1, D_h / 2].
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lvlm_edge.exporter.checkpoints.checkpoint import CheckpointError
 from lvlm_edge.exporter.checkpoints.spec import ModelSpec
@@ -20,17 +20,15 @@ from lvlm_edge.exporter.planning import (
     layer_flops,
 )
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
-from lvlm_edge.runtime.pictures.layout import Picture
-
-if TYPE_CHECKING:
-    pass
+from lvlm_edge.runtime.pictures.layout import Picture, Run
 
 SEMANTICS = ("released", "dropped")
+OFF = "none"  # the window of visual tokens that see all before them, as text does
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """YOPO's settings; a checkpoint's config has them."""
+    """YOPO's settings. A checkpoint trained for it has them in its config; with others, what is not given is off."""
 
     semantics: str = field(
         default="released",
@@ -38,22 +36,25 @@ class Config:
             "help": "released (masks as in the released code, full cost) or dropped (leaves the tokens out, saves time)"
         },
     )
-    window: int | None = field(
+    window: str | int | None = field(
         default=None,
         metadata={
-            "help": "side of the square of neighbors that a visual token attends to, at least 1",
-            "default": "the checkpoint's",
+            "help": "side of the square of neighbors that a visual token attends to, at least 1; none: all before it",
+            "default": "the checkpoint's, else none",
         },
     )
     cutoff: int | None = field(
         default=None,
-        metadata={"help": "first decoder layer without visual tokens, 1..layers", "default": "the checkpoint's"},
+        metadata={
+            "help": "first decoder layer without visual tokens, 1..layers",
+            "default": "the checkpoint's, else the number of layers",
+        },
     )
     ffn_ratio: float | None = field(
         default=None,
         metadata={
             "help": "FFN channels divided by those that visual tokens use, from 1 to the number of channels",
-            "default": "the checkpoint's",
+            "default": "the checkpoint's, else 1",
         },
     )
     # A file as long as it is a setting, then a string per layer: 1 where a head stays for visual tokens.
@@ -95,6 +96,11 @@ def resolve(spec: ModelSpec[Any], config: Config) -> Config:
     d = spec.decoder
     if config.semantics not in SEMANTICS:
         raise UsageError(f"yopo: semantics is {config.semantics!r}; {nearest(str(config.semantics), SEMANTICS)}")
+    if "yopo" not in spec.settings:
+        config = _untrained(spec, config)
+    window = config.window
+    if isinstance(window, str) and window.isdecimal():  # of the command line
+        config = replace(config, window=int(window))
     for name, value, least, most in (
         ("window", config.window, 1, math.inf),
         ("cutoff", config.cutoff, 1, d.layers),
@@ -103,14 +109,35 @@ def resolve(spec: ModelSpec[Any], config: Config) -> Config:
         flag = "--" + name.replace("_", "-")
         if value is None:
             raise PlanError(f"yopo: the checkpoint's config has no {name}; give {flag}")
+        if name == "window" and value == OFF:
+            continue
         kinds = int | float if name == "ffn_ratio" else int
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            wanted = f"{least}..{most}" if most < math.inf else f"at least {least}"
+            wanted = f"{least}..{most}" if most < math.inf else f"at least {least}, or {OFF}"
             kind = "a whole number, " if kinds is int else ""
             raise PlanError(f"yopo: {name} is {value!r}, expected {kind}{wanted}; correct it with {flag}")
     mask = config.head_mask
     rows = ("1" * d.heads,) * d.layers if mask is None else _read(mask, spec) if isinstance(mask, str) else mask
     return replace(config, head_mask=rows)
+
+
+def _untrained(spec: ModelSpec[Any], config: Config) -> Config:
+    """The settings for a checkpoint that was not trained for the method: what is not given is off.
+
+    Raises:
+        PlanError: nothing is given.
+    """
+    if (config.window, config.cutoff, config.ffn_ratio, config.head_mask) == (None,) * 4:
+        raise PlanError(
+            "yopo: the checkpoint was not trained for it, and its config has no settings; give --window, --cutoff, "
+            "--ffn-ratio or --head-mask"
+        )
+    return replace(
+        config,
+        window=OFF if config.window is None else config.window,
+        cutoff=spec.decoder.layers if config.cutoff is None else config.cutoff,
+        ffn_ratio=1 if config.ffn_ratio is None else config.ffn_ratio,
+    )
 
 
 def _read(path: str, spec: ModelSpec[Any]) -> tuple[str, ...]:
@@ -168,36 +195,61 @@ def limit(plan: Plan) -> int:
 
 
 def _limit(spec: ModelSpec[Any], config: Config) -> int:
-    if config.semantics == "released":
-        return spec.decoder.layers
     assert config.cutoff is not None and config.head_mask is not None
+    if config.semantics == "released":
+        return config.cutoff if leaves_early(spec) else spec.decoder.layers
     # Below the cutoff too, where no later layer keeps a head for them.
     return 1 + max((i for i in range(config.cutoff) if "1" in config.head_mask[i]), default=-1)
 
 
-def grid_of(pictures: Sequence[Picture], spec: ModelSpec[Any]) -> tuple[int, int]:
-    """(rows, columns) of the picture's visual tokens.
+def leaves_early(spec: ModelSpec[Any]) -> bool:
+    """Whether the release drops layers before the softmax: that for Qwen2-VL, whose positions have three axes."""
+    return bool(spec.decoder.rope_sections)
+
+
+def tiles_of(pictures: Sequence[Picture], spec: ModelSpec[Any]) -> tuple[Run, ...]:
+    """The picture's rows from its first visual token to its last: whole grids, one of each tile, and text between.
 
     Raises:
-        UnsupportedError: they are not the whole grid of one picture, in one run.
+        UnsupportedError: visual tokens that fill no grid, or rows of another kind.
     """
     runs = pictures[0].runs
-    grid = runs[0].grid
-    if runs[0].kind == "visual" and len(runs) == 1 and grid is not None and runs[0].rows == math.prod(grid):
-        return grid
-    found = f"{pictures[0].visual_tokens} visual tokens"
+    visual = [i for i, run in enumerate(runs) if run.kind == "visual"]
+    whole = all(runs[i].grid is not None and runs[i].rows == math.prod(runs[i].grid or ()) for i in visual)
+    if visual and whole and all(run.kind in ("visual", "text") for run in runs):
+        return runs[visual[0] : visual[-1] + 1]
+    found = f"{pictures[0].visual_tokens} visual tokens that fill no grid"
     if spec.reads_features:
         found = "no projector"
     elif any(run.kind == "separator" for run in runs):
         found = "separators after its crops"
     raise UnsupportedError(
-        f"yopo: the checkpoint has {found}, expected the grid of one picture alone; use another --method"
+        f"yopo: the checkpoint has {found}, expected visual tokens on the grid of a picture or of its tiles, and no "
+        "others; use another --method"
     )
 
 
+def cells(tiles: Sequence[Run], apart: int) -> list[tuple[int, int]]:
+    """(row, column) of the cell of each row of `tiles_of`, one tile below the other; (0, 0) for text.
+
+    Args:
+        apart: rows that lie between two tiles, so that no token of one is the neighbour of one of another.
+    """
+    found: list[tuple[int, int]] = []
+    top = 0
+    for tile in tiles:
+        if tile.grid is None:
+            found += [(0, 0)] * tile.rows
+        else:
+            rows, columns = tile.grid
+            found += [(top + i, j) for i in range(rows) for j in range(columns)]
+            top += rows + apart
+    return found
+
+
 def stages(spec: ModelSpec[Any], config: Config, prompt: Prompt) -> tuple[Stage, ...]:
-    """Dropped: two stages, split where visual tokens leave. Released: every token in every layer."""
-    grid_of(prompt.pictures, spec)
+    """Two stages, split where visual tokens leave; one where they stay in every layer."""
+    tiles_of(prompt.pictures, spec)
     visual, others = prompt.visual, prompt.others
     full, layers, border = visual + others, spec.decoder.layers, _limit(spec, config)
     flops = sum(_layer_flops(spec, config, visual, others, i, i == border - 1) for i in range(border))
@@ -227,18 +279,20 @@ def _layer_flops(spec: ModelSpec[Any], config: Config, v: int, t: int, layer: in
 def paper(plan: Plan) -> dict[str, Any]:
     """The paper's column: FLOPs of the visual tokens alone, as configured; the published costs are nominal.
 
-    Convention: 2 x multiply-accumulate, keys and values as wide as queries, `window`^2 keys below the cutoff.
+    Convention: 2 x multiply-accumulate, keys and values as wide as queries, below the cutoff `window`^2 keys, or all
+    visual tokens.
     """
     d, c, v = plan.spec.decoder, plan.config, plan.visual_tokens
     shares = [row.count("1") / d.heads for row in c.head_mask[: c.cutoff]]
-    attention = 4 * v * d.hidden**2 + 2 * v * c.window**2 * d.hidden
+    near = v if c.window == OFF else c.window**2
+    attention = 4 * v * d.hidden**2 + 2 * v * near * d.hidden
     cost = 2 * sum(share * attention + 3 * v * d.hidden * d.ffn / c.ffn_ratio for share in shares)
     dense = 2 * d.layers * (4 * v * d.hidden**2 + 2 * v**2 * d.hidden + 3 * v * d.hidden * d.ffn)
     return {"name": "YOPO", "unit": "TFLOPs of visual tokens", "value": cost / 1e12, "ratio": cost / dense}
 
 
 def cache_groups(plan: Plan, layer: int) -> tuple[CacheGroup, ...]:
-    """Dropped: kept heads cache every row, pruned ones and late layers text alone. Released: one cache of all rows.
+    """Layers without visual tokens cache text alone. Dropped: so do pruned heads. Released: one cache of all rows.
 
     Released values are zero for visual tokens where a head is pruned, so that heads which share a KV head need copies
     of their own when only some of them are.
@@ -246,11 +300,14 @@ def cache_groups(plan: Plan, layer: int) -> tuple[CacheGroup, ...]:
     d, found = plan.spec.decoder, heads(plan, layer)
     every, each = tuple(range(d.heads)), d.heads // d.kv_heads
     own = partial(CacheGroup, name=str(layer), queries=every, owned=every)
+    text = (own(kv_heads=tuple(range(d.kv_heads)), dropped=plan.visual_tokens),)
+    if layer >= limit(plan):
+        return text
     if released(plan):
         shared = layer < plan.config.cutoff and set(found.kept_kv) & set(found.pruned_kv)
         return (own(kv_heads=tuple(h // each for h in every) if shared else tuple(range(d.kv_heads)), dropped=0),)
-    if layer >= limit(plan) or not found.kept:
-        return (own(kv_heads=tuple(range(d.kv_heads)), dropped=plan.visual_tokens),)
+    if not found.kept:
+        return text
     if not found.pruned:
         return (own(kv_heads=tuple(range(d.kv_heads)), dropped=0),)
     return tuple(

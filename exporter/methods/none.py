@@ -28,4 +28,5 @@ METHOD = Method(
     shares_weights=True,
     fewer_pictures=True,
     three_axes=True,
+    injected=True,
 )

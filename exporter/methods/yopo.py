@@ -4,21 +4,34 @@ The release is a simulation by masks, and it zeroes attention to visual tokens a
 already taken. Two semantics follow: `released` computes just that, so that published checkpoints say what they say in
 PyTorch, and saves little; `dropped` removes what the simulation stands for: from the cutoff layer on there are no
 visual tokens, below it they have the kept heads and the first FFN channels alone, and pruned heads see only text.
+
+The release also runs on Qwen2-VL and InternVL2 without training. A head mask has a column per query head; a KV head is
+left out for visual tokens where the mask prunes every query head that reads it.
+
+- Qwen2-VL: the release masks visual tokens out from the cutoff on before the softmax, in the rows of text, so nobody
+  reads them there and `released` leaves them out too; pruned heads are zeroed after the softmax. It takes the text to
+  begin as many rows too early as stand before the picture; here it begins behind the picture. The release prunes no
+  head of its first two layers; here the mask says so of every layer.
+- InternVL2: `released` is that of LLaVA. Its release was not at hand.
+- Windows are off in the release's Qwen2-VL (`none`): visual tokens see all rows before them. Its own window is a token
+  itself; here a window is a square on the picture's grid, of any rectangle, as for LLaVA. With several tiles, and with
+  the view of the whole picture, a token's neighbours are those of its own view.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lvlm_edge.exporter.graphs import blocks
+from lvlm_edge.exporter.graphs.rotary import Rotation, last_rows, rotation, turned
 from lvlm_edge.exporter.methods._yopo_counts import (
+    OFF,
     Config,
     cache_groups,
+    cells,
     channels,
-    grid_of,
     heads,
     limit,
     nominal,
@@ -26,6 +39,7 @@ from lvlm_edge.exporter.methods._yopo_counts import (
     released,
     resolve,
     stages,
+    tiles_of,
 )
 from lvlm_edge.exporter.planning import (
     GraphSpec,
@@ -47,11 +61,14 @@ if TYPE_CHECKING:
 def seen(plan: Plan, inputs: Tensors) -> Tensor:
     """Which rows see which keys, both visual tokens, then text, [V + T, V + T], bool.
 
-    Causal, but that visual tokens see their neighbours on all sides, and no other visual token.
+    Causal, but that visual tokens with a window see their neighbours on all sides, and no other visual token.
     """
     visual, text = inputs["visual_index"], inputs["text_index"]
-    apart = distances(visual - visual[:1], grid_of(plan.pictures, plan.spec))
-    reach = (plan.config.window - 1) // 2
+    if plan.config.window == OFF:
+        reach, apart = 0, visual[None] - visual[:, None]
+    else:
+        reach = (plan.config.window - 1) // 2
+        apart = distances(visual - visual[:1], cells(tiles_of(plan.pictures, plan.spec), reach))
     # One comparison at the end: TensorRT-RTX 1.7.1 ends with a segmentation fault on joined and combined booleans.
     later = (text[None] - visual[:, None]) * (reach + 1)  # beyond reach where text comes after the image
     of_text = (blocks.concat([visual, text])[None] - text[:, None]) * (reach + 1)
@@ -59,15 +76,14 @@ def seen(plan: Plan, inputs: Tensors) -> Tensor:
     return sees
 
 
-def distances(index: Tensor, grid: tuple[int, int]) -> Tensor:
+def distances(index: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
     """Rows or columns between visual tokens, whichever are more, [V, V], int64.
 
     Args:
-        index: 0 .. V-1, as data: of a constant the whole square would become one.
-        grid: (rows, columns) that they lie on.
+        index: of each visual token among the places, as data: of a constant the whole square would become one.
+        places: (row, column).
     """
-    count, side = math.prod(grid), grid[1]
-    rows, columns = ([i // side for i in range(count)], [i % side for i in range(count)])
+    rows, columns = zip(*places, strict=True)
     at = [blocks.constant(table).index_select(0, index) for table in (rows, columns)]
     down, across = ((x[:, None] - x[None]).abs() for x in at)
     return down.maximum(across)
@@ -76,6 +92,8 @@ def distances(index: Tensor, grid: tuple[int, int]) -> Tensor:
 def run(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph) -> Tensors:
     """Layers of the subgraph, with visual tokens as far as they go."""
     first, positions = subgraph.layers.start, inputs["text_index"][None]
+    if plan.axes > 1:
+        positions = inputs["position_ids"][:1].index_select(1, inputs["text_index"])  # text has one on all axes
     if first == 0:
         x = inputs[subgraph.entry]
         text = x.index_select(1, inputs["text_index"])
@@ -83,22 +101,28 @@ def run(parts: Parts, plan: Plan, inputs: Tensors, *, subgraph: blocks.Subgraph)
     else:
         text = inputs[f"text.{first}"]
         visual = inputs.get(f"visual.{first}", text)  # nobody reads it where there is none
-    sees = seen(plan, inputs) if first < limit(plan) else None
+    mixed = (seen(plan, inputs), turning(parts, plan, inputs)) if first < limit(plan) else None
     caches: Tensors = {}
     for i in subgraph.layers:
-        if sees is None or i >= limit(plan):
+        if mixed is None or i >= limit(plan):
             text, _, written = blocks.prefill_layers(parts, plan, [i], inputs, text, positions)
         else:
             layer = _released if released(plan) else _dropped
-            visual, text, written = layer(parts, plan, i, inputs, visual, text, sees)
+            visual, text, written = layer(parts, plan, i, inputs, visual, text, *mixed)
         caches |= written
     if subgraph.result is None:
         return {"logits": blocks.logits(parts, text, inputs["last_index"] - plan.visual_tokens), **caches}
     return {f"visual.{subgraph.layers.stop}": visual, f"text.{subgraph.layers.stop}": text} | caches
 
 
+def turning(parts: Parts, plan: Plan, inputs: Tensors) -> Rotation:
+    """The rotation of visual tokens, then text."""
+    at = blocks.concat([inputs["visual_index"], inputs["text_index"]])
+    return rotation(parts, at[None] if plan.axes == 1 else inputs["position_ids"].index_select(1, at))
+
+
 def _dropped(
-    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor
+    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor, turn: Rotation
 ) -> tuple[Tensor, Tensor, Tensors]:
     """A layer whose pruned heads do not know of visual tokens: two layers in one, of other heads and other rows."""
     layer, found, groups, last = parts.layers[i], heads(plan, i), plan.groups(i), i == limit(plan) - 1
@@ -106,13 +130,13 @@ def _dropped(
     written: Tensors = {}
     of_visual = None
     if found.kept:
-        rows = _rows(parts, layer, visual, text, inputs, found.kept, found.kept_kv, asks=not last)
+        rows = _rows(parts, layer, visual, text, turn, found.kept, found.kept_kv, asks=not last)
         written |= parts.ops.store(inputs, groups[0], *rows[1:])
         key, value = (_per_query(plan, x, found.kept, found.kept_kv) for x in rows[1:])
         of_visual, of_text = _attend(parts, plan, rows[0], key, value, sees)
         results.append(of_text)
     if found.pruned:
-        rows = _rows(parts, layer, None, text, inputs, found.pruned, found.pruned_kv)
+        rows = _rows(parts, layer, None, text, turn, found.pruned, found.pruned_kv)
         written |= parts.ops.store(inputs, groups[-1], *rows[1:])
         key, value = (_per_query(plan, x, found.pruned, found.pruned_kv) for x in rows[1:])
         results.append(parts.ops.attend(rows[0], key, value, True))
@@ -128,19 +152,19 @@ def _dropped(
 
 
 def _released(
-    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor
+    parts: Parts, plan: Plan, i: int, inputs: Tensors, visual: Tensor, text: Tensor, sees: Tensor, turn: Rotation
 ) -> tuple[Tensor, Tensor, Tensors]:
     """A layer that takes visual tokens into the softmax, and their values as zero where the release zeroes columns."""
     layer, found, d = parts.layers[i], heads(plan, i), plan.spec.decoder
     (group,) = plan.groups(i)
-    last, every = i == d.layers - 1, tuple(range(d.heads))
-    query, key, value = _rows(parts, layer, visual, text, inputs, every, tuple(range(d.kv_heads)), asks=not last)
+    last, every = i == limit(plan) - 1, tuple(range(d.heads))
+    query, key, value = _rows(parts, layer, visual, text, turn, every, tuple(range(d.kv_heads)), asks=not last)
     if len(group.kv_heads) > d.kv_heads:
         # Not one Gather: TensorRT-RTX 1.7.1 does not build caches whose rows come out of one.
         key, value = (blocks.concat([x[:, h : h + 1] for h in group.kv_heads], 1) for x in (key, value))
     reads, per = set(found.kept) if i < plan.config.cutoff else set(), d.heads // len(group.kv_heads)
     read = [bool(reads & set(every[j * per : (j + 1) * per])) for j in range(len(group.kv_heads))]
-    is_text = [False] * plan.visual_tokens + [True] * plan.text_tokens
+    is_text = [False] * plan.visual_tokens + [True] * plan.prompt.others
     value = value * _flags(read, value).maximum(_flags(is_text, value).transpose(1, 2))
     written = parts.ops.store(inputs, group, key, value)
     of_visual, of_text = _attend(parts, plan, query, key, value, sees)
@@ -158,7 +182,7 @@ def _attend(
 
     Two that read the same keys end TensorRT-RTX 1.7.1 with a segmentation fault, in bfloat16 wherever it was tried.
     """
-    rows, text = query.shape[2], plan.text_tokens
+    rows, text = query.shape[2], plan.prompt.others
     attended = parts.ops.attend_where(query, key, value, sees[-rows:])
     return (attended[:, :, :-text] if rows > text else None), attended[:, :, -text:]
 
@@ -168,7 +192,7 @@ def _rows(
     layer: DecoderLayer,
     visual: Tensor | None,
     text: Tensor,
-    inputs: Tensors,
+    turn: Rotation,
     asking: tuple[int, ...],
     kv_heads: tuple[int, ...],
     *,
@@ -179,16 +203,19 @@ def _rows(
     TensorRT-RTX 1.7.1 does not build a cache of rows that were projected apart and then joined.
 
     Args:
+        turn: of visual tokens, then text.
         asks: visual tokens have queries too.
     """
-    d, ops, tables = parts.spec.decoder, parts.ops, (parts.rope_cos, parts.rope_sin)
+    d, ops = parts.spec.decoder, parts.ops
     x = text if visual is None else blocks.concat([visual, text], 1)
-    at = inputs["text_index"]
-    at = (at if visual is None else blocks.concat([inputs["visual_index"], at]))[None]
     normed = ops.rms_norm(x, layer.input_layernorm.weight, d.eps)
-    own, own_at = (normed, at) if asks else (normed[:, -text.shape[1] :], at[:, -text.shape[1] :])
-    query = ops.rotate(blocks.some_heads(own, layer.q_proj, asking, d.heads), *tables, own_at)
-    key = ops.rotate(blocks.some_heads(normed, layer.k_proj, kv_heads, d.kv_heads), *tables, at)
+    own = normed if asks else normed[:, -text.shape[1] :]
+    query = blocks.some_heads(own, layer.q_proj, asking, d.heads)
+    key = blocks.some_heads(normed, layer.k_proj, kv_heads, d.kv_heads)
+    if d.qk_norm:
+        query = ops.rms_norm(query, layer.q_norm.weight, d.eps)
+        key = ops.rms_norm(key, layer.k_norm.weight, d.eps)
+    query, key = (turned(parts, heads, last_rows(turn, heads.shape[2])) for heads in (query, key))
     return query, key, blocks.some_heads(normed, layer.v_proj, kv_heads, d.kv_heads)
 
 
@@ -243,11 +270,11 @@ def _state(plan: Plan, layer: int) -> tuple[TensorInfo, ...]:
     """What passes between graphs, named after the layer that it enters."""
     shapes = blocks.Shapes(plan)
     visual = (shapes.hidden(f"visual.{layer}", plan.visual_tokens),) if layer < limit(plan) else ()
-    return (*visual, shapes.hidden(f"text.{layer}", plan.text_tokens))
+    return (*visual, shapes.hidden(f"text.{layer}", plan.prompt.others))
 
 
 def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
-    """Released: prefill; dropped: prefill_head and, from the cutoff on, prefill_tail; decode."""
+    """Prefill, or prefill_head and, where visual tokens have left, prefill_tail; decode."""
     shapes, layers, border = blocks.Shapes(plan), plan.spec.decoder.layers, limit(plan)
     names = ("prefill",) if border in (0, layers) else ("prefill_head", "prefill_tail")
     runs = [run for run in (range(border), range(border, layers)) if run]
@@ -260,13 +287,14 @@ def graphs(plan: Plan) -> tuple[GraphSpec, ...]:
     def graph(subgraph: blocks.Subgraph) -> GraphSpec:
         first, stop = subgraph.layers.start, subgraph.layers.stop
         entry = _state(plan, first) if first else (shapes.hidden("inputs_embeds", plan.prompt_tokens),)
+        positions = (shapes.positions("position_ids", plan.prompt_tokens),) if plan.axes > 1 else ()
         visual = (shapes.index("visual_index", plan.visual_tokens),) if first < border else ()
         last = (shapes.index("last_index", 1),) if stop == layers else ()
         caches = blocks.prefill_inputs(plan, subgraph.layers)
         return GraphSpec(
             name=subgraph.name,
             role="prefill",
-            inputs=(*entry, *visual, shapes.index("text_index", plan.text_tokens), *last, *caches),
+            inputs=(*entry, *positions, *visual, shapes.index("text_index", plan.prompt.others), *last, *caches),
             outputs=(
                 *((shapes.logits(),) if stop == layers else _state(plan, stop)),
                 *blocks.prefill_outputs(plan, subgraph.layers),
@@ -287,4 +315,5 @@ METHOD = Method(
     nominal=nominal,
     cache_groups=cache_groups,
     one_image=True,  # the released code knows one block of visual tokens
+    three_axes=True,
 )

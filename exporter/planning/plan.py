@@ -283,6 +283,11 @@ def make(
             f"{method.name}: is not defined for {family.name}, whose positions have {family.axes} axes; use --method "
             "none or fastv"
         )
+    if family.injected(spec) and not method.injected:
+        raise UnsupportedError(
+            f"{method.name}: is not defined for {family.name}, which adds features of a picture to visual rows after "
+            "decoder layers; use --method none or fastv"
+        )
     if method.one_image and len(pictures) > 1:
         raise PlanError(f"{method.name}: {len(pictures)} images, but it is defined for one; leave out --num-images")
     if method.one_image and any(picture.kind == "video" for picture in pictures):

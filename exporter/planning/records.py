@@ -188,7 +188,8 @@ class Method(Generic[C]):
         shares_weights: its prompt graphs can also be those of decode (`--share-weights`).
         fewer_pictures: its graphs answer prompts with fewer pictures than planned, and without pictures.
         reads_features: the decoder's layers read the encoder's features, and pictures have no rows in the prompt.
-        three_axes: its graphs take positions of three axes, and features that are added to visual rows after layers.
+        three_axes: its graphs take positions of three axes.
+        injected: its graphs take features that are added to visual rows after layers.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Method(Generic[C]):
     fewer_pictures: bool = False
     reads_features: bool = False
     three_axes: bool = False
+    injected: bool = False
 
 
 Attend = Callable[["Tensor", "Tensor", "Tensor", bool], "Tensor"]

@@ -5,6 +5,7 @@ The steps are for one sequence, on those modules' weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Read:
         images: which of them are the images', bool [n].
         positions: as the decoder's rotary embedding takes them: [1, n], or [3, 1, n].
         next: position of the first generated token.
+        grids: (rows, columns) of the cells that the images' rows lie on, one grid after the other; empty where they lie
+            on none.
         injected: what is added to the images' rows after decoder layers 0, 1, ..., [rows of images, D] each.
     """
 
@@ -36,6 +39,7 @@ class Read:
     images: Tensor
     positions: Tensor
     next: int
+    grids: tuple[tuple[int, int], ...] = ()
     injected: tuple[Tensor, ...] = ()
 
 
@@ -128,8 +132,15 @@ class Original:
     def lay_out(self, prompt: Sequence[int], pixels: Any) -> Read:
         """A prompt as the decoder reads it; positions are numbers of rows."""
         features, embeds, rows, images = self.read(prompt, pixels)
-        positions = torch.arange(len(rows))[None]
-        return Read(features=features, embeds=embeds, rows=rows, images=images, positions=positions, next=len(rows))
+        return Read(
+            features=features,
+            embeds=embeds,
+            rows=rows,
+            images=images,
+            positions=torch.arange(len(rows))[None],
+            next=len(rows),
+            grids=() if self.newline is not None else squares(len(features), features.shape[1]),
+        )
 
     def at(self, position: int) -> Tensor:
         """The position of one generated token, as the decoder's rotary embedding takes it."""
@@ -240,6 +251,12 @@ def recorded(module: Any, pick: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def squares(views: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """The grid of so many views of so many visual tokens each, which fill a square; none where they do not."""
+    side = math.isqrt(rows)
+    return ((side, side),) * views if side**2 == rows else ()
+
+
 # One sequence through the pieces of a decoder layer: rows are [n, D], heads [heads, n, d].
 
 
@@ -252,6 +269,8 @@ def qkv(layer: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         parts = attention.q_proj(rows), attention.k_proj(rows), attention.v_proj(rows)
     q, k, v = (part.view(len(rows), -1, attention.head_dim).transpose(0, 1) for part in parts)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
     return q, repeat(k, len(q)), repeat(v, len(q))
 
 
@@ -261,8 +280,12 @@ def repeat(heads: Tensor, count: int) -> Tensor:
 
 
 def rope(decoder: Any, heads: Tensor, positions: Tensor) -> Tensor:
-    """Heads turned to their positions; a partial rotation leaves the last channels alone."""
-    tables: tuple[Tensor, Tensor] = decoder.rotary_emb(heads, positions[None])
+    """Heads turned to their positions; a partial rotation leaves the last channels alone.
+
+    Args:
+        positions: [n], or as `Read` has them.
+    """
+    tables: tuple[Tensor, Tensor] = decoder.rotary_emb(heads, positions[None] if positions.dim() == 1 else positions)
     cos, sin = (table[0] for table in tables)
     width = cos.shape[-1]
     turned, rest = heads[..., :width], heads[..., width:]

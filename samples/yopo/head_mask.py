@@ -3,38 +3,50 @@
 The paper's rule (arXiv:2410.06169): a head stays active for visual tokens if in enough pictures its attention to them,
 relative to its attention to all other tokens, is above a threshold; the first two layers keep all heads. Given
 `--heads` instead of a threshold, the threshold that keeps this many heads per layer on average is looked for.
+
+`--prompt` is in the checkpoint's own format, with `<image>` where the picture's rows stand.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil
+from transformers import AutoTokenizer
 
-from lvlm_edge.exporter import references
+from lvlm_edge.exporter import families, references
+from lvlm_edge.exporter.bundles import plans
 from lvlm_edge.exporter.checkpoints import checkpoint
+from lvlm_edge.exporter.planning import Capacity
 from lvlm_edge.exporter.references import original
+from lvlm_edge.runtime.pictures import views
+from lvlm_edge.runtime.pictures.image import open_image
 
 PROMPT = "USER: <image>\nDescribe the picture. ASSISTANT:"
 
 
 @torch.no_grad()
-def ratios(m: original.Original, ids: list[int], pixels: torch.Tensor) -> np.ndarray:
+def ratios(m: original.Original, ids: list[int], pixels: Any) -> np.ndarray:
     """Attention to visual tokens over attention to all others, summed over all queries, [layers, heads]."""
-    _, _, rows, visual = m.read(ids, pixels)
-    x, at, found = rows, torch.arange(len(rows)), []
+    read = m.lay_out(ids, pixels)
+    x, rows, found = read.rows, torch.arange(len(read.rows)), []
     for layer in m.decoder.layers:
         q, k, v = original.qkv(layer, layer.input_layernorm(x))
-        q, k = original.rope(m.decoder, q, at), original.rope(m.decoder, k, at)
-        attention = original.softmax(q, k, at[:, None] >= at)
-        found.append(attention[..., visual].sum((1, 2)) / attention[..., ~visual].sum((1, 2)))
+        q, k = original.rope(m.decoder, q, read.positions), original.rope(m.decoder, k, read.positions)
+        attention = original.softmax(q, k, rows[:, None] >= rows)
+        found.append(attention[..., read.images].sum((1, 2)) / attention[..., ~read.images].sum((1, 2)))
         x = original.feed_forward(layer, x + original.join(layer, attention @ v))
     return torch.stack(found).numpy()
+
+
+def seen(m: original.Original, of: checkpoint.Checkpoint, path: Path) -> Any:
+    """Pixel values of a picture, which the model is told the size of."""
+    picture = open_image(path)
+    capacity = Capacity(image_size=(picture.size,)) if families.of(of).sized else Capacity()
+    return references.given(m, views.pixels(picture, plans.model(of, capacity).pictures[0].views), [picture.size])
 
 
 def mask(samples: np.ndarray, threshold: float, share: float) -> np.ndarray:
@@ -56,13 +68,14 @@ def main(folder: str, pictures: tuple[Path, ...], out: Path, prompt: str, thresh
          heads: float | None) -> None:  # fmt: skip
     """Write the heads that stay active for visual tokens as a bool array [layers, heads]."""
     home = checkpoint.resolve(folder)
-    m, tokens = original.view(references.load(home)), AutoTokenizer.from_pretrained(home)
-    tower = home / json.loads((home / "config.json").read_text()).get("mm_vision_tower", ".")
-    processor = CLIPImageProcessorPil.from_pretrained(tower if (tower / "preprocessor_config.json").exists() else home)
+    m, of, tokens = (
+        original.view(references.load(home)),
+        checkpoint.Checkpoint.open(home),
+        AutoTokenizer.from_pretrained(home),
+    )
     before, after = prompt.split("<image>")
     ids = [*tokens(before).input_ids, m.image_token_id, *tokens(after, add_special_tokens=False).input_ids]
-    seen = [processor(Image.open(path).convert("RGB"), return_tensors="pt").pixel_values for path in pictures]
-    samples = np.stack([ratios(m, ids, pixels) for pixels in seen])
+    samples = np.stack([ratios(m, ids, seen(m, of, path)) for path in pictures])
     if heads is not None:
         tries = sorted(set(samples.flatten()), reverse=True)
         threshold = next(t for t in tries if mask(samples, t, share).mean() * samples.shape[2] >= heads)

@@ -111,9 +111,7 @@ def test_proxies_that_were_not_learnt_cannot_be_asked_for(made, tmp_path):
         (3, "proxyv", ["--method", "yopo", *["--window", "3", "--cutoff", "2", "--ffn-ratio", "2"]], "has separators"),
         (3, "himix", ["--method", "yopo", *["--window", "3", "--cutoff", "2", "--ffn-ratio", "2"]], "has no projector"),
         (3, "proxyv", ["--method", "fastv", "--prune-layer", "1"], "separators"),
-        (2, "plain", ["--method", "yopo"], "give --window"),
-        (2, "plain", ["--method", "yopo", "--window", "3"], "give --cutoff"),
-        (2, "plain", ["--method", "yopo", "--window", "3", "--cutoff", "2"], "give --ffn-ratio"),
+        (2, "plain", ["--method", "yopo"], "give --window, --cutoff, --ffn-ratio or --head-mask"),
         (2, "proxyv", ["--method", "proxyv", "--num-images", "2"], "2 images, but it is defined for one"),
         (2, "yopo", ["--method", "yopo", "--num-images", "2"], "2 images, but it is defined for one"),
         (3, "proxyv", ["--method", "proxyv", "--share-weights"], "leave out --share-weights"),
@@ -145,8 +143,9 @@ def test_a_method_that_does_not_fit_the_checkpoint_is_refused(code, checkpoint, 
         ("proxyv", ["--reduce-factor", "0"], "does not divide"),
         ("proxyv", ["--learn-proxy", "x"], "--learn-proxy"),
         ("yopo", ["--semantics", "droped"], "did you mean dropped?"),
-        ("yopo", ["--window", "0"], "at least 1"),
+        ("yopo", ["--window", "0"], "at least 1, or none"),
         ("yopo", ["--window", "2.5"], "--window"),
+        ("yopo", ["--window", "off"], "window is 'off', expected a whole number, at least 1, or none"),
         ("yopo", ["--cutoff", "5"], "1..4"),
         ("yopo", ["--cutoff", "0"], "1..4"),
         ("yopo", ["--ffn-ratio", "0"], "1..128"),
@@ -222,6 +221,29 @@ def test_a_setting_that_the_config_lacks_is_asked_for(method, field, flag, spoil
 
     assert f"give {flag}" in export_refused(2, folder, tmp_path, "--method", method)
     assert plan(folder, method=method, **{flag[2:].replace("-", "_"): 2})["method"] == method
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"window": 3}, (3, 4, 1)),
+        ({"window": "none"}, ("none", 4, 1)),
+        ({"cutoff": 2}, ("none", 2, 1)),
+        ({"ffn_ratio": 2.0}, ("none", 4, 2.0)),
+        ({"head_mask": ("1010",) * 4}, ("none", 4, 1)),
+    ],
+    ids=str,
+)
+def test_without_training_what_is_not_given_is_off(given, expected, made):
+    found = plan(made("plain"), method="yopo", **given)["config"]
+
+    assert (found["window"], found["cutoff"], found["ffn_ratio"]) == expected
+    assert found["head_mask"] == given.get("head_mask", ("1111",) * 4)
+
+
+def test_a_window_of_a_trained_checkpoint_can_be_taken_off(made):
+    assert plan(made("yopo"), method="yopo")["config"]["window"] == 3
+    assert plan(made("yopo"), method="yopo", window="none")["config"]["window"] == "none"
 
 
 # Head masks.

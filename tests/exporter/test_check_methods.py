@@ -415,7 +415,12 @@ RELEASED = SEEN | {
     ),
     "text counted anew": wrong(
         " @0",
-        (yopo, "_rows", 'at = inputs["text_index"]', 'at = blocks.arange(text.shape[1]) + 0 * inputs["text_index"]'),
+        (
+            yopo,
+            "turning",
+            'inputs["text_index"]]',
+            'blocks.arange(plan.text_tokens) + 0 * inputs["text_index"]]',
+        ),
     ),
     "values cached that count for nothing": wrong(
         "decode logits",

@@ -357,28 +357,41 @@ def test_proxies_stand_for_squares_of_a_whole_grid(run, factor, fits):
             proxyv.grid_of([picture(run, SEPARATOR)], config)
 
 
+TILES = {  # (row, column) of every row from the first visual token to the last, tiles 2 rows apart
+    "one grid": ((visual(),), [(0, j) for j in range(4)] + [(1, j) for j in range(4)]),
+    "between texts": ((TEXT, visual(2, (1, 2)), TEXT), [(0, 0), (0, 1)]),
+    "two tiles": ((visual(2, (1, 2)), visual(2, (2, 1))), [(0, 0), (0, 1), (3, 0), (4, 0)]),
+    "text between tiles": ((visual(1, (1, 1)), TEXT, TEXT, visual(1, (1, 1))), [(0, 0), (0, 0), (0, 0), (3, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_yopo_takes_whole_grids_and_lays_tiles_apart(name):
+    runs, expected = TILES[name]
+    spec: Any = SimpleNamespace(reads_features=False)
+
+    assert yopo.cells(yopo.tiles_of([picture(*runs)], spec), apart=2) == expected
+
+
 @pytest.mark.parametrize(
     ("runs", "features", "said"),
     [
-        ((visual(),), 0, None),
-        ((visual(8, None),), 0, "8 visual tokens"),
-        ((visual(7),), 0, "7 visual tokens"),
-        ((visual(9),), 0, "9 visual tokens"),
-        ((visual(), visual()), 0, "16 visual tokens"),
+        ((visual(8, None),), 0, "8 visual tokens that fill no grid"),
+        ((visual(7),), 0, "7 visual tokens that fill no grid"),
+        ((visual(9),), 0, "9 visual tokens that fill no grid"),
+        ((visual(), visual(9)), 0, "17 visual tokens that fill no grid"),
         ((visual(), SEPARATOR), 0, "separators after its crops"),
-        ((TEXT, visual()), 0, "8 visual tokens"),
         ((Run(kind="cached", rows=8, grid=(2, 4)),), 32, "no projector"),
-        ((Run(kind="cached", rows=8, grid=(2, 4)),), 0, "8 visual tokens"),
+        ((Run(kind="cached", rows=8, grid=(2, 4)),), 0, "8 visual tokens that fill no grid"),
     ],
 )
-def test_yopo_takes_the_whole_grid_of_one_picture(runs, features, said):
+def test_yopo_refuses_visual_tokens_that_are_not_on_a_grid(runs, features, said):
     spec: Any = SimpleNamespace(reads_features=features > 0)
 
-    if said is None:
-        assert yopo.grid_of([picture(*runs)], spec) == (2, 4)
-    else:
-        with pytest.raises(UnsupportedError, match=rf"^yopo: the checkpoint has {said}, expected the grid of one"):
-            yopo.grid_of([picture(*runs)], spec)
+    with pytest.raises(
+        UnsupportedError, match=rf"^yopo: the checkpoint has {said}, expected visual tokens on the grid"
+    ):
+        yopo.tiles_of([picture(*runs)], spec)
 
 
 # Settings that nobody gave, as the help and the papers have them.

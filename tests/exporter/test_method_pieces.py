@@ -158,9 +158,14 @@ def test_channels_of_visual_tokens_are_cut_to_a_whole_number(ratio, count, origi
     assert yopo.channels(plan.spec, plan.config) == count == math.floor(128 / ratio)
 
 
+def square(side):
+    """(row, column) of the cells of a square."""
+    return [(i, j) for i in range(side) for j in range(side)]
+
+
 @pytest.mark.parametrize(("side", "window"), [(24, 5), (4, 3), (5, 1), (6, 4), (4, 9)])
 def test_neighbours_are_at_most_half_a_window_apart_in_rows_and_columns(side, window):
-    found = yopo.distances(torch.arange(side**2), (side, side)) <= (window - 1) // 2
+    found = yopo.distances(torch.arange(side**2), square(side)) <= (window - 1) // 2
 
     for a in range(side**2):
         for b in range(side**2):
@@ -169,7 +174,7 @@ def test_neighbours_are_at_most_half_a_window_apart_in_rows_and_columns(side, wi
 
 
 def test_a_window_of_5_on_24_by_24_has_the_known_counts():
-    found = yopo.distances(torch.arange(576), (24, 24)) <= 2
+    found = yopo.distances(torch.arange(576), square(24)) <= 2
 
     counts = found.sum(1)
     assert set(counts.tolist()) == {9, 12, 15, 16, 20, 25}

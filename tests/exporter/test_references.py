@@ -296,13 +296,13 @@ def test_proxyv_guided_update_of_width_4096_has_the_papers_parameters():
 
 
 def test_yopo_neighbours_on_the_released_grid():
-    near = yopo.neighbours(24, 5)
+    near = yopo.neighbours([(24, 24)], 5)
 
     assert set(near.sum(1).tolist()) == {9, 12, 15, 16, 20, 25}
     assert near.sum(1).double().mean() == 22.5625
     assert near.equal(near.T)
     assert near.diagonal().all()
-    assert yopo.neighbours(24, 6).equal(near)
+    assert yopo.neighbours([(24, 24)], 6).equal(near)
 
 
 def before_the_softmax(q, k, sees, removed):

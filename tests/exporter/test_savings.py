@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lvlm_edge.exporter import plan
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
+from tests import families
+from tests.cases import some
 
 CAPACITIES = {"max_text_tokens": 64, "max_new_tokens": 16}
 UNEVEN = ["1111", "1010", "0110", "0000", "1111", "0001"]
@@ -108,6 +110,40 @@ def test_pytorch_counts_the_flops_of_the_plan_to_the_last_one(name, original, ea
     first = counted(1)
     assert first == expected["vision"] + expected["projector"] + expected["prefill"]
     assert counted(2) - first == expected["decode_per_token"]
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl, released": ("qwen2_vl", {"window": 3, "cutoff": 3, "head_mask": ("110110",) * 5}),
+    "qwen2_vl, dropped": (
+        "qwen2_vl",
+        {"semantics": "dropped", "cutoff": 3, "head_mask": ("110110", "000101", "111111", "111111", "111111")},
+    ),
+    "internvl, released": ("internvl", {"cutoff": 3, "head_mask": ("1011",) * 5}),
+    "internvl, dropped": ("internvl", {"semantics": "dropped", "ffn_ratio": 2.0, "head_mask": ("1011",) * 5}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", some([(name,) for name in FAMILIES], {("qwen2_vl, released",), ("internvl, dropped",)})
+)
+def test_pytorch_counts_the_flops_of_yopo_on_other_families(name, oracles, eager_once):
+    family, options = FAMILIES[name]
+    of = families.case(oracles, family, "none_1")
+    options = {"method": "yopo", "image_size": tuple(of.data["picture_sizes"][0]), **options}
+    expected = plan(of.checkpoint, **options, **CAPACITIES)["flops"]
+    pipe = Pipeline.load(eager_once(of.checkpoint, **options))
+    ids, pixels = pipe.prepare("What?", of.pictures)
+    pipe.generate_tokens(ids, pixels, max_new_tokens=1)  # the pictures' features are kept
+
+    def counted(tokens: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            pipe.generate_tokens(ids, pixels, max_new_tokens=tokens, ignore_eos=True)
+        return counter.get_total_flops()
+
+    assert counted(1) == expected["prefill"]
+    assert counted(2) - counted(1) == expected["decode_per_token"]
+    dense = plan(of.checkpoint, **options | {"semantics": "released", "cutoff": 5}, **CAPACITIES)["flops"]
+    assert (expected["prefill"] < dense["prefill"]) == (name != "internvl, released")
 
 
 def test_the_weights_file_has_the_planned_bytes(case):

@@ -46,6 +46,7 @@ class Qwen(original.Original):
             out = self.whole.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
         embeds = torch.cat(list(out.pooler_output))
         rows[images] = embeds
+        merge = self.whole.config.vision_config.spatial_merge_size
         return Read(
             features=self.features(seen[0], given["image_grid_thw"]),
             embeds=embeds,
@@ -53,6 +54,7 @@ class Qwen(original.Original):
             images=images,
             positions=positions,
             next=int(ids.shape[1] + delta.item()),
+            grids=tuple((h // merge, w // merge) for _, h, w in given["image_grid_thw"].tolist()),
             injected=self.injected(out),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvlm_edge.exporter.references import original
 from lvlm_edge.exporter.references.families import _stock
 
 
@@ -41,6 +43,10 @@ class Smol(_stock.Stock):
         views = [rows * columns + 1 for rows, columns in map(self.grid, self.sizes)]
         each = len(found[0]) // sum(views)
         return list(torch.split(found[0], [each * count for count in views])), seen
+
+    def grids(self, pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+        views = sum(rows * columns + 1 for rows, columns in map(self.grid, self.sizes))
+        return original.squares(views, sum(map(len, pictures)) // views)
 
     def frame(self, index: int, count: int) -> list[int]:
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string

@@ -52,7 +52,16 @@ class Stock(original.Original):
             images=images,
             positions=positions,
             next=len(ids),
+            grids=self.grids(pictures),
         )
+
+    def grids(self, pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the cells of every view; none where rows of pictures lie on no grid.
+
+        Args:
+            pictures: rows of every picture, [V, D] each.
+        """
+        return ()
 
     @property
     def placeholders(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lvlm_edge.exporter.references import original
 from lvlm_edge.exporter.references.families import _stock
 
 
@@ -33,6 +34,11 @@ class Intern(_stock.Stock):
         found, seen = super().embeds(given)
         left = iter(found)
         return [torch.cat([next(left) for _ in range(self.views(h, w))]) for w, h in self.sizes], seen
+
+    def grids(self, pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+        views = [self.views(height, width) for width, height in self.sizes]
+        each = sum(map(len, pictures)) // sum(views)
+        return original.squares(sum(views), each)
 
     def frame(self, index: int, count: int) -> list[int]:
         before, behind = self.around

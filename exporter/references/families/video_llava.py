@@ -61,6 +61,9 @@ class Video(_stock.Stock):
         pairs = [(found[token].pop(0), read[token].pop(0)) for token in self.order]
         return [rows for rows, _ in pairs], [features for _, features in pairs]
 
+    def grids(self, pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+        return tuple(grid for rows in pictures for grid in original.squares(1, len(rows)))
+
     def expanded(self, prompt: Sequence[int], counts: Sequence[int]) -> list[int]:
         left = iter(counts)
         return [t for token in prompt for t in ([token] * next(left) if token in self.placeholders else [token])]

@@ -91,17 +91,27 @@ def test_the_legacy_lowering_says_the_same(oracles, exported):
     qwen.agrees(Pipeline.load(qwen.bundle(exported, of, lowering="legacy")), of)
 
 
+BUILT: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fastv": {"prune_layer": 2},
+    "yopo": {"cutoff": 4, "head_mask": ("111111", "111100", "000100", "011011", "111111")},
+    "yopo, dropped": {
+        "cutoff": 4,
+        "semantics": "dropped",
+        "head_mask": ("111111", "111100", "000100", "011011", "111111"),
+    },
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "fastv"])
+@pytest.mark.parametrize("method", BUILT)
 def test_tensorrt_rtx_builds_it_in_float16_with_an_encoder_of_its_own_precision(oracles, export_once, method, tmp_path):
     from lvlm_edge.exporter.devices import engine
 
     of = qwen.case(oracles, FAMILY, "fastv_1")
-    options = {"prune_layer": 2} if method == "fastv" else {}
     wide = "bfloat16" if method == "none" else "float32"
-    made = export_once(
-        of.checkpoint, method=method, dtype="float16", vision_dtype=wide, image_size=(150, 120), ort=False, **options
-    )
+    options = {"method": method.partition(",")[0], "dtype": "float16", "vision_dtype": wide, "image_size": (150, 120)}
+    made = export_once(of.checkpoint, ort=False, **options, **BUILT[method])
     shutil.copytree(made, tmp_path / "bundle")
 
     out = engine.build(tmp_path / "bundle", engine.Settings(backend="trt-rtx", compute_capabilities=("8.9",)))
@@ -196,8 +206,6 @@ def test_a_size_is_needed_and_has_limits(tmp_path):
         plan(folder)
     with pytest.raises(UsageError, match="one side more than 200 times the other"):
         plan(folder, image_size=(2010, 10))
-    with pytest.raises(UnsupportedError, match="positions have 3 axes; use --method none or fastv"):
-        plan(folder, method="yopo", window=3, cutoff=2, ffn_ratio=2, image_size=(672, 672))
     assert tiny.refused(2, "plan", folder).endswith("give --image-size WxH")
 
 
