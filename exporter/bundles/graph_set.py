@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.exporter.graphs import graph, parts, trace
 from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import Parts, Weight
 from lvlm_edge.exporter.ort import form, fusions
-from lvlm_edge.exporter.planning import GraphSpec, Plan
+from lvlm_edge.exporter.planning import PROMPT, GraphSpec, Plan, part_of
 from lvlm_edge.exporter.planning.report import stages
 from lvlm_edge.runtime import bundle as manifests
 
@@ -57,13 +59,24 @@ class GraphSet:
             if file.endswith(ORT):
                 portable = f"{file.removesuffix(ORT)}.onnx"
                 source = folder / (file if file in files else portable)
-                form.convert(source, folder / file, by_row=file in self.by_row)
+                by_row = file in self.by_row
+                change = None if by_row else partial(graph.for_prompts, location=weights, places=places)
+                form.convert(source, folder / file, by_row=by_row, change=change)
         return sorted({*files, *(file_of(s) for s in self.variants.get("ort", ()))})
 
 
 def weights(plan: Plan) -> dict[str, Weight]:
     """The weights that graphs of a plan may read, by name."""
-    return parts.weights(parts.fake(plan)[0])
+    known = parts.weights(parts.fake(plan)[0])
+    return known | {f"{name}{PROMPT}": weight for name, weight in known.items() if _twice(plan, name, weight)}
+
+
+def _twice(plan: Plan, name: str, weight: Weight) -> bool:
+    """Whether graphs of prompts read a matrix in a format of their own."""
+    if plan.formats.prompt is None or not weight.transposed or part_of(name) != "decoder":
+        return False
+    how = quantise.fitting(plan.format_of(name), weight.shape[0], plan.formats.block)
+    return how is not None and how.bits == 4
 
 
 def trace_graphs(plan: Plan, progress: Progress, *, ort: bool) -> GraphSet:

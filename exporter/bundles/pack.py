@@ -71,6 +71,8 @@ def export(
     settings, rest = fold(Settings, rest)
     if settings.adapter is not None:
         settings = replace(settings, adapter=str(Path(settings.adapter).resolve()))
+    if settings.prompt_weights is not None and not ort:
+        raise UsageError("export: prompt_weights is for ONNX Runtime's graphs; leave it out, or give ort=True")
     folder = checkpoint.resolve(source, revision)
     if folder.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output}: holds the checkpoint itself; choose another --output")
@@ -202,7 +204,8 @@ class _Writer:
             log.warning(f"{self.of.folder / generation.FILE}: {', '.join(skipped)} has no effect on a bundle's answers")
         traced = graph_set.trace_graphs(plan, self.progress, ort=ort)
         used, head_is_table = traced.used(known), d.tied and plan.formats.head == "as-is"
-        order = [name for name in known if name in used] + ([] if head_is_table else [TABLE])
+        order = [name for name in known if name.removesuffix(planning.PROMPT) in used]
+        order += [] if head_is_table else [TABLE]
         table = {TABLE: parts.Weight((d.vocab, d.hidden), False)}
         placed = weights_file.place(order, known | table, matched, plan)
         places = {name: p.place for name, p in placed.items()}
@@ -249,14 +252,15 @@ class _Writer:
         from lvlm_edge.exporter.graphs import parts
 
         d = self.plan.spec.decoder
-        wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in known.items() if n not in parts.ROPE}
+        once = {n: w for n, w in known.items() if n not in parts.ROPE and not n.endswith(planning.PROMPT)}
+        wanted = {n: w.shape[::-1] if w.transposed else w.shape for n, w in once.items()}
         wanted[TABLE] = (d.vocab, d.hidden)
         if d.tied:
             del wanted[HEAD]
         found = checkpoint.match(sources, wanted, self.plan.family.unused, self.of.folder)
         if d.tied:
             found[HEAD] = found[TABLE]
-        return found
+        return found | {n: found[n.removesuffix(planning.PROMPT)] for n in known if n.endswith(planning.PROMPT)}
 
 
 def _image_rows(plan: Plan) -> dict[str, str]:

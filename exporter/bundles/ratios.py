@@ -94,7 +94,7 @@ def rounded(folder: Path) -> manifests.WeightFormats:
     found = settings(folder).requested
     kinds = {part: getattr(found, part) for part in ("decoder", "vision", "head")}
     kinds = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in kinds.items()}
-    return manifests.WeightFormats(**kinds, block=found.block)
+    return manifests.WeightFormats(**kinds, block=found.block, prompt=found.prompt)
 
 
 def add(bundle: str | Path, keep_ratio: float, progress: Any = None) -> Path:

@@ -20,6 +20,7 @@ from lvlm_edge.exporter.graphs.graph import Place
 from lvlm_edge.exporter.graphs.parts import DTYPES, Weight
 from lvlm_edge.exporter.planning import BYTES, Plan
 from lvlm_edge.runtime.bundle import FileInfo, WeightFormats
+from lvlm_edge.runtime.errors import UnsupportedError
 
 PAGE, LINE = 4096, 64  # borders that large and small tensors begin at, so that they can be mapped
 
@@ -78,6 +79,11 @@ def format_of(name: str, weight: Weight, source: Source | None, plan: Plan) -> F
     """
     own = _own(name, weight, source, plan)
     if own is not None:
+        if plan.formats.prompt is not None and own.zero_points() is not None:
+            raise UnsupportedError(
+                f"{source.key if source else name}: has zero points, which --prompt-weights does not take; leave it "
+                "out, or give --weights int4"
+            )
         return Format(own.how.bits, integers.held(own))
     return (
         quantise.fitting(plan.requested_of(name), weight.shape[0], plan.settings.block_size)
@@ -104,7 +110,8 @@ def formats(sources: Mapping[str, Source], requested: WeightFormats) -> WeightFo
             found[part] = how.name
             blocks.add(how.block or 0)
     found = {part: "as-is" if kind == planning.FLOAT else kind for part, kind in found.items()}
-    return WeightFormats(**found, block=max(blocks, default=0) or requested.block)
+    prompt = planning.prompt_format(requested, found["decoder"])
+    return WeightFormats(**found, block=max(blocks, default=0) or requested.block, prompt=prompt)
 
 
 def _own(name: str, weight: Weight, source: Source | None, plan: Plan) -> Packed | None:

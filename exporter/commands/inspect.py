@@ -13,6 +13,7 @@ from lvlm_edge.exporter.commands.options import JSON, KEEP_RATIO
 from lvlm_edge.exporter.commands.output import show, table
 
 if TYPE_CHECKING:
+    from lvlm_edge.runtime.bundle import Bundle
     from lvlm_edge.runtime.bundle.certificate import Certificate
 
 
@@ -50,12 +51,13 @@ def inspect(bundle: Path, keep_ratio: float | None, verify: bool, as_json: bool)
         content = dataclasses.asdict(opened.manifest) | {"certificate": said, "verified": verify}
         click.echo(json.dumps(content | {"keep_ratios": ratios, "shared": shared}, indent=1))
     else:
-        _print_bundle(opened.manifest, certificate, verify)
+        _print_bundle(opened, certificate, verify)
         if ratios[1:]:
             _print_shared(shared)
 
 
-def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool) -> None:
+def _print_bundle(opened: Bundle, certificate: Certificate | None, verified: bool) -> None:
+    manifest = opened.manifest
     counts = manifest.counts
     tensors = table("graph", "", "tensor", "dtype", "shape")
     for graph in manifest.graphs:
@@ -63,14 +65,15 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
             for info in infos:
                 tensors.add_row(graph.name, kind, info.name, info.dtype, "x".join(map(str, info.shape)))
     files = table("file", "bytes", "sha256")
-    for name, info in manifest.files.items():
-        files.add_row(name, f"{info.size:,}", info.sha256[:16])
+    for name, file in manifest.files.items():
+        files.add_row(name, f"{file.size:,}", file.sha256[:16])
     caches = sorted({(c.capacity, c.dropped) for c in manifest.cache}, reverse=True)
     show(
         f"{manifest.method} {manifest.method_config or ''} on {manifest.model['family']}, {manifest.dtype}, opset "
         f"{manifest.opset}, from {manifest.provenance.source}",
         f"{_seen(counts)}, {counts.visual_tokens} visual tokens, {counts.kept_tokens} kept; up to "
         f"{counts.text_tokens} text and {counts.new_tokens} new tokens",
+        f"weights: {_formats(manifest.formats)}; {_copies(opened)}",
         "caches: " + ", ".join(f"{c} rows ({d} dropped)" for c, d in caches),
         f"generation: {_drawn(manifest.generation)}",
         tensors,
@@ -84,6 +87,25 @@ def _print_bundle(manifest: Any, certificate: Certificate | None, verified: bool
     show("to compare another runtime graph by graph: lvlm-edge check BUNDLE --against CHECKPOINT --save-polygraphy DIR")
     for what in certificate.not_judged:
         show(f"not judged: {what}")
+
+
+def _formats(formats: Any) -> str:
+    """The formats of the parts' matrices."""
+    parts = {"decoder": formats.decoder, "vision": formats.vision, "lm_head": formats.head}
+    said = ", ".join(f"{part} {kind}" for part, kind in parts.items())
+    return said + (f", for prompts {formats.prompt}" if formats.prompt else "")
+
+
+def _copies(opened: Bundle) -> str:
+    """How many bytes of weights ONNX Runtime's sessions hold, one per file of a graph, and how many of them twice."""
+    from lvlm_edge.runtime.bundle import external
+
+    manifest, held, once = opened.manifest, 0, dict[int, int]()
+    for file in {graph.file for graph in manifest.variants.get("ort", manifest.graphs)}:
+        sizes = {weight.offset: weight.size or 0 for weight in external.weights(opened.graph(file))}
+        held, once = held + sum(sizes.values()), once | sizes
+    twice = held - sum(once.values())
+    return f"ONNX Runtime's sessions hold {held / 1e6:,.1f} MB, {twice / 1e6:,.1f} MB of them a second time"
 
 
 def _seen(counts: Any) -> str:

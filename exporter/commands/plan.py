@@ -82,7 +82,7 @@ def _print_plan(report: dict[str, Any]) -> None:
         f"{report['kept_visual_tokens']} kept ({share:.1%} kept, {1 - share:.1%} removed), "
         f"{report['text_tokens']} text, {report['new_tokens']} new",
         rows,
-        f"weights   {report['weights_bytes'] / 1e6:,.1f} MB ({report['dtype']})",
+        f"weights   {report['weights_bytes'] / 1e6:,.1f} MB ({report['dtype']}){_of_prompts(report)}",
         f"KV cache  {report['kv_cache_bytes'] / 1e6:,.1f} MB (dense {report['kv_cache_bytes_dense'] / 1e6:,.1f} MB)",
         f"FLOPs     vision {flops['vision'] / 1e9:,.2f} G, projector {flops['projector'] / 1e9:,.2f} G, prefill "
         f"{flops['prefill'] / 1e9:,.2f} G ({flops['prefill'] / flops['prefill_dense']:.1%} of dense), decode "
@@ -93,6 +93,12 @@ def _print_plan(report: dict[str, Any]) -> None:
     if "fit" in report:
         _print_fit(report["fit"])
         _print_prediction(report["prediction"])
+
+
+def _of_prompts(report: dict[str, Any]) -> str:
+    """What a second copy of the decoder's matrices costs, for prompts."""
+    size = report["prompt_weights_bytes"]
+    return f", {size / 1e6:,.1f} MB of them for prompts alone (--prompt-weights)" if size else ""
 
 
 def _print_fit(fit: dict[str, Any]) -> None:

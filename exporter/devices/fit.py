@@ -138,7 +138,8 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     in_one = profile.backend == "ort" and plan.lowering.shares_weights and plan.method.shares_weights
     in_one = in_one and (plan.share_weights or weights == "as-is")
     together = in_one or (profile.backend == "ort-cuda" and weights == "as-is")
-    engines = engine_bytes(_sharing(plan) if together else plan, weights=weights)
+    prompt = plan.formats.prompt if profile.backend == "ort" else None
+    engines = engine_bytes(_sharing(plan) if together else plan, weights=weights, prompt=prompt)
     memory = _memory(profile)
     usable = None if memory is None else round(memory * profile.usable_share.value)
     # TensorRT-RTX builds anywhere, and for a card TensorRT builds in the host's memory, which the profile cannot know.
@@ -164,21 +165,31 @@ def predict(plan: Plan, profile: Profile, *, weights: str = "as-is") -> Fit:
     )
 
 
-def engine_bytes(plan: Plan, *, weights: str = "as-is") -> tuple[int, ...]:
+def engine_bytes(plan: Plan, *, weights: str = "as-is", prompt: str | None = None) -> tuple[int, ...]:
     """Weight bytes of each engine: vision with projector, those of the prompt's stages, and those of decode.
 
     Where weights are shared, the stages' engines serve decode too.
+
+    Args:
+        weights: format of the decoder's matrices.
+        prompt: their format in the prompt's stages, where it is one of their own.
     """
     width = BYTES[plan.dtype]
     count = planning.decoder_weights(plan.spec.decoder)
-    layer = count.matrices * (WEIGHTS[weights] or width) + count.vectors * width
+
+    def layer(kind: str) -> float:
+        return count.matrices * (WEIGHTS[kind] or width) + count.vectors * width
+
     every = range(plan.spec.decoder.layers)
     runs = [run for stage in plan.stages for run in plan.subgraphs(stage.layers)]
-    prompt = len(runs)
+    kinds = [prompt or weights] * len(runs)
+    last = len(runs) - 1  # of the prompt
     runs += [] if plan.share_weights else plan.subgraphs(every)
+    kinds += [weights] * (len(runs) - len(kinds))
     end = (count.norm + count.head) * width
-    decoder = [len(run) * layer + (end if run.stop == every.stop else 0) for run in runs]
-    decoder[prompt - 1] += plan.method.own_weights(plan) * width  # of the method, which decode does without
+    layers = [len(run) * layer(kind) for run, kind in zip(runs, kinds, strict=True)]
+    decoder = [size + (end if run.stop == every.stop else 0) for size, run in zip(layers, runs, strict=True)]
+    decoder[last] += plan.method.own_weights(plan) * width  # of the method, which decode does without
     return tuple(round(size) for size in [sum(planning.vision_weights(plan)) * BYTES[plan.vision_dtype], *decoder])
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.graphs.zero_points import Shifts
-from lvlm_edge.exporter.planning import GraphSpec
+from lvlm_edge.exporter.planning import PROMPT, GraphSpec
 from lvlm_edge.runtime.bundle import TensorInfo
 from lvlm_edge.runtime.errors import LvlmEdgeError
 
@@ -95,6 +95,24 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place, 
         rows = sizes if how.block is not None else ir.Shape([1, *sizes])
         shifts = _initializer(graph, f"{name}.shift", location, place.shifts, dtype, rows)
         added.add([(use.node, use.idx) for use in uses], shifts)
+
+
+def for_prompts(model: ir.Model, location: str, places: Mapping[str, Place]) -> None:
+    """Let a finished graph read the matrices that prompts have in a format of their own, where there are such."""
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        (made,), stored = node.outputs, node.inputs[0]
+        name = f"{stored.name}{PROMPT}" if stored is not None else ""
+        if name not in places:
+            continue
+        place, shape = places[name], made.shape
+        assert place.how is not None and place.how.block is None and shape is not None and made.dtype is not None
+        integers = _initializer(model.graph, name, location, place.offset, _INTEGERS[place.how.bits], shape)
+        sizes = ir.Shape(place.how.scales(tuple(int(n) for n in shape.numpy())))
+        scales = _initializer(model.graph, f"{name}.scale", location, place.scales, made.dtype, sizes)
+        again = ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 1})
+        again.outputs[0].name, again.outputs[0].shape, again.outputs[0].type = f"{name}.dequantized", shape, made.type
+        made.replace_all_uses_with(again.outputs[0])
+        model.graph.insert_before(node, again)
 
 
 def _initializer(

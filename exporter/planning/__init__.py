@@ -24,6 +24,7 @@ from lvlm_edge.exporter.planning.counts import (
 )
 from lvlm_edge.exporter.planning.plan import (
     BYTES,
+    PROMPT,
     Model,
     Plan,
     configure,
@@ -31,6 +32,7 @@ from lvlm_edge.exporter.planning.plan import (
     dense,
     make,
     part_of,
+    prompt_format,
     whole,
 )
 from lvlm_edge.exporter.planning.records import (
@@ -51,6 +53,7 @@ __all__ = [
     "BYTES",
     "FLOAT",
     "MAX_GRAPH_GB",
+    "PROMPT",
     "Attention",
     "Body",
     "CacheGroup",
@@ -80,6 +83,7 @@ __all__ = [
     "part_of",
     "prefill_flops",
     "projector_flops",
+    "prompt_format",
     "report",
     "setting",
     "stage_flops",

@@ -8,6 +8,8 @@ from lvlm_edge.exporter.planning.plan import BYTES, Plan, decoder_weights
 from lvlm_edge.exporter.planning.records import Stage
 from lvlm_edge.exporter.planning.work import Work
 
+INT8 = quantise.Format(8)
+
 
 def vision_work(plan: Plan) -> tuple[tuple[int, Work, Work], ...]:
     """Of each planned image: its views, the encoder's work per view, and the projector's for all of them."""
@@ -79,14 +81,28 @@ def weights_bytes(plan: Plan) -> int:
         work.bytes(BYTES[plan.vision_dtype], lambda shape: _matrix_bytes(plan, "vision", shape))
         for work in (*encoders, projector)
     )
-    dq, dkv, w = d.heads * d.head_dim, d.kv_heads * d.head_dim, decoder_weights(d)
-    layer = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]
-    layer += [(d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)]
-    matrices = d.layers * sum(_matrix_bytes(plan, "decoder", shape) for shape in layer)
+    w = decoder_weights(d)
+    matrices = d.layers * sum(_matrix_bytes(plan, "decoder", shape) for shape in _matrices(d)) + prompt_bytes(plan)
     head = _matrix_bytes(plan, "head", (d.hidden, d.vocab))
     table = w.head * (1 if not d.tied or plan.formats.head != "as-is" else 0)
     others = d.layers * w.vectors + w.norm + table + plan.method.own_weights(plan)
     return seen + matrices + head + others * width
+
+
+def prompt_bytes(plan: Plan) -> int:
+    """Bytes of the decoder's matrices that graphs of prompts have in a format of their own, a method's own left out."""
+    if plan.formats.prompt is None:
+        return 0
+    d, block = plan.spec.decoder, plan.formats.block
+    small = [shape for shape in _matrices(d) if quantise.fitting(plan.formats.decoder, shape[0], block) != INT8]
+    return d.layers * sum(_matrix_bytes(plan, "prompt", shape) for shape in small)
+
+
+def _matrices(d: DecoderSpec) -> list[tuple[int, int]]:
+    """Shapes of the matrices [in, out] of a decoder layer."""
+    dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    found = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]
+    return [*found, (d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)]
 
 
 def _matrix_bytes(plan: Plan, part: str, shape: tuple[int, int]) -> int:

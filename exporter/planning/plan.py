@@ -28,6 +28,7 @@ from lvlm_edge.runtime.errors import UnsupportedError, UsageError, nearest
 from lvlm_edge.runtime.pictures.layout import Picture
 
 BYTES = WIDTHS
+PROMPT = ".prompt"  # ends the names of matrices that graphs of prompts read in a format of their own
 
 
 class Model(NamedTuple):
@@ -125,11 +126,11 @@ class Plan:
         return self.family.injected(self.spec)
 
     def format_of(self, weight: str) -> str:
-        """The format of a matrix, by its name in `Parts`."""
+        """The format of a matrix, by its name in `Parts`, or with `PROMPT` behind it."""
         return str(getattr(self.formats, part_of(weight)))
 
     def requested_of(self, weight: str) -> str:
-        """What was asked of a matrix, by its name in `Parts`: a format, or `float`."""
+        """What was asked of a matrix, by its name in `Parts` or with `PROMPT` behind it: a format, or `float`."""
         return str(getattr(self.settings.requested, part_of(weight)))
 
     def stage_of(self, layer: int) -> Stage:
@@ -219,9 +220,11 @@ def decoder_weights(d: DecoderSpec) -> DecoderWeights:
 
 
 def part_of(weight: str) -> str:
-    """The part that a weight's format goes by: `vision`, `head` or `decoder`."""
+    """The part that a weight's format goes by: `vision`, `prompt`, `head` or `decoder`."""
     if weight.startswith(("vision.", "projector.")):
         return "vision"
+    if weight.endswith(PROMPT):
+        return "prompt"
     return "head" if weight.startswith("lm_head.") else "decoder"
 
 
@@ -319,6 +322,17 @@ def _check_sharing(method: Method[Any], lowering: Lowering, settings: Settings) 
             f"{method.name}: a prompt's graphs are not those of decode, so they cannot share weights; leave out "
             "--share-weights"
         )
+    if settings.prompt_weights is not None and (settings.dtype != "float32" or settings.share_weights):
+        asked = "--share-weights" if settings.share_weights else f"--dtype {settings.dtype}"
+        raise PlanError(
+            f"prompt_weights: {settings.prompt_weights} does not go with {asked}, where prompt and decode are one "
+            "graph of ONNX Runtime's; leave one of the two out"
+        )
+    if settings.prompt_weights is not None and not method.shares_weights:
+        raise UnsupportedError(
+            f"{method.name}: its prompts read the formats of --weights alone; leave out --prompt-weights, which "
+            "methods none and fastv take"
+        )
 
 
 def _check_positions(plan: Plan) -> None:
@@ -354,7 +368,24 @@ def nominal_formats(spec: ModelSpec[Any], requested: WeightFormats) -> WeightFor
         tied = part == "head" and spec.decoder.tied  # such a head is the embedding's table
         if how is not None and kind == "as-is" and part in how.parts and not tied:
             found[part], size = f"int{how.bits}", block(how) or size
-    return WeightFormats(**found, block=size)
+    return WeightFormats(**found, block=size, prompt=prompt_format(requested, found["decoder"]))
+
+
+def prompt_format(requested: WeightFormats, decoder: str) -> str | None:
+    """The format that graphs of prompts read the decoder's matrices in, where it is one of their own.
+
+    Args:
+        decoder: the format of these matrices.
+
+    Raises:
+        PlanError: one is asked for, and the matrices are not INT4.
+    """
+    if requested.prompt is not None and decoder != "int4":
+        raise PlanError(
+            f"prompt_weights: {requested.prompt} is for INT4 matrices, the decoder's are {decoder}; leave it out, or "
+            "give --weights int4"
+        )
+    return requested.prompt
 
 
 def whole(spec: ModelSpec[Any], config: Any, prompt: Prompt) -> tuple[Stage, ...]:

@@ -60,6 +60,7 @@ def report(plan: Plan) -> dict[str, Any]:
             **counts.decoder_parameters(plan.spec.decoder),
         },
         "weights_bytes": counts.weights_bytes(plan),
+        "prompt_weights_bytes": counts.prompt_bytes(plan),
         "kv_cache_bytes": plan.kv_cache_bytes(),
         "kv_cache_bytes_dense": unreduced.kv_cache_bytes(),
         "flops": {

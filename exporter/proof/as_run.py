@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +55,8 @@ def _unrounded(pipe: Pipeline, model: Any, case: Case, steps: int) -> list[Row]:
 
 
 def _case(pipe: Pipeline, model: Any, case: Case, steps: int, rounds: bool) -> list[Row]:
-    with references.quantised.activations(model, pipe.manifest.formats) if rounds else nullcontext():
+    formats = pipe.manifest.formats if pipe.backend.name == "ort" else replace(pipe.manifest.formats, prompt=None)
+    with references.quantised.as_run(model, formats, rounds=rounds):
         expected = _reference(pipe, model, case, steps)
         rows = vision.compare(pipe, case, expected, _bound(pipe, TOLERANCE, rounds))
         kept = pipe.generate_tokens(case.prompt, case.pixels, max_new_tokens=1).kept_visual

@@ -13,7 +13,7 @@ from torch import Tensor
 from lvlm_edge.exporter import references
 from lvlm_edge.exporter.bundles import graph_set, pack
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint, Source
-from lvlm_edge.exporter.planning import Model, Plan
+from lvlm_edge.exporter.planning import PROMPT, Model, Plan
 from lvlm_edge.exporter.proof.judge import CHECKPOINT, Array, Row
 from lvlm_edge.runtime import Pipeline
 
@@ -90,7 +90,8 @@ def _wrong_weights(
 ) -> Iterator[Wrong]:
     """Output channels of matrices, and entries of the first axis of other tensors, that are not the checkpoint's."""
     for name in (name for name in known if name in named and name not in ROPE):
-        source = sources["embed.weight" if name == "lm_head.weight" and name not in sources else name]
+        of = name.removesuffix(PROMPT)
+        source = sources["embed.weight" if of == "lm_head.weight" and of not in sources else of]
         wanted, dtype = source.read(), plan.dtype_of(name)
         if f"{name}{SCALE}" in named:
             yield name, _wrong_integers(named, name, wanted.float(), plan)

@@ -28,6 +28,8 @@ def apply(model: Any, formats: WeightFormats, dtype: str) -> None:
         dtype: of the scales, the bundle's.
     """
     m, scale = original.view(model), getattr(torch, dtype)
+    for module in _of_prompts(m, formats):
+        module.register_buffer("of_prompts", rounded(module.weight, str(formats.prompt), formats.block, scale))
     for module, kind in _linear(m, formats):
         module.weight = nn.Parameter(rounded(module.weight, kind, formats.block, scale))
     for name in _own(m):
@@ -41,6 +43,12 @@ def _linear(m: Any, formats: WeightFormats) -> Iterator[tuple[nn.Linear, str]]:
             if isinstance(module, nn.Linear):
                 yield module, kind
     yield m.language.lm_head, formats.head
+
+
+def _of_prompts(m: Any, formats: WeightFormats) -> list[nn.Linear]:
+    """Linear modules whose matrix ONNX Runtime's graphs of prompts have in a format of their own."""
+    modules = m.decoder.modules() if formats.prompt is not None else ()
+    return [module for module in modules if isinstance(module, nn.Linear)]
 
 
 def _own(m: Any) -> list[str]:
@@ -68,43 +76,58 @@ def rounded(weight: Tensor, kind: str, block: int, dtype: torch.dtype) -> Tensor
 
 
 @contextmanager
-def activations(model: Any, formats: WeightFormats) -> Iterator[None]:
-    """Products with INT8 and INT4 matrices read activations that were rounded to 8 bits, as ONNX Runtime's do.
+def as_run(model: Any, formats: WeightFormats, *, rounds: bool = True) -> Iterator[None]:
+    """Products are those of ONNX Runtime's graphs: prompts may read matrices of their own, and activations are rounded.
 
-    A row has a scale of its own for INT8 matrices, and one per block of input channels for INT4 ones: its largest
-    magnitude over 127.
+    Activations that INT8 and INT4 matrices multiply are rounded to 8 bits. A row has a scale of its own for INT8
+    matrices, and one per block of input channels for INT4 ones: its largest magnitude over 127. (Graphs of one row
+    have scales per block for INT8 too.)
 
     Args:
-        model: with the weights that the bundle stands for.
+        model: with the weights that the bundle stands for, as `apply` left it.
         formats: those of the bundle.
+        rounds: whether activations are rounded.
     """
-    m, blocks = original.view(model), dict[int, int]()
+    m, blocks, prompts = original.view(model), dict[int, int](), dict[int, Tensor]()
     kinds = [(module.weight, kind) for module, kind in _linear(m, formats)]
     for weight, kind in kinds + [(m.extra[name], formats.decoder) for name in _own(m)]:
         if kind != "as-is":
             inputs = weight.shape[1]
             block = formats.block if inputs % formats.block == 0 else 32
             whole = kind == "int8" or inputs % block
-            blocks[weight.untyped_storage().data_ptr()] = inputs if whole else block
-    with _Rounding(blocks):
+            blocks[_begin(weight)] = inputs if whole else block
+    for module in _of_prompts(m, formats):
+        prompts[_begin(module.weight)] = module.get_buffer("of_prompts")
+    with _Products(blocks if rounds else {}, prompts):
         yield
 
 
-class _Rounding(TorchFunctionMode):
-    """Rounds what is multiplied by some matrices, told by where their memory begins."""
+def _begin(weight: Tensor) -> int:
+    return weight.untyped_storage().data_ptr()
 
-    def __init__(self, blocks: Mapping[int, int]) -> None:
+
+class _Products(TorchFunctionMode):
+    """Changes what is multiplied by some matrices, told by where their memory begins.
+
+    Args:
+        blocks: input channels that share a scale, where activations are rounded.
+        prompts: what several rows are multiplied by instead; a row is then rounded as a whole.
+    """
+
+    def __init__(self, blocks: Mapping[int, int], prompts: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks, self.prompts = blocks, prompts
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in PRODUCTS:
             x, weight, *rest = args
-            block = self.blocks.get(weight.untyped_storage().data_ptr())
+            block = self.blocks.get(_begin(weight))
+            own = self.prompts.get(_begin(weight)) if x.shape[-2:-1].numel() > 1 else None
             if block is not None:
-                args = (_eight_bits(x, block), weight, *rest)
+                x = _eight_bits(x, block if own is None else x.shape[-1])
+            args = (x, weight if own is None else own, *rest)
         return func(*args, **(kwargs or {}))
 
 

@@ -13,7 +13,8 @@
   products, fused attention and norms. Absent with a GPU's `--device`.
 - `*.keep-R.onnx`, `manifest.keep-R.json`: what `--add-keep-ratio R` added, on the same weights.
 - `export.json`: what is needed to add a keep ratio without the checkpoint.
-- `weights.bin`: every weight once, shared by all graphs. The runtime looks the token embedding up in it.
+- `weights.bin`: every weight once, shared by all graphs; with `--prompt-weights int8` the decoder's INT4 matrices as
+  INT8 too. The runtime looks the token embedding up in it.
 - `tokenizer.json`, `chat_template.jinja`: if the checkpoint has a tokenizer.
 - `certificate.json`: what `lvlm-edge check` found: inputs, figures, versions, hashes.
 

@@ -103,17 +103,19 @@ class WeightFormats:
     Attributes:
         decoder: of its layers, a method's own included.
         vision: of the encoder and the projector.
+        prompt: of the decoder's INT4 matrices in ONNX Runtime's graphs of prompts; None where they are INT4 there too.
     """
 
     decoder: str = "as-is"
     vision: str = "as-is"
     head: str = "as-is"
     block: int = 128
+    prompt: str | None = None
 
     @property
     def quantized(self) -> bool:
         """Whether any part is kept as integers."""
-        return (self.decoder, self.vision, self.head) != ("as-is",) * 3
+        return (self.decoder, self.vision, self.head, self.prompt) != (*("as-is",) * 3, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from lvlm_edge.exporter.proof import parity
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.backends import ort
 from lvlm_edge.runtime.bundle import open_bundle
-from lvlm_edge.runtime.errors import UnsupportedError
+from lvlm_edge.runtime.errors import UnsupportedError, UsageError
 from tests import checkpoints
 from tests.cases import some
 from tests.tiny import sign
@@ -36,6 +36,7 @@ FORMATS = {
         "weights": "int4", "vision_weights": "int4", "head_weights": "int4"
     },
     "head alone": {"head_weights": "int8"},
+    "int4, prompts int8": {"weights": "int4", "block_size": 32, "prompt_weights": "int8"},
 }  # fmt: skip
 
 
@@ -159,6 +160,80 @@ def test_a_changed_scale_is_caught(gqa, export_once, tmp_path):
     assert {"prefill caches", "prefill logits"} & {row.stage for row in verdict.rows if not row.passed}
 
 
+def to_8_bits(weight: torch.Tensor) -> torch.Tensor:
+    step = weight.abs().amax(1, keepdim=True) / 127
+    return torch.round(weight / step) * step
+
+
+def test_prompts_are_computed_with_8_bits_and_tokens_with_4(gqa, export_once):
+    """The first logits are those of 8 bits but for the rounding of activations."""
+    bundle = export_once(gqa, **FORMATS["int4, prompts int8"])
+    prompt, pixels = checkpoints.prompt(20, 5), checkpoints.pixels()
+    pipe = Pipeline.load(bundle)
+    found = pipe.generate_tokens(prompt, pixels, max_new_tokens=1).logits
+    only = Pipeline.load(export_once(gqa, **FORMATS["int4"])).generate_tokens(prompt, pixels, max_new_tokens=1).logits
+    model = checkpoints.stock(gqa)
+    for layer in model.model.language_model.layers:
+        for module in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
+            module.weight.data = to_8_bits(module.weight.data)
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(to_8_bits(head.weight.data))  # is the embedding's no longer, which stays
+
+    image, each = model.config.image_token_id, pipe.manifest.counts.visual_tokens
+    ids = torch.tensor([[t for i in prompt for t in ([i] * each if i == image else [i])]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, pixel_values=torch.from_numpy(pixels)).logits[0, -1].numpy()
+
+    errors = [np.abs(one[0] - wanted).max() / np.abs(wanted).max() for one in (found, only)]
+    assert errors[0] < min(0.04, errors[1] / 2), errors  # activations are rounded to 8 bits
+    graphs = {g.role: onnx.load(bundle / g.file, load_external_data=False) for g in pipe.manifest.variants["ort"]}
+    kinds = {
+        role: {t.data_type for t in model.graph.initializer if "_proj.weight" in t.name and "scale" not in t.name}
+        for role, model in graphs.items()
+        if role != "image"
+    }
+    assert kinds == {"prefill": {onnx.TensorProto.INT8}, "decode": {onnx.TensorProto.INT4}}
+
+
+def test_a_changed_matrix_of_prompts_is_caught(gqa, export_once, tmp_path):
+    bundle = Path(shutil.copytree(export_once(gqa, **FORMATS["int4, prompts int8"]), tmp_path / "bundle"))
+    model = onnx.load(bundle / "prefill.onnxruntime", load_external_data=False)
+    (tensor,) = (t for t in model.graph.initializer if t.name == "layers.1.q_proj.weight.prompt")
+    offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
+    with (bundle / "weights.bin").open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(range(60, 70)))
+    sign(bundle)
+
+    verdict = parity.check(bundle, gqa, steps=2, store=False)
+
+    assert verdict.first_failure.stage == "weights"
+    assert verdict.first_failure.note.startswith("first in layers.1.q_proj.weight.prompt")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"weights": "int8", "prompt_weights": "int8"}, PlanError, "is for INT4 matrices, the decoder's are int8"),
+        ({"prompt_weights": "int8"}, PlanError, "the decoder's are as-is"),
+        ({"weights": "int4", "prompt_weights": "int4"}, UnsupportedError, "'int4' is not supported; expected int8"),
+        ({"weights": "int4", "prompt_weights": "int8", "dtype": "float16"}, PlanError, "--dtype float16"),
+        ({"weights": "int4", "prompt_weights": "int8", "share_weights": True}, PlanError, "--share-weights"),
+        ({"weights": "int4", "prompt_weights": "int8", "ort": False}, UsageError, "give ort=True"),
+    ],
+)
+def test_a_format_for_prompts_that_cannot_be_is_refused(gqa, tmp_path, options, error, said):
+    with pytest.raises(error, match=said):
+        export(gqa, tmp_path / "bundle", **options)
+
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_other_methods_have_no_format_for_prompts(original, tmp_path):
+    with pytest.raises(UnsupportedError, match="proxyv: its prompts read the formats of --weights alone"):
+        export(original(method="proxyv"), tmp_path / "bundle", method="proxyv", weights="int4", prompt_weights="int8")
+
+
 def test_what_blocks_do_not_divide_is_int8(checkpoint_once, export_once):
     checkpoint = checkpoint_once(text={"intermediate_size": 112})
     bundle = export_once(checkpoint, **FORMATS["int4"])
@@ -173,10 +248,10 @@ def test_what_blocks_do_not_divide_is_int8(checkpoint_once, export_once):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_file_of_weights_has_the_planned_bytes(checkpoint_once, eager_once, name, tied):
+def test_the_file_of_weights_has_the_planned_bytes(checkpoint_once, eager_once, export_once, name, tied):
     checkpoint = checkpoint_once(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
     found = plan(checkpoint, **FORMATS[name], max_text_tokens=64, max_new_tokens=16)
-    bundle = eager_once(checkpoint, **FORMATS[name])
+    bundle = (export_once if "prompts" in name else eager_once)(checkpoint, **FORMATS[name])
     counts = open_bundle(bundle).manifest.counts
     tables = (counts.prompt_tokens + 16) * 16 * 4
 
