@@ -5,6 +5,7 @@ The templates are those that the published processors come with, in few words.
 
 from __future__ import annotations
 
+import base64
 import copy
 import inspect
 import json
@@ -24,11 +25,11 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from lvlm_edge.exporter import families
 from lvlm_edge.exporter.bundles import plans
-from lvlm_edge.exporter.checkpoints import templates, text
+from lvlm_edge.exporter.checkpoints import conversion, templates, text
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
 from lvlm_edge.exporter.planning import Capacity
 from lvlm_edge.runtime.pictures.layout import Picture, Run
-from lvlm_edge.runtime.prompt import Text, count_parts
+from lvlm_edge.runtime.prompt import Text, count_parts, streams
 from tests import tiny
 from tests.exporter.test_text import PLACEHOLDER, SYSTEM, tokenizer_image_token
 from tests.families import noise
@@ -372,3 +373,50 @@ def test_ids_of_original_layouts_are_those_of_the_releases(name, tmp_path):
         ids = made.encode_chat([turn("user", None, "What?"), turn("assistant", said), turn("user", said)])
 
         assert ids == tokenizer_image_token(rendered.replace("SAID", said), stock), said
+
+
+# A published vocabulary as `tokenizer.model` alone. Yi's puts no space before a text.
+
+
+def model_file(vocabulary: dict[str, int], special: Sequence[str], *, space: bool) -> bytes:
+    """A sentencepiece file of BPE pieces in the order in which they are merged."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    made = sentencepiece_model_pb2.ModelProto()
+    made.trainer_spec.model_type, made.trainer_spec.byte_fallback = 2, True
+    made.normalizer_spec.name, made.normalizer_spec.add_dummy_prefix = "identity", space
+    made.normalizer_spec.remove_extra_whitespaces = False
+    for token, i in sorted(vocabulary.items(), key=lambda item: item[1]):
+        kind = 2 if i == 0 else 3 if token in special else 6 if re.fullmatch("<0x..>", token) else 1
+        made.pieces.add(piece=token, score=-float(i), type=kind)
+    return bytes(made.SerializeToString())
+
+
+@pytest.mark.parametrize(("name", "space"), [("llama2", True), ("yi", False)])
+def test_a_model_file_alone_gives_the_ids_of_the_published_tokenizer(name, space, tmp_path):
+    source = fetch(name)
+    published = Tokenizer.from_file(str(source))
+    special = [token.content for token in published.get_added_tokens_decoder().values()]
+    vocabulary = json.loads(source.read_text("utf-8"))["model"]["vocab"]
+    (tmp_path / "tokenizer.model").write_bytes(model_file(vocabulary, special, space=space))
+    shutil.copyfile(source.parent / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+
+    made = Tokenizer.from_str(conversion.convert(tmp_path).content)
+
+    for said in (said for said in (*ORDINARY, MANY) if not (space and said.startswith(" "))):
+        assert made.encode(said).ids == published.encode(said).ids, said
+
+
+def test_a_ranks_file_gives_the_ids_of_the_published_tokenizer(tmp_path):
+    published = Tokenizer.from_file(str(fetch("qwen2_5")))  # the same ranks as Qwen's
+    alphabet, vocabulary = streams._byte_alphabet(), json.loads(published.to_str())["model"]["vocab"]
+    lines = (
+        b"%s %d\n" % (base64.b64encode(bytes(alphabet[char] for char in token)), rank)
+        for token, rank in vocabulary.items()
+    )
+    (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
+
+    made = Tokenizer.from_str(conversion.convert(tmp_path).content)
+
+    for said in (*ORDINARY, MANY, "<|endoftext|><|im_start|>a<|im_end|>"):
+        assert made.encode(said).ids == published.encode(said).ids, said
