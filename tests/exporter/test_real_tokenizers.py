@@ -375,6 +375,36 @@ def test_ids_of_original_layouts_are_those_of_the_releases(name, tmp_path):
         assert ids == tokenizer_image_token(rendered.replace("SAID", said), stock), said
 
 
+CHATS = {"internlm2-chat": ("internlm2", ""), "Hermes-2": ("yi", ""), "internvl2_5": ("qwen2_5", "\n")}
+CHAT = (
+    "<|im_start|>system\nYou see.END<|im_start|>user\n<image>\nWhat?END<|im_start|>assistant\nSAIDEND"
+    "<|im_start|>user\nSAIDEND<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_of_internvls_releases_are_those_of_the_text_that_their_code_writes(name, tmp_path):
+    language, behind = CHATS[name]
+    PUBLISHED.folder("InternVL2-8B", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    tiny.write_json(tmp_path / "config.json", config | {"template": name, "system_message": "You see."})
+    added = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+    published = with_tokens(Tokenizer.from_file(str(fetch(language))), added)
+    published.save(str(tmp_path / "tokenizer.json"))
+    opened = Checkpoint.open(tmp_path)
+    made = copied(tmp_path, families.of(opened).chat_template(opened), published.token_to_id("<IMG_CONTEXT>"))
+    (picture,) = plans.model(opened, Capacity(image_size=(SIZE,))).pictures
+    seen = f"<img>{'<IMG_CONTEXT>' * picture.visual_tokens}</img>"
+
+    for said in ORDINARY:
+        ids = made.encode_chat([turn("user", None, "What?"), turn("assistant", said), turn("user", said)])
+
+        at = ids.index(picture.token_id)
+        shown = [i for run in picture.runs for i in run.ids or (picture.token_id,) * run.rows]
+        whole = CHAT.replace("END", f"<|im_end|>{behind}").replace("<image>", seen).replace("SAID", said)
+        assert [*ids[:at], *shown, *ids[at + 1 :]] == published.encode(whole).ids, said
+
+
 # A published vocabulary as `tokenizer.model` alone. Yi's puts no space before a text.
 
 
