@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
+from tests import support
 from tests.locks import locked
 
 HERE = Path(__file__).resolve().parent
 TRACES = "LVLM_EDGE_TRACES"  # the environment variable that names a folder of traced graphs to keep between runs
+CLAIMED = pytest.StashKey[dict[Path, set[str]]]()  # by file, what its tests claim, those that -m leaves out too
 EXPORTS = {"export_once", "eager_once", "exported", "quick_tracing"}  # fixtures of tests that export
 
 
@@ -78,6 +80,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         files.setdefault(item.path, []).append(item)
         if EXPORTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("export")
+        item.user_properties += [(support.PROPERTY, claim) for claim in support.claims(item)]
+    config.stash[CLAIMED] = {
+        path: {claim for item in of_file for claim in support.claims(item)} for path, of_file in files.items()
+    }
     shuffled = order.sample(list(files.values()), len(files))
     shuffled.sort(key=exporting, reverse=True)  # so that workers end with short files, all at about the same time
     items[:] = [item for of_file in shuffled for item in order.sample(of_file, len(of_file))]

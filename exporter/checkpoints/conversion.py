@@ -23,6 +23,9 @@ KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 BESIDE = ("special_tokens_map.json", "added_tokens.json")
 CONFIG = "tokenizer_config.json"
+# Texts that a converted tokenizer has to cut up as the model file does. None begins with a space: there transformers
+# has one less.
+PROBES = ("a", "What is in it? 12, <b>3.5%</b>", "déjà vu ﬁne½", "这张图片里有什么？", "tabs\tand\nlines  end ", "😀🇨🇭")  # noqa: RUF001
 PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # that reading tokenizer.model takes
 
 
@@ -107,8 +110,10 @@ def convert(folder: Path) -> Converted | None:
         for file in (*files, *BESIDE):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, Path(place) / file)
-        (Path(place) / CONFIG).write_text(json.dumps(config), "utf-8")
         try:
+            if "tokenizer.model" in files:
+                config = _spaces(folder / "tokenizer.model") | config
+            (Path(place) / CONFIG).write_text(json.dumps(config), "utf-8")
             with _quiet():
                 tokenizer = _read(Path(place))
         except Exception as error:  # transformers raises many types; the first line says what is wrong
@@ -116,6 +121,8 @@ def convert(folder: Path) -> Converted | None:
             raise CheckpointError(
                 f"{folder / files[0]}: transformers cannot read this tokenizer ({reason}); save it as tokenizer.json"
             ) from error
+    if "tokenizer.model" in files:
+        _check_ids(folder / "tokenizer.model", tokenizer)
     return Converted(
         source=folder / files[0],
         content=str(tokenizer.backend_tokenizer.to_str()),
@@ -132,6 +139,37 @@ def _read(folder: Path) -> Any:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise TypeError(f"{type(tokenizer).__name__} is written in Python alone")
     return tokenizer
+
+
+def _spaces(file: Path) -> dict[str, Any]:
+    """What tokenizer_config.json would say of a model file that puts no space before a text, as Yi's.
+
+    Transformers' LlamaTokenizer does not ask the file.
+    """
+    import sentencepiece
+
+    begins = "".join(sentencepiece.SentencePieceProcessor(str(file)).encode("a", out_type=str))
+    return {} if begins.startswith("▁") else {"add_prefix_space": False}
+
+
+def _check_ids(file: Path, tokenizer: Any) -> None:
+    """Raise CheckpointError unless a converted tokenizer gives the ids of the model file.
+
+    Pieces that it merges in another order, or a text that it does not normalise, would go unseen.
+    """
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(str(file))
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    for text in PROBES:
+        if any(token in text for token in added):
+            continue
+        found, wanted = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, pieces.encode(text)
+        if found != wanted:
+            raise CheckpointError(
+                f"{file}: transformers' tokenizer cuts {text!r} up into {found}, this file into {wanted}; save the "
+                "tokenizer as tokenizer.json with the code that it belongs to"
+            )
 
 
 def _require_packages(file: Path) -> None:

@@ -41,6 +41,7 @@ ORACLES = {
 PUBLIC = {("yopo dropped", "float16")}
 
 
+@pytest.mark.claims("builds", family={"proxyv": "llava_llama", "yopo": "llava_llama", "himix": "tinyllava"})
 @pytest.mark.parametrize(("name", "dtype"), some(itertools.product(ORACLES, DTYPES), PUBLIC))
 def test_tensorrt_rtx_builds_the_public_checkpoints(oracles, export_once, name, dtype):
     folder, method, more = ORACLES[name]

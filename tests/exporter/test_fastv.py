@@ -122,6 +122,7 @@ def same(found: Any, tokens: list[int], logits: np.ndarray, kept: list[int]) -> 
     assert np.abs(found.logits - logits).max() < 1e-4
 
 
+@pytest.mark.claims("equal", family="llava", method="fastv")
 def test_the_bundle_gives_the_released_codes_tokens_and_logits(fastv_oracle, oracles, export_once):
     case, tensors = json.loads(fastv_oracle.read_text()), load_file(fastv_oracle.with_suffix(".safetensors"))
     expected = case["expected_new_token_ids"]

@@ -67,6 +67,7 @@ def agree(folder: Path, stock: layouts.Stock, exported: Any, pixels: np.ndarray,
 @pytest.mark.parametrize(
     ("variant", "exported"), both([(name,) for name in VARIANTS], {("Qwen2, tied",)}), indirect=["exported"]
 )
+@pytest.mark.claims("equal", family="llava_llama", method="none")
 def test_a_bundle_equals_stock_modules_for(variant, tmp_path, exported):
     stock = layouts.build(tmp_path / "model", **VARIANTS[variant])
 
@@ -177,6 +178,7 @@ def test_yopos_checkpoint_without_reduction_equals_stock_modules(yopo, exported)
     assert np.abs(found.logits - logits).max() < 1e-3
 
 
+@pytest.mark.claims("equal", family="llava_llama", method="fastv")
 def test_yopos_checkpoint_under_fastv_equals_the_reference(yopo, exported):
     folder, ids, pixels = yopo
     model = layouts.as_hub(layouts.load(folder), 511)

@@ -25,6 +25,7 @@ from tests.runtime.test_trt import with_engines
 __all__ = ["with_engines"]
 
 CHECKPOINTS = {"proxyv": "proxyv_f2", "yopo": "yopo_w7", "himix": "himix_mha"}
+FAMILIES = {"proxyv": "llava_llama", "yopo": "llava_llama", "himix": "tinyllava"}
 GRIDS = {1: None, 3: (1, 2), 4: (3, 1), 5: (2, 2)}
 
 
@@ -33,7 +34,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "method_oracle" in metafunc.fixturenames:
         from tests.conftest import ORACLES
 
-        cases = [(m, path.stem) for m in CHECKPOINTS for path in sorted((ORACLES / m).glob("*.json"))]
+        claimed = {m: pytest.mark.claims("equal", family=FAMILIES[m], method=m) for m in CHECKPOINTS}
+        cases = [
+            pytest.param((m, path.stem), marks=claimed[m])
+            for m in CHECKPOINTS
+            for path in sorted((ORACLES / m).glob("*.json"))
+        ]
         metafunc.parametrize("method_oracle", cases or [("proxyv", "missing")])
 
 

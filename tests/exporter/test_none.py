@@ -24,6 +24,7 @@ def oracle_cases(oracles):
     return found
 
 
+@pytest.mark.claims("equal", family="llava", method="none")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_64_greedy_tokens_equal_stock_generate_on_the_oracle_checkpoint(attention, oracles, oracle_cases, export_once):
     pipe = Pipeline.load(export_once(oracles / "llava_mha", method="none", max_new_tokens=64))

@@ -95,17 +95,23 @@ def test_a_template_without_the_two_tokens_gives_way_to_the_published_one(tmp_pa
 # Tokenizers in older files.
 
 
+def pieces(folder: Path, **changed: object) -> None:
+    """Write a `tokenizer.model` like Llama's, or changed."""
+    (folder / "words").write_text("\n".join(WORDS * 50), "utf-8")
+    settings = {
+        "model_type": "bpe", "vocab_size": 310, "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2,
+        "pad_id": -1, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2,
+    }  # fmt: skip
+    names = {"input": str(folder / "words"), "model_prefix": str(folder / "m")}
+    sentencepiece.SentencePieceTrainer.train(**names, **settings | changed)
+    (folder / "m.model").rename(folder / "tokenizer.model")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer.model`, and one named `bytes` in it with `vocab.json` and `merges.txt`."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "words").write_text("\n".join(WORDS * 50), "utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "words"), model_prefix=str(folder / "m"), model_type="bpe", vocab_size=310,
-        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    (folder / "m.model").rename(folder / "tokenizer.model")
+    pieces(folder)
     (folder / "bytes").mkdir()
     plain = ByteLevelBPETokenizer()
     plain.train_from_iterator(WORDS, vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -161,6 +167,67 @@ def test_without_a_config_the_files_say_which_tokenizer_it_is(kind, like, traine
 
     assert found._tokenizer.encode("A cat, 3 dogs").ids == stock("A cat, 3 dogs").input_ids
     assert found._config.eos_token == stock.eos_token
+
+
+@pytest.mark.parametrize("config", [None, LLAMA, LLAMA | {"legacy": True}, {"tokenizer_class": "InternLM2Tokenizer"}])
+def test_a_model_file_that_puts_no_space_before_a_text_is_converted_so(config, tmp_path):
+    pieces(tmp_path, add_dummy_prefix=False)
+    if config is not None:
+        tiny.write_json(tmp_path / "tokenizer_config.json", config)
+    released = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+
+    made = Tokenizer.from_str(conversion.convert(tmp_path).content)
+
+    for line in ORDINARY:
+        ids = made.encode(line, add_special_tokens=False).ids
+        assert ids == released.encode(line) and made.decode(ids) == released.decode(ids) == line, line
+    assert made.encode("</s>a", add_special_tokens=False).ids == [2, *released.encode("a")]
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        (LLAMA, {"normalization_rule_name": "nmt_nfkc"}),  # which LlamaTokenizer leaves out
+        ({"tokenizer_class": "InternLM2Tokenizer"}, {}),  # the space in front, which others leave out
+    ],
+)
+def test_a_conversion_that_gives_other_ids_than_the_model_file_is_refused(config, changed, tmp_path):
+    pieces(tmp_path, **changed)
+    tiny.write_json(tmp_path / "tokenizer_config.json", config)
+
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: transformers' tokenizer cuts '.*' up into \[.*save"):
+        conversion.convert(tmp_path)
+
+
+# Tokens that a checkpoint adds, in the files of transformers 4.
+ADDED = {
+    "added_tokens.json": {"added_tokens.json": {"<image>": 310, "<pad>": 311, "<|im_end|>": 312}},
+    "tokenizer_config.json": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                str(310 + i): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+                for i, token in enumerate(("<image>", "<pad>", "<|im_end|>"))
+            }
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("where", ADDED)
+def test_added_tokens_beside_a_model_file_keep_their_ids(where, trained, tmp_path):
+    of = older(trained, tmp_path, "sentencepiece", LLAMA | ADDED[where].get("tokenizer_config.json", {}))
+    if where == "added_tokens.json":
+        tiny.write_json(tmp_path / where, ADDED[where][where])
+    released = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+
+    made = copied(of, tmp_path / "out")._tokenizer
+
+    for line in (line for line in ORDINARY if not line.startswith(" ")):
+        ids = made.encode(f"{line}<image>{line}<|im_end|>", add_special_tokens=False).ids
+        assert ids[: ids.index(310)] == released.encode(line) and ids[-1] == 312, line
+        # Behind a token no space is put (`legacy` is false): what the model file gives a line behind another.
+        behind = released.encode("x\n" + line)[len(released.encode("x\n")) :] if line else []
+        assert ids[ids.index(310) + 1 : -1] == behind, line
 
 
 def test_the_prompt_of_a_released_llava_is_that_of_its_own_code(trained, tmp_path):

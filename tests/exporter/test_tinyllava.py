@@ -48,6 +48,7 @@ KINDS = [(tower, decoder) for tower in ("siglip", "clip") for decoder in ("llama
 
 
 @pytest.mark.parametrize(("tower", "decoder", "exported"), both(KINDS, {("siglip", "qwen2")}), indirect=["exported"])
+@pytest.mark.claims("equal", family="tinyllava", method="none")
 def test_a_bundle_equals_stock_modules_for(decoder, tower, tmp_path, exported):
     stock = build(tmp_path, decoder=decoder, tower=tower)
     ids, pixels = layouts.prompt(), checkpoints.pixels()

@@ -20,7 +20,7 @@ from lvlm_edge.runtime.errors import BundleError, InputError
 from lvlm_edge.runtime.prompt import Text, TextConfig, chat_template, escaping, streams, time_limit
 from lvlm_edge.runtime.prompt import chat as chat_module
 from tests import tiny
-from tests.npm_tokenizers import fetch
+from tests.real_tokenizers import fetch
 
 VICUNA = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"

@@ -42,6 +42,7 @@ CONFIG: dict[str, Any] = {  # InternVL2-8B
 @pytest.mark.parametrize(
     ("name", "exported"), both([("none_1",), ("none_2",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
 )
+@pytest.mark.claims("equal", family=FAMILY)
 def test_the_answers_are_those_of_the_release(oracles, exported, name):
     of = families.case(oracles, FAMILY, name)
     pipe = Pipeline.load(families.bundle(exported, of))

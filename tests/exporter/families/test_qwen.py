@@ -36,6 +36,7 @@ CONFIG: dict[str, Any] = {  # Qwen-VL-Chat
 @pytest.mark.parametrize(
     ("name", "exported"), both([("none_1",), ("none_2",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
 )
+@pytest.mark.claims("equal", family="qwen")
 def test_the_answers_are_those_of_the_release(oracles, exported, name):
     of = families.case(oracles, FOLDER, name)
     pipe = Pipeline.load(families.bundle(exported, of))

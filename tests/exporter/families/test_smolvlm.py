@@ -61,6 +61,7 @@ TABLE = {  # from the published dimensions, computed by building stock models wi
 @pytest.mark.parametrize(
     ("name", "exported"), both([("none_1",), ("none_2",), ("fastv_1",)], {("fastv_1",)}), indirect=["exported"]
 )
+@pytest.mark.claims("equal", family=FAMILY)
 def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = families.case(oracles, FAMILY, name)
 

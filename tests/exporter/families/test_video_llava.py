@@ -66,6 +66,7 @@ def bundle(export: Any, of: families.Case, **more: Any) -> Path:
     both([(n,) for n in ("none_1", "none_2", "fastv_1", "none_video_1", "fastv_video_1")], {("fastv_video_1",)}),
     indirect=["exported"],
 )
+@pytest.mark.claims("equal", family=FAMILY)
 def test_the_answers_are_those_of_stock_transformers(oracles, exported, name):
     of = families.case(oracles, FAMILY, name)
     pipe = Pipeline.load(bundle(exported, of))
