@@ -129,7 +129,7 @@ class Session:
     def __init__(self, path: Path, buffers: Mapping[str, Any]) -> None:
         self.path, self.buffers = path, buffers
 
-    def run(self) -> None:
+    def run(self, rows: int | None = None) -> None:
         of, modules = BODIES[self.path], parts(self.path)
         inputs = {info.name: torch.from_numpy(self.buffers[info.name].array) for info in of.graph.inputs}
         with mistaken(of.mistake) as patch, torch.no_grad():

@@ -65,8 +65,13 @@ class Finder(Protocol):
 class Session(Protocol):
     """One graph, its inputs and outputs bound to buffers once."""
 
-    def run(self) -> None:
-        """Run the graph over its buffers and wait for it."""
+    def run(self, rows: int | None = None) -> None:
+        """Run the graph over its buffers and wait for it.
+
+        Args:
+            rows: of the prompt that are in use, from the first on. Where the graph takes any number, it computes these
+                alone, and those behind them keep what they held; None for all.
+        """
 
 
 class Backend(Protocol):

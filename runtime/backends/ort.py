@@ -54,15 +54,19 @@ class HostInputs:
 
 @dataclass(frozen=True)
 class OrtSession:
-    """A graph's file, its session and its binding."""
+    """A graph's file, its session, its binding, and the arrays that are bound, by name."""
 
     path: Path
     session: onnxruntime.InferenceSession
     binding: Any
+    arrays: Mapping[str, Array]
 
-    def run(self) -> None:
+    def run(self, rows: int | None = None) -> None:
+        binding, arrays = self.binding, self.arrays if rows is None else narrowed(self.session, self.arrays, rows)
+        if arrays is not self.arrays:
+            binding = bound(self.session, arrays)
         try:
-            self.session.run_with_iobinding(self.binding)
+            self.session.run_with_iobinding(binding)
         except Exception as error:  # the bindings raise their own types; the first line says what is wrong
             reason = str(error).splitlines()[0]
             raise BundleError(f"{self.path}: ONNX Runtime cannot run it ({reason}); export the bundle again") from error
@@ -113,21 +117,48 @@ class OrtBackend:
                 exact=self._exact,
             )
         session = self._sessions[path]
-        binding = session.io_binding()
-        for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
-            for info in infos:
-                buffer = buffers.get(info.name)
-                assert buffer is None or isinstance(buffer, HostBuffer)
-                held = None if buffer is None else TensorInfo(info.name, buffer.array.dtype.name, buffer.array.shape)
-                check_tensor(path, info, held)
-                assert buffer is not None
-                array = buffer.array
-                bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return OrtSession(path, session, binding)
+        arrays = {}
+        for info in (*session.get_inputs(), *session.get_outputs()):
+            buffer = buffers.get(info.name)
+            assert buffer is None or isinstance(buffer, HostBuffer)
+            held = None if buffer is None else TensorInfo(info.name, buffer.array.dtype.name, buffer.array.shape)
+            check_tensor(path, info, held)
+            assert buffer is not None
+            arrays[info.name] = buffer.array
+        return OrtSession(path, session, bound(session, arrays), arrays)
 
     def content(self, bundle: Bundle, file: str) -> bytes:
         """The graph that is opened for a file."""
         return bundle.graph(file)
+
+
+def bound(session: onnxruntime.InferenceSession, arrays: Mapping[str, Array]) -> Any:
+    """A binding of a session's inputs and outputs to arrays by name, which have to outlive it."""
+    binding = session.io_binding()
+    for bind, infos in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
+        for info in infos:
+            array = arrays[info.name]
+            bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding
+
+
+def narrowed(session: onnxruntime.InferenceSession, arrays: Mapping[str, Array], rows: int) -> Mapping[str, Array]:
+    """Arrays of a session's inputs and outputs with so many rows, where it leaves the number of rows open.
+
+    An input with axes of several entries before its rows is copied.
+
+    Returns:
+        the arrays as they are where it takes one number alone, or that many rows.
+    """
+    found = dict(arrays)
+    for info in (*session.get_inputs(), *session.get_outputs()):
+        axis = next((i for i, size in enumerate(info.shape) if isinstance(size, str)), None)
+        if axis is not None:
+            found[info.name] = np.ascontiguousarray(arrays[info.name][(slice(None),) * axis + (slice(rows),)])
+    outputs = [(found[info.name], arrays[info.name]) for info in session.get_outputs()]
+    assert all(np.shares_memory(narrow, whole) for narrow, whole in outputs), "outputs are written in place"
+    same = all(found[name].shape == array.shape for name, array in arrays.items())
+    return arrays if same else found
 
 
 def check_opset(runtime: ModuleType, opset: int, backend: str = "ort") -> None:

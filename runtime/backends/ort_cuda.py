@@ -95,7 +95,7 @@ class OrtCudaSession:
         self._binding, self._how, self._opened, self._path, self._cuda = binding, how, opened, path, cuda
         self.buffers: tuple[DeviceBuffer, ...] = ()  # kept as long as their addresses are
 
-    def run(self) -> None:
+    def run(self, rows: int | None = None) -> None:
         # With a CUDA graph the first run computes three times: to see what it allocates, to capture and to replay.
         # A step of decode gives the same when it is done again: it writes the same rows into the same slots.
         with _naming(self._path, "did not run it"):

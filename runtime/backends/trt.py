@@ -41,7 +41,7 @@ class TrtSession:
         self.after_first: Callable[[], None] | None = None
         self.buffers: tuple[DeviceBuffer, ...] = ()  # kept as long as their addresses are
 
-    def run(self) -> None:
+    def run(self, rows: int | None = None) -> None:
         memory = self._scratch.memory()
         if memory != self._memory:
             self._context.set_device_memory(*memory)

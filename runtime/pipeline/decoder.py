@@ -205,7 +205,7 @@ class Decoder:
         self.memory.write(graphs, given)
         for graph in graphs:
             began = time.perf_counter()
-            self.memory.run(graph)
+            self.memory.run(graph, rows=self._in_use(graph, rows.count))
             for info in graph.outputs:
                 if info.name in turn.replace:
                     self.memory.buffer(info).write(turn.replace[info.name])
@@ -216,6 +216,19 @@ class Decoder:
             for info in (t for t in graph.outputs if t.name == "kept_visual"):
                 kept = self.memory.buffer(info).read()
                 result.kept_visual = kept[kept < visual].copy()
+
+    def _in_use(self, graph: Graph, count: int) -> int | None:
+        """Rows of a prompt that a graph has to compute; None for a graph that reads no rows of it.
+
+        Padding stands behind a prompt's rows, also where rows before it were dropped.
+
+        Args:
+            count: rows of the prompt.
+        """
+        whole, shape = self.manifest.counts.prompt_tokens, graph.inputs[0].shape
+        if len(shape) != 3:
+            return None
+        return shape[1] - (whole - count) + (self._restored if shape[1] < whole else 0)
 
     def _demote(self, score: Buffer, visual: int) -> None:
         """Rank the visual tokens that are not to be kept behind padding, which stands for pictures that did not come.

@@ -47,14 +47,15 @@ class Memory:
         for info in wanted:
             self._buffers[info].write(inputs[info.name])
 
-    def run(self, graph: Graph, length: int | None = 0) -> None:
+    def run(self, graph: Graph, length: int | None = 0, *, rows: int | None = None) -> None:
         """Run a graph.
 
         Args:
             length: rows that have gone by, behind which the rows that it returns go into the caches; None where they
                 are not to go there.
+            rows: of the prompt that are in use; None for all.
         """
-        self._sessions[graph.name].run()
+        self._sessions[graph.name].run(rows)
         for info in graph.outputs if length is not None else ():
             cache = self._caches.get(kv_cache.shared_name(info.name))
             if cache is not None and cache.shape != info.shape:

@@ -238,7 +238,9 @@ def test_himix_looks_at_an_image_once_for_several_prompts(original, exported):
     pipe.generate_tokens(originals.prompt(12, 5), pixels, max_new_tokens=4)
     ran = []
     pipe._decoder.memory._sessions = {  # type: ignore[assignment]
-        name: dataclasses.make_dataclass("Counted", ["run"])(lambda n=name, s=session: (ran.append(n), s.run()))
+        name: dataclasses.make_dataclass("Counted", ["run"])(
+            lambda rows=None, n=name, s=session: (ran.append(n), s.run(rows))
+        )
         for name, session in pipe._decoder.memory._sessions.items()
     }
 

@@ -47,6 +47,7 @@ FILES = (
     "select.onnx",
     "prefill_tail.onnx",
     "decode.onnx",
+    "vision.onnxruntime",
     "prefill_head.onnxruntime",
     "prefill_tail.onnxruntime",
     "export.json",

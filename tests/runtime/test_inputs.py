@@ -614,16 +614,22 @@ def prefilled(manifest: Any, outputs: dict[str, Any], prompt: list[int], picture
     """A decoder after `_prefill` on graphs that return given values; its result, logits and buffers."""
     buffers = {name: Held(values) for name, values in outputs.items()}
     ran: list[str] = []
+    used: dict[str, int | None] = {}
+
+    def run(graph: Any, *, rows: int | None) -> None:
+        ran.append(graph.name)
+        used[graph.name] = rows
+
     memory = SimpleNamespace(
         write=lambda graphs, given: ran.append("write"),
-        run=lambda graph: ran.append(graph.name),
+        run=run,
         buffer=lambda info: buffers[info.name],
     )
     features = SimpleNamespace(of=lambda media, seconds: seconds.update(vision=1.0) or {})
     made, result = decoder(manifest, memory=memory, features=features), Result()
     media = tuple(inputs.Media(picture, np.zeros(1)) for picture in pictures)
     made._prefill(result, Turn(prompt, media, 2, Sampling(), **turn))
-    return SimpleNamespace(decoder=made, result=result, buffers=buffers, ran=ran)
+    return SimpleNamespace(decoder=made, result=result, buffers=buffers, ran=ran, used=used)
 
 
 HEAD = replace(GRAPHS[1], outputs=(*GRAPHS[1].outputs, tensor("score", 1, 12)))
@@ -651,6 +657,34 @@ def test_a_prompt_with_fewer_pictures_keeps_their_share_and_says_what_is_theirs(
     assert found.result.kept_visual.tolist() == [0, 2, 3]
     assert found.decoder._restored == (12 - 6) - (4 - 2)
     assert found.result.prompt_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "restored", "rows"),
+    [
+        ((1, 17, 3), 17, 0, 17),  # 12 visual tokens and 5 of text
+        ((1, 17, 3), 15, 0, 15),  # 3 of text
+        ((1, 11, 3), 15, 0, 9),  # 6 are kept
+        ((1, 17, 3), 6, 4, 6),  # 4 visual tokens and 2 of text
+        ((1, 11, 3), 6, 4, 4),  # 2 are kept, where 6 - 2 were dropped less than planned
+        ((1, 17), 15, 0, None),
+    ],
+)
+def test_rows_in_use_are_those_of_the_prompt_that_are_left(shape, count, restored, rows):
+    made = decoder(CHOOSES)
+    made._restored = restored
+
+    assert made._in_use(replace(HEAD, inputs=(tensor("x", *shape),)), count) == rows
+
+
+def test_prefill_graphs_are_told_the_rows_in_use():
+    head = replace(HEAD, inputs=(tensor("inputs_embeds", 1, 17, 3),))
+    tail = replace(GRAPHS[2], inputs=(tensor("hidden", 1, 11, 3),))
+    manifest = replace(CHOOSES, graphs=(GRAPHS[0], head, tail, *GRAPHS[3:]))
+
+    assert prefilled(manifest, RETURNED, [IMAGE, 3, IMAGE], (PICTURE, SMALL)).used == {
+        "prefill_head": 13, "prefill_tail": 7
+    }  # fmt: skip
 
 
 def test_values_take_the_place_of_what_graphs_return():

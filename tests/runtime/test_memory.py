@@ -55,7 +55,7 @@ class Session:
     def __init__(self, backend: Any, graph: Graph, bound: dict[str, Buffer]) -> None:
         self.backend, self.graph, self.bound = backend, graph, bound
 
-    def run(self) -> None:
+    def run(self, rows: int | None = None) -> None:
         self.backend.ran.append(self.graph.name)
         self.backend.compute(self.graph.name, self.bound)
 
