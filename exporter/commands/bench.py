@@ -97,14 +97,15 @@ def _print_bench(report: dict[str, Any]) -> None:
         f"tokens, answers of {report['new_tokens']}; medians of {report['rounds']} turns"
     )
     if rates:
-        reached = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
-        show(f"this machine: {reached[0]:,.0f} GFLOP/s, {reached[1]:,.1f} GB/s")
+        for kind, unit in (("rows", "GFLOP/s"), ("row", "GB/s")):
+            found = {n.removesuffix(f" {kind}"): r for n, r in rates["best"].items() if n.endswith(f" {kind}")}
+            show(f"this machine, {kind}, {unit}: " + ", ".join(f"{n} {r / 1e9:,.0f}" for n, r in found.items()))
     for row in report["contenders"]:
-        rows = table(row["name"], "ms", "lowest to highest", "floor ms", "times floor")
+        rows = table(row["name"], "ms", "lowest to highest", "floor ms", "times floor", "predicted ms")
         for part in (*row["stages"], row["first_token"] | {"name": "first token"}, row["decode"]):
             figures = [f"{part['median_ms']:,.4g}", f"{part['low_ms']:,.4g} to {part['high_ms']:,.4g}"]
             if "floor_ms" in part:
-                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}"]
+                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}", f"{part['predicted_ms']:,.3g}"]
             rows.add_row(part["name"], *figures)
         memory, first, each = row["memory"], row["first_token"], row["decode"]
         anonymous = memory["anonymous_bytes"]
