@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ BIG = (2048, 16384)  # the matrix that one row's rates are of: 134 MB in float32
 SMALL_BYTES, SMALL = 32e6, 128  # of the decoder's own matrices, at most, which give what a product takes to begin
 SOME = 999_983  # random numbers, which a matrix repeats
 REPEATS = 16  # of attention for one row, and of the operators between products
+READING = "reading"  # bytes of memory per second, with no product
 STORED = {"float32": None, "int8": Format(8), "int4/32": Format(4, 32), "int4/128": Format(4, 128)}
 
 
@@ -98,21 +98,18 @@ class Speeds:
             self._timed[attention] = _attention(session, d, rows)
             self._timed[between] = _between(session, d, rows)
 
-    def turn(self) -> dict[str, dict[str, float]]:
-        """The `best` rates and the `median` ones of a few tries of each graph."""
-        seconds: dict[str, list[float]] = {name: [] for name in self._timed}
-        reading = []
+    def turn(self) -> dict[str, float]:
+        """The rates by the fastest of a few tries of each graph, and that of reading memory, `READING`."""
+        seconds = dict.fromkeys((*self._timed, READING), float("inf"))
         parts = np.array_split(self._buffer, self._threads)
         for _ in range(TRIES):
             for name, timed in self._timed.items():
-                seconds[name].append(_seconds(timed.run))
+                seconds[name] = min(seconds[name], _seconds(timed.run))
             with ThreadPoolExecutor(self._threads) as pool:
-                reading.append(_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts))))
-        works = {name: timed.work for name, timed in self._timed.items()}
-        best = rates_of(works, {name: min(each) for name, each in seconds.items()})
-        floats = rates.ROW["float32"]  # no product reads faster than memory is read
-        best[floats] = max(best[floats], self._buffer.nbytes / min(reading))
-        return {"best": best, "median": rates_of(works, {name: median(each) for name, each in seconds.items()})}
+                read = _seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
+                seconds[READING] = min(seconds[READING], read)
+        found = rates_of({name: timed.work for name, timed in self._timed.items()}, seconds)
+        return found | {READING: self._buffer.nbytes / seconds[READING]}
 
 
 def rates_of(works: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, float]:
@@ -232,14 +229,14 @@ def _between(session: Sessions, d: Dimensions, rows: int) -> Timed:
     values = {name: _value(name, (1, rows, width)) for name, width in widths.items()}
     graph = _Graph(values.values())
     scale = graph.constant(np.ones(d.hidden, np.float32))
+    x, gated = values["x0"], values["z0"]
     for i in range(REPEATS):
-        x = first = values[f"x{i}"]
         for _ in range(2):
-            x = graph.add("RMSNormalization", [graph.add("Add", [x, first]), scale])
+            x = graph.add("RMSNormalization", [graph.add("Add", [x, values[f"x{i}"]]), scale])
         z = values[f"z{i}"]
-        gated = graph.add("Mul", [graph.add("Mul", [z, graph.add("Sigmoid", [z])]), z])
-        graph.output(x, (1, rows, d.hidden))
-        graph.output(gated, (1, rows, d.ffn))
+        gated = graph.add("Mul", [graph.add("Mul", [z, graph.add("Sigmoid", [z])]), gated])
+    graph.output(x, (1, rows, d.hidden))
+    graph.output(gated, (1, rows, d.ffn))
     ready, rng = session(graph.made()), np.random.default_rng(0)
     feeds = {name: rng.random((1, rows, width), np.float32) for name, width in widths.items()}
     work = rates.elements(REPEATS * rows * (10 * d.hidden + 6 * d.ffn), REPEATS * 6)
