@@ -64,8 +64,8 @@ def bench(
 ) -> None:
     """Time bundles on this machine, stage by stage.
 
-    Prints time to first token by stage, time per token and peak memory, with the lower bounds that the machine's
-    measured FLOP rate and bandwidth set.
+    Prints time to first token by stage, time per token and peak memory, with the lower bounds and predictions that the
+    machine's measured rates give.
     """
     from lvlm_edge.exporter.timing import bench as benched
     from lvlm_edge.exporter.timing import chart
