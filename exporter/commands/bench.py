@@ -97,9 +97,10 @@ def _print_bench(report: dict[str, Any]) -> None:
         f"tokens, answers of {report['new_tokens']}; medians of {report['rounds']} turns"
     )
     if rates:
-        for kind, unit in (("rows", "GFLOP/s"), ("row", "GB/s")):
-            found = {n.removesuffix(f" {kind}"): r for n, r in rates["best"].items() if n.endswith(f" {kind}")}
-            show(f"this machine, {kind}, {unit}: " + ", ".join(f"{n} {r / 1e9:,.0f}" for n, r in found.items()))
+        for end, unit, kind in ((" rows", "FLOP/s", "many rows"), (" row", "bytes/s", "one row")):
+            names = [n for n in rates["best"] if n.endswith(end) and rates["units"][n] == unit]
+            found = ", ".join(f"{n.removesuffix(end)} {rates['best'][n] / 1e9:,.1f}" for n in names)
+            show(f"this machine, {kind}: {found} G{unit.replace('bytes', 'B')}")
     for row in report["contenders"]:
         rows = table(row["name"], "ms", "lowest to highest", "floor ms", "times floor", "predicted ms")
         for part in (*row["stages"], row["first_token"] | {"name": "first token"}, row["decode"]):

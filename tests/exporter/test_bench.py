@@ -449,8 +449,13 @@ def test_the_command_prints_the_stages(bundles, report, monkeypatch):
     done = cli("bench", bundles[1])
 
     assert done.exit_code == 0, done.output
-    for word in ("preprocess", "prefill_head", "select", "floor ms", "tokens/s", "peak memory", "GFLOP/s"):
+    for word in ("preprocess", "prefill_head", "select", "floor ms", "tokens/s", "peak memory", "predicted ms"):
         assert word in done.stdout
+    best = report["rates"]["best"]
+    many, one = (line for line in done.stdout.splitlines() if line.startswith("this machine"))
+    assert f"many rows: float32 {best['float32 rows'] / 1e9:,.1f}, int8 " in many and many.endswith(" GFLOP/s")
+    assert f"one row: float32 {best['float32 row'] / 1e9:,.1f}, int8 " in one and one.endswith(" GB/s")
+    assert "attention" in many and "attention" not in one  # whose rates are FLOPs, for one row too
 
 
 @pytest.fixture
