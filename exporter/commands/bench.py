@@ -64,8 +64,8 @@ def bench(
 ) -> None:
     """Time bundles on this machine, stage by stage.
 
-    Prints time to first token by stage, time per token and peak memory, with the lower bounds that the machine's
-    measured FLOP rate and bandwidth set.
+    Prints time to first token by stage, time per token and peak memory, with the lower bounds and predictions that the
+    machine's measured rates give.
     """
     from lvlm_edge.exporter.timing import bench as benched
     from lvlm_edge.exporter.timing import chart
@@ -97,14 +97,16 @@ def _print_bench(report: dict[str, Any]) -> None:
         f"tokens, answers of {report['new_tokens']}; medians of {report['rounds']} turns"
     )
     if rates:
-        reached = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
-        show(f"this machine: {reached[0]:,.0f} GFLOP/s, {reached[1]:,.1f} GB/s")
+        for end, unit, kind in ((" rows", "FLOP/s", "many rows"), (" row", "bytes/s", "one row")):
+            names = [n for n in rates["best"] if n.endswith(end) and rates["units"][n] == unit]
+            found = ", ".join(f"{n.removesuffix(end)} {rates['best'][n] / 1e9:,.1f}" for n in names)
+            show(f"this machine, {kind}: {found} G{unit.replace('bytes', 'B')}")
     for row in report["contenders"]:
-        rows = table(row["name"], "ms", "lowest to highest", "floor ms", "times floor")
+        rows = table(row["name"], "ms", "lowest to highest", "floor ms", "times floor", "predicted ms")
         for part in (*row["stages"], row["first_token"] | {"name": "first token"}, row["decode"]):
             figures = [f"{part['median_ms']:,.4g}", f"{part['low_ms']:,.4g} to {part['high_ms']:,.4g}"]
             if "floor_ms" in part:
-                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}"]
+                figures += [f"{part['floor_ms']:,.3g}", f"{part['times_floor']:.2f}", f"{part['predicted_ms']:,.3g}"]
             rows.add_row(part["name"], *figures)
         memory, first, each = row["memory"], row["first_token"], row["decode"]
         anonymous = memory["anonymous_bytes"]

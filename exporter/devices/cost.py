@@ -8,15 +8,15 @@ Peaks are the profile's. What is reached of them, and the time per layer, are co
 `samples/cost/fit.py` on half of the times that TensorRT Edge-LLM publishes for Jetsons; `cost.json` holds them with
 the errors on the other half. They speak of that runtime's kernels: no engine of this project's has been timed on a
 Jetson. A float16 decoder is given the efficiency of the float16 vision encoders, since no published row has one. For a
-machine whose rates were measured (`lvlm-edge bench --json`), the prediction is the floor: all of those rates, and
-nothing per layer.
+machine whose rates were measured (`lvlm-edge bench --json`), the prediction is by these: products by the format of
+their weights and by whether they have many rows or one, attention, and all other operators (`planning.rates`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from typing import Any
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.devices import fit
 from lvlm_edge.exporter.devices.profiles import Profile, numbers
-from lvlm_edge.exporter.planning import BYTES, Plan
+from lvlm_edge.exporter.planning import BYTES, Plan, loads
+from lvlm_edge.exporter.planning import rates as measuring
 from lvlm_edge.runtime.errors import UnsupportedError, UsageError
 
 PAYS_FROM = 0.05  # share of the time to first token that a method has to save
@@ -61,13 +62,15 @@ class Machine:
         bandwidth: bytes per second.
         prompt_layer: seconds, see `Constants`.
         decode_layer: seconds.
+        rates: that were measured, see `planning.rates`; all else is unused then.
     """
 
-    vision: float
-    decoder: float
-    bandwidth: float
+    vision: float = 0.0
+    decoder: float = 0.0
+    bandwidth: float = 0.0
     prompt_layer: float = 0.0
     decode_layer: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,7 @@ class StageWork:
         layers: that have a fixed time each.
         decode: of a decoded token, not of a prompt.
         vision: at the rate of the vision encoder.
+        load: the same work by the rates of a machine that was measured.
     """
 
     name: str
@@ -88,27 +92,42 @@ class StageWork:
     layers: int
     decode: bool = False
     vision: bool = False
+    load: Mapping[str, float] = field(default_factory=dict)
 
     def compute(self, machine: Machine) -> float:
         """Seconds of the FLOPs alone."""
+        if machine.rates:
+            return measuring.compute(self.load, machine.rates)
         return self.flops / (machine.vision if self.vision else machine.decoder)
 
     def memory(self, machine: Machine) -> float:
         """Seconds of the bytes alone."""
-        return self.bytes / machine.bandwidth
+        return measuring.memory(self.load, machine.rates) if machine.rates else self.bytes / machine.bandwidth
+
+    def without(self, *parts: str) -> StageWork:
+        """The same but for some of `flops`, `bytes` and `layers`."""
+        gone = {name for part in parts for name in measuring.PARTS[part]}
+        load = {name: amount for name, amount in self.load.items() if name not in gone}
+        flops, size, layers = (
+            0 if part in parts else amount
+            for part, amount in (("flops", self.flops), ("bytes", self.bytes), ("layers", self.layers))
+        )
+        return replace(self, flops=flops, bytes=size, layers=int(layers), load=load)
 
     def seconds(self, machine: Machine) -> float:
         """Predicted time."""
+        if machine.rates:
+            return measuring.predicted(self.load, machine.rates)
         fixed = self.layers * (machine.decode_layer if self.decode else machine.prompt_layer)
         return max(self.compute(machine), self.memory(machine)) + fixed
 
 
 # What a stage would be without a floor, by the floor's name.
 FLOORS: dict[str, Callable[[StageWork], StageWork]] = {
-    "the choice of tokens": lambda w: replace(w, bytes=0, layers=0) if w.name == "select" else w,
-    "reading the weights": lambda w: w if w.vision else replace(w, bytes=0),
-    "the fixed time of the layers": lambda w: w if w.vision else replace(w, layers=0),
-    "the vision encoder": lambda w: replace(w, flops=0, bytes=0, layers=0) if w.vision else w,
+    "the choice of tokens": lambda w: w.without("flops", "bytes", "layers") if w.name == "select" else w,
+    "reading the weights": lambda w: w if w.vision else w.without("bytes"),
+    "the fixed time of the layers": lambda w: w if w.vision else w.without("layers"),
+    "the vision encoder": lambda w: w.without("flops", "bytes", "layers") if w.vision else w,
 }
 
 
@@ -169,18 +188,21 @@ def measured(path: Path) -> Machine:
     """The machine that `lvlm-edge bench --json` has measured.
 
     Raises:
-        UsageError: the file cannot be read, or holds no rates.
+        UsageError: the file cannot be read, holds no rates, or those of another version.
     """
+    again = "make it with lvlm-edge bench BUNDLE --json"
     try:
-        rates = json.loads(path.read_text("utf-8"))["rates"]
-        matrix, bandwidth = float(rates["flops_per_second"]), float(rates["bytes_per_second"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: holds no measured rates ({type(error).__name__}); make it with lvlm-edge bench BUNDLE --json"
-        ) from error
-    if not (0 < matrix < float("inf") and 0 < bandwidth < float("inf")):
-        raise UsageError(f"{path}: rates are {matrix:g} and {bandwidth:g}, expected numbers above 0; measure again")
-    return Machine(vision=matrix, decoder=matrix, bandwidth=bandwidth)
+        found = json.loads(path.read_text("utf-8"))["rates"]
+        version = found.get("version", 1)
+        rates = {name: float(found["median"][name]) for name in measuring.UNITS} if version == measuring.VERSION else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path}: holds no measured rates ({type(error).__name__} {error}); {again}") from error
+    if not rates:
+        raise UsageError(f"{path}: rates are of version {version}, expected {measuring.VERSION}; {again}")
+    for name, rate in rates.items():
+        if not 0 < rate < float("inf"):
+            raise UsageError(f"{path}: the rate {name!r} is {rate:g}, expected a number above 0; {again}")
+    return Machine(rates=rates)
 
 
 def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[StageWork, ...]:
@@ -197,6 +219,7 @@ def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[StageWork, ...]:
             bytes=sum(views * encoder.weights for views, encoder, _ in seen) * BYTES[plan.vision_dtype],
             layers=sum(views * encoder.layers for views, encoder, _ in seen),
             vision=True,
+            load=loads.vision(plan),
         )
     ]
     if any(projector.steps for _, _, projector in seen):
@@ -207,6 +230,7 @@ def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[StageWork, ...]:
                 bytes=sum(p.layers * p.weights for _, _, p in seen) * BYTES[plan.vision_dtype],
                 layers=sum(p.layers for _, _, p in seen),
                 vision=True,
+                load=loads.projector(plan),
             )
         )
     layer = _layer_bytes(plan, weights)
@@ -219,11 +243,13 @@ def prompt_work(plan: Plan, *, weights: str = "as-is") -> tuple[StageWork, ...]:
                 flops=planning.stage_flops(spec.decoder, stage) + (planning.head_flops(spec.decoder) if last else 0),
                 bytes=len(stage.layers) * layer + end,
                 layers=len(stage.layers),
+                load=loads.stage(plan, stage, last=last),
             )
         )
         if stage.scored and not last:
             moved = 2 * plan.stages[i + 1].queries * spec.decoder.hidden * width
-            found.append(StageWork(name="select", flops=0, bytes=moved, layers=1))
+            load = measuring.elements(moved / width, 1)
+            found.append(StageWork(name="select", flops=0, bytes=moved, layers=1, load=load))
     return tuple(found)
 
 
@@ -237,6 +263,7 @@ def decode_work(plan: Plan, *, weights: str = "as-is") -> StageWork:
         bytes=read + plan.kv_cache_bytes(),
         layers=layers,
         decode=True,
+        load=loads.decode(plan),
     )
 
 
@@ -307,7 +334,7 @@ def report(plan: Plan, profile: Profile, *, weights: str = "as-is", rates: Path 
             basis = f"constants of {name}, fitted on {stored['fitted_on']}"
         else:
             found, compared = _measured_for(plan, weights, rates), False
-            basis = f"rates measured in {rates}: a floor"
+            basis = f"rates measured in {rates}"
     except UnsupportedError as error:
         return {"available": False, "reason": str(error)}
     dense = planning.dense(plan)
@@ -333,9 +360,10 @@ def of_class(stored: Mapping[str, Any], name: str) -> Constants:
 
 def _measured_for(plan: Plan, weights: str, rates: Path) -> Machine:
     found = measured(rates)
-    if plan.dtype != "float32" or weights != "as-is":
+    if {plan.dtype, plan.vision_dtype} != {"float32"} or weights not in measuring.WEIGHTS:
         raise UnsupportedError(
-            f"cost: {rates} has float32 rates, the plan is {plan.dtype} with {weights} weights; choose --dtype float32"
+            f"cost: {rates} has the rates of float32 graphs and their float32, int8 and int4 weights, the plan is "
+            f"{plan.dtype} with {weights} weights, vision {plan.vision_dtype}; choose --dtype float32"
         )
     return found
 

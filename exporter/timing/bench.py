@@ -12,9 +12,11 @@ What is timed:
 - `between`: what the host does beside them: token embedding, filling buffers, choosing the token.
 - `first_token`: all of these. `decode`: per token after the first.
 
-A floor is the longer of FLOPs at the matrix rate and bytes of weights (in decode also of filled cache rows) at the
-bandwidth; both rates are the best that was measured in any turn. Weights that stay in the processor's cache from one
-token to the next can be read faster than that. `select` only moves rows and has no floor.
+A floor is what a graph's products take at the best rates that were measured in any turn: all FLOPs of many rows, or all
+bytes of weights that are read, whichever takes longer, each format at its own rate. Weights that stay in a cache from
+one token to the next can be read faster than that. A prediction is of the median rates, and has beside the products
+what each takes to begin, attention, and all other operators; see `planning.rates`. `select` only moves rows and has
+neither.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from statistics import median
 from typing import Any
 
 from lvlm_edge.exporter.planning import fold_all
-from lvlm_edge.exporter.timing.contenders import MATRIX, RATES, VECTOR, Contender, Runner
+from lvlm_edge.exporter.planning import rates as measured
+from lvlm_edge.exporter.timing.contenders import RATES, Contender, Runner
 from lvlm_edge.exporter.timing.machine import clocks, machine
+from lvlm_edge.exporter.timing.speeds import READING, Dimensions
 from lvlm_edge.runtime.bundle import Bundle, Graph, Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UsageError
 
@@ -186,14 +190,13 @@ def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **
     if not _has_onnx_ir():
         notes.append("no floors: onnx_ir is not installed here, which counts a graph's FLOPs")
     elif "ort" in backends:
-        contenders.append(Contender(name=RATES, kind=RATES, **common))
+        contenders.append(Contender(name=RATES, kind=RATES, bundle=str(bundles[0]), **common))
     notes += [f"no floors for {b}: the rates measured are those of a processor" for b in backends if b != "ort"]
     before = clocks()
     turns, about = _run(
         contenders, rounds=settings.rounds, warm_up=settings.warm_up, seed=settings.seed, progress=progress
     )
-    rates = best_rates(turns.pop(RATES)) if RATES in turns else None
-    about.pop(RATES, None)
+    rates = best_rates(turns.pop(RATES), about.pop(RATES)) if RATES in turns else None
     first_ratio = next(iter(keep_ratios), None)
     rows = [
         _row(
@@ -201,7 +204,7 @@ def bench(bundles: Sequence[str | Path], *, progress: Progress | None = None, **
             turns[c.name],
             about[c.name],
             opened[Path(c.bundle), c.keep_ratio if c.kind == "bundle" else first_ratio],
-            rates if c.backend == "ort" else None,
+            rates if c.backend == "ort" and c.kind == "bundle" else None,
             notes,
         )
         for c in contenders
@@ -294,21 +297,19 @@ def summarised(seconds: Sequence[float]) -> dict[str, Any]:
     return {"median_ms": median(times), "low_ms": min(times), "high_ms": max(times), "all_ms": times}
 
 
-def best_rates(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The highest rates of all turns, and the medians beside them."""
-    found: dict[str, Any] = {}
-    for key in ("flops_per_second", "bytes_per_second"):
-        values = [turn[key] for turn in turns]
-        found |= {key: max(values), f"median_{key}": median(values)}
-    return found | {
-        "how": f"float32 on ONNX Runtime and numpy: a product of {' x '.join(map(str, MATRIX))}, and reading "
-        f"{4 * VECTOR[0] * VECTOR[1] / 1e6:.0f} MB"
-    }
+def best_rates(turns: Sequence[Mapping[str, float]], of: Mapping[str, int]) -> dict[str, Any]:
+    """The highest rates of all turns, for floors, and the medians, for predictions.
 
-
-def floor(flops: float, size: float, rates: Mapping[str, float]) -> float:
-    """Seconds that FLOPs and bytes take at least."""
-    return max(flops / rates["flops_per_second"], size / rates["bytes_per_second"])
+    Args:
+        of: dimensions of the decoder that they were measured at.
+    """
+    best, usual = (
+        {name: over([turn[name] for turn in turns]) for name in measured.UNITS if name in turns[0]}
+        for over in (max, median)
+    )
+    floats = measured.ROW["float32"]  # no product reads faster than memory is read
+    best[floats] = max(best[floats], *(turn[READING] for turn in turns))
+    return {"version": measured.VERSION, "of": dict(of), "best": best, "median": usual, "units": measured.UNITS}
 
 
 def _row(
@@ -320,21 +321,22 @@ def _row(
     notes: list[str],
 ) -> dict[str, Any]:
     """What is reported of one contender."""
-    work = {} if rates is None or contender.kind != "bundle" else works(bundle, contender, notes)
+    work = {} if rates is None else _fitting_works(bundle, contender, rates["of"], notes)
 
     def with_floor(name: str, seconds: Sequence[float]) -> dict[str, Any]:
         own = work.get(name)
         found: dict[str, Any] = {"name": name} | summarised(seconds)
         if own is not None and rates is not None and own["flops"]:  # moving rows has no floor by its weights
-            at_least = floor(own["flops"], own["bytes"], rates) * 1e3
-            found |= own | {"floor_ms": at_least, "times_floor": found["median_ms"] / at_least}
+            at_least = measured.floor(own["work"], rates["best"]) * 1e3
+            expected = measured.predicted(own["work"], rates["median"]) * 1e3
+            found |= own | _beside(found["median_ms"], at_least, expected)
         return found
 
     stages = [with_floor(name, [turn["stages"][name] for turn in turns]) for name in turns[0]["stages"]]
     first = summarised([turn["first_token"] for turn in turns])
     if any("floor_ms" in stage for stage in stages):
-        first["floor_ms"] = sum(stage.get("floor_ms", 0.0) for stage in stages)
-        first["times_floor"] = first["median_ms"] / first["floor_ms"]
+        sums = (sum(stage.get(key, 0.0) for stage in stages) for key in ("floor_ms", "predicted_ms"))
+        first |= _beside(first["median_ms"], *sums)
     return {
         "name": contender.name,
         "kind": contender.kind,
@@ -354,6 +356,15 @@ def _row(
     }
 
 
+def _beside(median_ms: float, floor_ms: float, predicted_ms: float) -> dict[str, float]:
+    return {
+        "floor_ms": floor_ms,
+        "times_floor": median_ms / floor_ms,
+        "predicted_ms": predicted_ms,
+        "times_predicted": median_ms / predicted_ms,
+    }
+
+
 def _compare(rows: Sequence[dict[str, Any]], turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Give each row its ratios to the base, PyTorch or else the first: medians of the ratios of each round."""
     base = next((row for row in rows if row["kind"] == "torch"), rows[0])
@@ -364,30 +375,67 @@ def _compare(rows: Sequence[dict[str, Any]], turns: Mapping[str, Sequence[Mappin
             row[key]["ratio"] = median(ours[key] / theirs[key] for ours, theirs in pairs)
 
 
-def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, dict[str, float]]:
-    """FLOPs and bytes of every graph of image and prompt, and of `decode`, the graphs of one token together.
+def _fitting_works(
+    bundle: Bundle, contender: Contender, of: Mapping[str, int], notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The works of a bundle whose decoder has the dimensions that the rates were measured at."""
+    own = asdict(Dimensions.of(bundle.manifest)) | {"rows": of["rows"]}
+    if own != dict(of):
+        notes.append(f"no floors for {contender.name}: the rates are of the first bundle's dimensions; time it alone")
+        return {}
+    return works(bundle, contender, notes)
 
-    A graph whose rows are decided at run time (`--share-weights`) has none, and a note says so.
+
+def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """FLOPs, bytes and work of every graph of image and prompt, and of `decode`, the graphs of one token together.
+
+    A graph whose rows are decided at run time (`--share-weights`) has none, nor one of float16; a note says so.
     """
     from lvlm_edge.exporter.graphs import graph as graphs
+    from lvlm_edge.exporter.timing import amounts
 
     manifest = bundle.manifest
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     files = [g.file for g in manifest.graphs]
     for graph in manifest.graphs:
         if files.count(graph.file) > 1:
             notes.append("graphs that share weights are for any number of rows: no floors for them")
             continue
+        if contender.text_tokens < manifest.counts.text_tokens and _takes_fewer_rows(bundle, graph, contender):
+            notes.append("prompts are shorter than planned: no floors for them; leave out --text-tokens")
+            continue
         path = bundle.path(graph.file)
-        size = {"flops": float(graphs.flops(path)), "bytes": float(_weights(path))}
+        eight = 8 if contender.backend == "ort" and manifest.formats.prompt and graph.role == "prefill" else None
+        work = amounts.of(path, integers=eight)
+        if work is None:
+            notes.append("graphs of float16: no floors for them, the rates are of float32 and integers")
+            continue
         runs = _runs(graph, manifest)
-        size = {key: value * runs for key, value in size.items()}
         name = "decode" if graph.role == "decode" else graph.name
-        before = found.get(name, {"flops": 0.0, "bytes": 0.0})
-        found[name] = {key: before[key] + value for key, value in size.items()}
+        before = found.get(name, {"flops": 0.0, "bytes": 0.0, "work": {}})
+        found[name] = {
+            "flops": before["flops"] + float(graphs.flops(path)) * runs,
+            "bytes": before["bytes"] + float(_weights(path)) * runs,
+            "work": measured.total([before["work"], *[work] * runs]),
+        }
     if "decode" in found:
-        found["decode"]["bytes"] += cache_bytes(manifest, contender)
+        read = cache_bytes(manifest, contender)
+        found["decode"]["bytes"] += read
+        heads = manifest.model["heads"] / manifest.model["kv_heads"]
+        found["decode"]["work"][measured.ATTENTION_ROW] = 2 * heads * read / measured.FLOAT
     return found
+
+
+def _takes_fewer_rows(bundle: Bundle, graph: Graph, contender: Contender) -> bool:
+    """Whether what a contender runs as a prefill graph computes the rows of a prompt that are in use."""
+    import onnx_ir as ir
+
+    run = [g for g in bundle.manifest.variants.get(contender.backend, ()) if g.name == graph.name]
+    if graph.role != "prefill" or not run:
+        return False
+    return any(
+        value.shape is None or not value.shape.is_static() for value in ir.load(bundle.path(run[0].file)).graph.inputs
+    )
 
 
 def _runs(graph: Graph, manifest: Manifest) -> int:

@@ -12,14 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lvlm_edge.exporter.timing.speeds import Dimensions, Speeds
 from lvlm_edge.runtime import Pipeline
 from lvlm_edge.runtime.bundle import Manifest, open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError
@@ -28,9 +28,6 @@ from lvlm_edge.runtime.pipeline.inputs import placed, random_text
 
 Array = NDArray[Any]
 
-MATRIX = (1024, 2048, 2048)  # rows, inner, columns of the product that gives the matrix rate: 8.6 GFLOP
-VECTOR = (8192, 8192)  # the matrix that gives the bandwidth: 268 MB, far more than a cache holds
-TRIES = 3  # of each rate per turn
 PICTURE = (640, 480)  # of random pictures, where every picture belongs on the canvas: width, height
 RATES = "rates"
 
@@ -42,7 +39,7 @@ class Contender:
     Attributes:
         kind: bundle, torch or rates.
         folder: the bundle; for torch the checkpoint.
-        bundle: whose pictures and prompts these are; for torch another folder than its own.
+        bundle: whose pictures and prompts these are; for torch another folder than its own, for rates whose dimensions.
         keep_ratio: one of those that the bundle holds; None for that of its export.
         text_tokens: of each prompt.
         new_tokens: of each answer.
@@ -214,64 +211,15 @@ class _TorchRunner:
 
 
 class _RatesRunner:
-    """The machine's own rates, as ONNX Runtime and numpy reach them with the contenders' threads."""
+    """The machine's own rates, at the dimensions of a bundle's decoder and with the contenders' threads."""
 
     def __init__(self, contender: Contender) -> None:
-        from lvlm_edge.runtime.backends import ort
-
-        onnxruntime = ort.library()
-        self._threads = contender.threads
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = contender.threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        rng = np.random.default_rng(0)
-
-        def session(inner: int, columns: int) -> Any:
-            weights = rng.standard_normal((inner, columns), np.float32)
-            return onnxruntime.InferenceSession(_product(weights), options, providers=["CPUExecutionProvider"])
-
-        self._matrix, self._vector = session(*MATRIX[1:]), session(*VECTOR)
-        self._rows = rng.standard_normal(MATRIX[:2], np.float32)
-        self._buffer = np.ones(VECTOR, np.float32).reshape(-1)
-        self.about: dict[str, Any] = {}
+        dimensions = Dimensions.of(open_bundle(contender.bundle, verify=False).manifest)
+        self._speeds = Speeds(dimensions, contender.threads)
+        self.about: dict[str, Any] = asdict(dimensions)
 
     def ask(self, seed: int) -> dict[str, Any]:
-        rows, inner, columns = MATRIX
-        product = _best(lambda: self._matrix.run(None, {"x": self._rows}))
-        times = _best(lambda: self._vector.run(None, {"x": self._buffer[None, : VECTOR[0]]}))
-        with ThreadPoolExecutor(self._threads) as pool:
-            parts = np.array_split(self._buffer, self._threads)
-            summed = _best(lambda: list(pool.map(lambda part: np.dot(part, part), parts)))
-        return {
-            "flops_per_second": 2 * rows * inner * columns / product,
-            "bytes_per_second": self._buffer.nbytes / min(times, summed),
-        }
-
-
-def _best(work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of some tries."""
-    found = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return min(found)
-
-
-def _product(weights: Array) -> bytes:
-    """A graph that multiplies `x` [rows, inner] by constant weights [inner, columns]."""
-    import onnx_ir as ir
-
-    kind = ir.TensorType(ir.DataType.FLOAT)
-    inner, columns = weights.shape
-    x = ir.Value(name="x", shape=ir.Shape(["rows", inner]), type=kind)
-    w = ir.Value(name="w", shape=ir.Shape(weights.shape), type=kind, const_value=ir.tensor(weights, name="w"))
-    node = ir.node("MatMul", [x, w])
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape(["rows", columns]), kind
-    graph = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 21}, name="product")
-    content: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    return content
+        return self._speeds.turn()
 
 
 RUNNERS: dict[str, Callable[[Contender], Runner]] = {

@@ -18,8 +18,10 @@ from PIL import Image
 from lvlm_edge.exporter import planning
 from lvlm_edge.exporter.bundles import plans, ratios
 from lvlm_edge.exporter.checkpoints.checkpoint import Checkpoint
+from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.devices import cost
-from lvlm_edge.exporter.timing import bench, chart, contenders
+from lvlm_edge.exporter.planning import loads, rates
+from lvlm_edge.exporter.timing import bench, chart, contenders, speeds
 from lvlm_edge.exporter.timing.contenders import Contender
 from lvlm_edge.runtime.bundle import open_bundle
 from lvlm_edge.runtime.errors import LvlmEdgeError, UnsupportedError, UsageError
@@ -49,18 +51,81 @@ def test_median_and_range_are_those_of_the_values():
 
 
 def test_the_best_rates_are_the_highest_of_any_turn():
-    turns = [{"flops_per_second": f, "bytes_per_second": b} for f, b in ((5.0, 30.0), (9.0, 10.0), (6.0, 20.0))]
-    found = bench.best_rates(turns)
+    turns = [
+        {"int8 rows": f, "float32 row": b, "reading": m}
+        for f, b, m in ((5.0, 30.0, 35.0), (9.0, 10.0, 40.0), (6.0, 20.0, 25.0))
+    ]
+    found = bench.best_rates(turns, {"hidden": 8})
 
-    assert (found["flops_per_second"], found["bytes_per_second"]) == (9.0, 30.0)
-    assert (found["median_flops_per_second"], found["median_bytes_per_second"]) == (6.0, 20.0)
+    assert found["best"] == {"int8 rows": 9.0, "float32 row": 40.0}  # memory is read faster than by any product
+    assert found["median"] == {"int8 rows": 6.0, "float32 row": 20.0}
+    assert (found["version"], found["of"]) == (2, {"hidden": 8})
 
 
-def test_a_floor_is_the_longer_of_flops_and_bytes():
-    rates = {"flops_per_second": 100.0, "bytes_per_second": 10.0}
+RATES = {
+    "float32 rows": 100.0, "float32 row": 10.0, "float32 start": 5.0,
+    "int8 rows": 200.0, "int8 row": 20.0, "int8 start": 4.0,
+    "int4/32 rows": 50.0, "int4/32 row": 40.0, "int4/32 start": 4.0,
+    "int4/128 rows": 80.0, "int4/128 row": 50.0, "int4/128 start": 4.0,
+    "attention rows": 10.0, "attention row": 2.0, "elements": 8.0, "operator": 2.0,
+}  # fmt: skip
 
-    assert bench.floor(500, 20, rates) == 5
-    assert bench.floor(500, 80, rates) == 8
+
+@pytest.mark.parametrize(
+    ("work", "floor", "predicted"),
+    [
+        # FLOPs of two formats one after the other, 5 + 1 s; their bytes, 2 + 1 s, are read meanwhile.
+        ({"float32 rows": 500, "float32 row": 20, "int8 rows": 200, "int8 row": 20, "int8 start": 4}, 6, 6),
+        ({"float32 rows": 500, "float32 row": 80}, 8, 8),  # few rows: the bytes take longer
+        ({"int4/32 row": 80, "int4/32 start": 6, "int8 row": 20, "int8 start": 2}, 3, 3 + 1.5 + 0.5),
+        ({"int4/128 rows": 160, "attention rows": 30, "elements": 4, "operator": 1}, 2, 2 + 3 + 0.5 + 0.5),
+        ({"attention row": 3, "operator": 3}, 0, 1.5 + 1.5),
+    ],
+)
+def test_floors_and_predictions_by_hand(work, floor, predicted):
+    assert rates.floor(work, RATES) == floor
+    assert rates.predicted(work, RATES) == predicted
+
+
+def test_every_rate_has_a_unit_and_a_part():
+    assert set(RATES) == set(rates.UNITS)
+    assert sorted(name for part in rates.PARTS.values() for name in part) == sorted(RATES)
+
+
+def test_rates_are_work_over_time():
+    works = {
+        "float32 rows": {"float32 rows": 600.0, "float32 row": 1.0},
+        "float32 row": {"float32 row": 80.0, "float32 start": 1},
+        "float32 start": {"float32 row": 40.0, "float32 start": 12},
+        "int8 row": {"int8 row": 50.0},
+        "int8 start": {"int8 row": 50.0, "int8 start": 2},
+        "elements": {"elements": 9.0, "operator": 6},
+        "operator": {"elements": 1.0, "operator": 6},
+    }
+    seconds = {"float32 rows": 3.0, "float32 row": 4.0, "float32 start": 5.0, "int8 row": 5.0, "int8 start": 4.0}
+
+    found = speeds.rates_of(works, seconds | {"elements": 3.0, "operator": 2.0})
+    # 40 bytes at 20 per second take 2 of the 5 seconds, so that 12 products begin in 3.
+    assert found == {
+        "float32 rows": 200, "float32 row": 20, "float32 start": pytest.approx(4), "int8 row": 10,
+        "int8 start": pytest.approx(1e9), "elements": 3, "operator": 3,
+    }  # fmt: skip
+
+
+def test_the_work_of_a_product_by_hand():
+    matrix = (256, 10)
+    floats, int8, int4, fine = (
+        rates.product(matrix, 7, how) for how in (None, Format(8), Format(4, 128), Format(4, 32))
+    )
+
+    assert floats == {"float32 rows": 2 * 7 * 2560, "float32 row": 4 * 2560, "float32 start": 1}
+    scaled = {"elements": 4 * 2 * 7 * 10, "operator": 1}  # read and written once more, times the rows' scales
+    assert int8 == {"int8 rows": 2 * 7 * 2560, "int8 row": 2560 + 4 * 10, "int8 start": 1} | scaled
+    assert int4 == {"int4/128 rows": 2 * 7 * 2560, "int4/128 row": 1280 + 4 * 2 * 10, "int4/128 start": 1}
+    assert fine == {"int4/32 rows": 2 * 7 * 2560, "int4/32 row": 1280 + 4 * 8 * 10, "int4/32 start": 1}
+    assert rates.product(matrix, 1, Format(8), 3) == {"int8 row": 3 * 2600, "int8 start": 3}
+    # The largest magnitude (read, written, read), and numbers of 4 bytes that become one of 1.
+    assert rates.rounding(7, 256) == {"elements": 4 * 7 * 256 * (3 + 1.25), "operator": 5}
 
 
 def test_ratios_are_medians_of_the_rounds_ratios():
@@ -181,7 +246,61 @@ def test_a_graph_of_pixels_counts_once_per_crop(original, export_once):
         for grid in (None, (1, 2))
     )
 
-    assert three == {key: 3 * value for key, value in one.items()}
+    assert {key: three[key] for key in ("flops", "bytes")} == {key: 3 * one[key] for key in ("flops", "bytes")}
+    assert three["work"] == {name: 3 * amount for name, amount in one["work"].items()}
+
+
+@pytest.mark.parametrize(
+    ("weights", "prompt", "many", "one"),
+    [
+        ("as-is", None, {"float32"}, {"float32"}),
+        ("int8", None, {"int8"}, {"int8"}),
+        ("int4", None, {"int4/32"}, {"int4/32", "int8"}),
+        ("int4", "int8", {"int8"}, {"int4/32", "int8"}),
+    ],
+)
+def test_work_of_the_graphs_is_that_of_the_plan(weights, prompt, many, one, checkpoint, export_once):
+    """Two counts: nodes of the graphs, and dimensions of the plan. INT4 has a head of INT8."""
+    options = {"max_text_tokens": 24, "max_new_tokens": 8, "weights": weights, "vision_weights": weights}
+    options["prompt_weights"] = prompt
+    bundle = open_bundle(export_once(checkpoint, method="none", **options))
+    plan = plans.plan_of(Checkpoint.open(checkpoint), method="none", options=options)
+    who = Contender(name="", kind="bundle", text_tokens=24, new_tokens=16)  # on average its caches are full
+    found = {name: row["work"] for name, row in bench.works(bundle, who, []).items()}
+
+    expected = {
+        "vision": rates.total([loads.vision(plan), loads.projector(plan)]),
+        "prefill": loads.stage(plan, plan.stages[0], last=True),
+        "decode": loads.decode(plan),
+    }
+    assert {f for f in rates.FORMATS if rates.ROWS[f] in found["prefill"]} == many
+    assert {f for f in rates.FORMATS if rates.ROW[f] in found["decode"]} == one
+    for name, work in expected.items():
+        assert set(found[name]) == set(work) <= set(rates.UNITS)
+        for rate in work:
+            # Graphs have a few operators beside those of their layers, which are two here.
+            about = {rates.ELEMENTS: {"rel": 0.25}, rates.OPERATOR: {"abs": 8}}.get(rate, {"rel": 1e-9})
+            assert found[name][rate] == pytest.approx(work[rate], **about), (name, rate)
+
+
+def test_prompts_shorter_than_planned_have_no_floors(checkpoint, export_once):
+    bundle = open_bundle(export_once(checkpoint, method="none", max_text_tokens=24, max_new_tokens=8))
+    notes: list[str] = []
+
+    found = bench.works(bundle, Contender(name="", kind="bundle", text_tokens=23), notes)
+
+    assert list(found) == ["vision", "decode"]
+    assert notes == ["prompts are shorter than planned: no floors for them; leave out --text-tokens"]
+
+
+def test_another_decoder_than_the_first_has_no_floors(bundles):
+    own = {"hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2, "head_dim": 16, "rows": 28}
+    who = Contender(name="fastv", kind="bundle", text_tokens=24, new_tokens=4)
+    notes: list[str] = []
+
+    assert bench._fitting_works(open_bundle(bundles[1]), who, own | {"rows": 3}, notes) and notes == []
+    assert bench._fitting_works(open_bundle(bundles[1]), who, own | {"ffn": 65}, notes) == {}
+    assert notes == ["no floors for fastv: the rates are of the first bundle's dimensions; time it alone"]
 
 
 def test_graphs_that_share_weights_have_no_floors(checkpoint, export_once):
@@ -239,17 +358,23 @@ def test_the_figures_of_a_report_agree(report):
 
 
 def test_floors_stand_beside_what_has_work(report):
-    flops, size = report["rates"]["flops_per_second"], report["rates"]["bytes_per_second"]
+    best, usual = report["rates"]["best"], report["rates"]["median"]
 
-    assert flops > 1e9 and size > 1e8
+    assert set(best) == set(usual) == set(rates.UNITS)
+    assert all(0 < usual[name] <= rate for name, rate in best.items() if not name.endswith("start"))
     for row in report["contenders"][:2]:
         with_floor = [s for s in (*row["stages"], row["decode"]) if "floor_ms" in s]
         names = [s["name"] for s in with_floor]
         assert names == [*(n["name"] for n in row["stages"] if n["name"].startswith(("vision", "prefill"))), "decode"]
         for stage in with_floor:
-            assert stage["floor_ms"] == pytest.approx(1e3 * max(stage["flops"] / flops, stage["bytes"] / size))
+            work = stage["work"]
+            seconds = work.get("float32 rows", 0) / best["float32 rows"], work["float32 row"] / best["float32 row"]
+            assert stage["floor_ms"] == pytest.approx(1e3 * max(seconds))
             assert stage["times_floor"] == pytest.approx(stage["median_ms"] / stage["floor_ms"])
-        assert row["first_token"]["floor_ms"] == pytest.approx(sum(s["floor_ms"] for s in with_floor[:-1]))
+            assert stage["predicted_ms"] > stage["floor_ms"]
+            assert stage["times_predicted"] == pytest.approx(stage["median_ms"] / stage["predicted_ms"])
+        for key in ("floor_ms", "predicted_ms"):
+            assert row["first_token"][key] == pytest.approx(sum(s[key] for s in with_floor[:-1]))
     assert not any("floor_ms" in s for s in report["contenders"][2]["stages"])
 
 
@@ -268,10 +393,10 @@ def test_plan_predicts_from_the_rates_of_a_report(report, checkpoint, tmp_path):
     done = cli("plan", checkpoint, *tiny.CAPACITY, "--rates", tmp_path / "bench.json", "--json")
 
     found = json.loads(done.stdout)["prediction"]
-    prefill = found["stages"][-1]
-    rates = report["rates"]
-    least = max(prefill["flops"] / rates["flops_per_second"], prefill["bytes"] / rates["bytes_per_second"])
-    assert prefill["ms"] == pytest.approx(1e3 * least)
+    expected = {stage["name"]: stage["predicted_ms"] for stage in report["contenders"][0]["stages"][1:-1]}
+    vision, projector, prefill = (stage["ms"] for stage in found["stages"])
+    assert vision + projector == pytest.approx(expected["vision"], rel=0.2)  # counted from dimensions, and from nodes
+    assert prefill == pytest.approx(expected["prefill"], rel=0.2)
 
 
 def bars(sheet: Image.Image) -> list[int]:
@@ -340,8 +465,13 @@ def test_the_command_prints_the_stages(bundles, report, monkeypatch):
     done = cli("bench", bundles[1])
 
     assert done.exit_code == 0, done.output
-    for word in ("preprocess", "prefill_head", "select", "floor ms", "tokens/s", "peak memory", "GFLOP/s"):
+    for word in ("preprocess", "prefill_head", "select", "floor ms", "tokens/s", "peak memory", "predicted ms"):
         assert word in done.stdout
+    best = report["rates"]["best"]
+    many, one = (line for line in done.stdout.splitlines() if line.startswith("this machine"))
+    assert f"many rows: float32 {best['float32 rows'] / 1e9:,.1f}, int8 " in many and many.endswith(" GFLOP/s")
+    assert f"one row: float32 {best['float32 row'] / 1e9:,.1f}, int8 " in one and one.endswith(" GB/s")
+    assert "attention" in many and "attention" not in one  # whose rates are FLOPs, for one row too
 
 
 @pytest.fixture

@@ -246,36 +246,110 @@ def test_what_cannot_be_predicted_is_said(made):
         cost.class_of(old)
 
 
+MEASURED = {  # of a processor
+    "float32 rows": 1e11, "int8 rows": 4e11, "int4/32 rows": 2e11, "int4/128 rows": 3e11, "attention rows": 5e10,
+    "float32 row": 4e10, "int8 row": 3e10, "int4/32 row": 2e10, "int4/128 row": 2.5e10, "attention row": 1e10,
+    "float32 start": 1e5, "int8 start": 8e4, "int4/32 start": 5e4, "int4/128 start": 6e4,
+    "elements": 5e10, "operator": 1e6,
+}  # fmt: skip
+
+
 def rates(folder: Path, **changed: Any) -> Path:
     path = folder / "bench.json"
-    path.write_text(json.dumps({"rates": {"flops_per_second": 1e11, "bytes_per_second": 2e10} | changed}))
+    path.write_text(json.dumps({"rates": {"version": 2, "median": MEASURED} | changed}))
     return path
 
 
-def test_measured_rates_give_the_floor(tmp_path, made):
-    plan = made("2B", keep=0.25, dtype="float32")
-    report = cost.report(plan, profiles.load("cpu"), rates=rates(tmp_path))
+@pytest.mark.parametrize(
+    ("weights", "rows", "row", "start", "width", "products", "rounded"),
+    [
+        # bytes of a weight with its share of float32 scales: one per output channel, or per 128 weights
+        ("as-is", 1e11, 4e10, 1e5, lambda inner: 4, 7, False),
+        ("int8", 4e11, 3e10, 8e4, lambda inner: 1 + 4 / inner, 4, True),
+        ("int4", 3e11, 2.5e10, 6e4, lambda inner: 0.5 + 4 / 128, 4, False),
+    ],
+)
+def test_measured_rates_are_those_of_the_format(weights, rows, row, start, width, products, rounded, tmp_path, made):
+    plan = made("7B", dtype="float32", weights=weights)
+    report = cost.report(plan, profiles.load("cpu"), weights=weights, rates=rates(tmp_path))
 
-    flops = [w.flops for w in cost.prompt_work(plan)]
-    assert report["available"]
-    assert report["stages"][0]["ms"] == pytest.approx(flops[0] / 1e11 * 1e3)
+    h, m, layers, n, vocab = 4096, 11008, 32, 832, 32064
+    matrices = 4 * h * h + 3 * h * m
+    attended = 4 * n * n * h / 5e10
+    between = 4 * n * (10 * h + 6 * m) / 5e10 + 6 / 1e6
+    scaled = 4 * n * (2 * (5 * h + 2 * m) + 4.25 * (3 * h + m)) / 5e10 + (7 + 4 * 5) / 1e6
+    layer = 2 * n * matrices / rows + attended + between + rounded * scaled
+    assert report["stages"][-1]["ms"] == pytest.approx(1e3 * layers * layer)
+
+    read = 4 * h * h * width(h) + 2 * h * m * width(h) + h * m * width(m)
+    caches = 4 * (n + 128) * h / 1e10
+    one = read / row + products / start + caches + 4 * (10 * h + 6 * m) / 5e10 + 6 / 1e6
+    of_head = (4e10, 1e5, 4) if weights == "as-is" else (3e10, 8e4, 1 + 4 / h)
+    head = h * vocab * of_head[2] / of_head[0] + 1 / of_head[1]
+    assert report["decode_ms"] == pytest.approx(1e3 * (layers * one + head))
     assert report["first_token_ms"] == pytest.approx(sum(s["ms"] for s in report["stages"]))
-    assert report["decode_ms"] == pytest.approx(cost.decode_work(plan).bytes / 2e10 * 1e3)
     assert report["held_out_error"] is None
+
+
+def test_only_formats_that_were_measured_are_predicted(tmp_path, made):
     half = cost.report(made("2B"), profiles.load("cpu"), rates=rates(tmp_path))
-    assert "has float32 rates, the plan is float16" in half["reason"]
+    other = cost.report(made("2B", dtype="float32"), profiles.load("cpu"), weights="fp8", rates=rates(tmp_path))
+
+    assert "the plan is float16 with as-is weights, vision float16; choose --dtype float32" in half["reason"]
+    assert "the plan is float32 with fp8 weights" in other["reason"]
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"flops_per_second": None}, {"flops_per_second": 0}, {"bytes_per_second": "x"}, {"bytes_per_second": -1}],
+    ("method", "options", "more"),
+    [
+        ("proxyv", {}, {"grid": (1, 2)}),
+        ("yopo", {"layers": 6}, {"semantics": "released"}),
+        ("yopo", {"layers": 6}, {"semantics": "dropped"}),
+        ("himix", {}, {"num_images": 2}),
+    ],
 )
-def test_a_file_without_rates_is_refused(changed, tmp_path):
+def test_loads_have_the_flops_of_the_plan(method, options, more, original):
+    checkpoint = Checkpoint.open(original(method=method, side=8, **options))
+    plan = plans.plan_of(checkpoint, method=method, options={"dtype": "float32"} | more)
+
+    for work in cost.prompt_work(plan):
+        flops = sum(work.load.get(name, 0) for name in ("float32 rows", "attention rows"))
+        head = work.flops - flops  # one row of it, whose bytes count
+        assert head in (0, planning.head_flops(plan.spec.decoder)) or work.name == "select"
+        assert min(work.load.values(), default=0) >= 0
+
+
+def test_measured_rates_say_why_a_method_does_not_pay(tmp_path, made):
+    path = rates(tmp_path, median=MEASURED | {"float32 row": 1e7})
+    report = cost.report(made("2B", keep=0.25, dtype="float32"), profiles.load("cpu"), rates=path)
+
+    assert not report["pays"] and report["why_not"].startswith("reading the weights costs")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"median": None}, "holds no measured rates (TypeError"),
+        ({"median": {}}, "holds no measured rates (KeyError 'float32 rows')"),
+        ({"median": MEASURED | {"int8 row": 0}}, "the rate 'int8 row' is 0, expected a number above 0"),
+        ({"median": MEASURED | {"int8 row": "x"}}, "holds no measured rates (ValueError"),
+        ({"median": MEASURED | {"operator": -1}}, "the rate 'operator' is -1"),
+        ({"version": 3}, "rates are of version 3, expected 2; make it with lvlm-edge bench BUNDLE --json"),
+    ],
+)
+def test_a_file_without_rates_is_refused(changed, said, tmp_path):
     folder = written(tmp_path / "2b", "2B")
 
-    assert "rates" in refused(2, "plan", folder, "--rates", rates(tmp_path, **changed))
+    assert said in refused(2, "plan", folder, "--rates", rates(tmp_path, **changed))
     with pytest.raises(UsageError):
         cost.measured(tmp_path / "none.json")
+
+
+def test_rates_of_float32_alone_are_refused(tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps({"rates": {"flops_per_second": 1e11, "bytes_per_second": 2e10}}))
+    said = refused(2, "plan", written(tmp_path / "2b", "2B"), "--rates", tmp_path / "old.json")
+
+    assert "old.json: rates are of version 1, expected 2; make it with lvlm-edge bench BUNDLE --json" in said
 
 
 def test_plan_prints_the_prediction_and_the_error_beside_it(tmp_path):
