@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MODERN, MODERN_OPSET = (1, 25), 24  # the first ONNX Runtime that loads graphs of the modern lowering, and their opset
+X86, CPUINFO, VNNI = ("x86_64", "amd64"), Path("/proc/cpuinfo"), {"avx512_vnni", "avx_vnni"}
 TELEMETRY = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime from 1.29 on; a user's own setting stays
 
 
@@ -204,9 +206,8 @@ def load(
     _share_arena(runtime)
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits, which saturate: "1" makes constant
-    # signed weights unsigned there, so that sums are exact
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # "1" makes constant signed weights unsigned, so that sums are exact where they would saturate; it is slower
+    options.add_session_config_entry("session.x64quantprecision", str(int(saturates())))
     # 1: small integers become float32 to be multiplied; 4: activations become 8-bit integers, block by block
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if exact else "4")
     # input channels for which one row's activations have a scale, where weights of 8 bits have one per output channel
@@ -227,6 +228,22 @@ def load(
         )
     except Exception as error:  # the bindings raise their own types; the first line says what is wrong
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this processor adds two products of an unsigned and a signed byte in 16 bits: x86 without VNNI.
+
+    One that does not say what it has (outside Linux) is taken to.
+    """
+    if platform.machine().lower() not in X86:
+        return False
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return True
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not VNNI & set(flags)
 
 
 @functools.cache

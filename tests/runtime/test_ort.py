@@ -18,7 +18,7 @@ ROWS, AXES, WIDTH = 7, 3, 4
 FASTV = {"method": "fastv", "prune_layer": 2, "keep_ratio": 0.5}
 
 
-def session(*, rows: str | int) -> onnxruntime.InferenceSession:
+def model(*, rows: str | int) -> bytes:
     """Rows times the sum of their positions over axes [axes, rows], and a cache that has no rows of the prompt."""
     kind = TensorProto.FLOAT
     nodes = [
@@ -32,8 +32,9 @@ def session(*, rows: str | int) -> onnxruntime.InferenceSession:
     inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()]
     outputs = [helper.make_tensor_value_info(n, kind, s) for n, s in (("y", shapes["x"]), ("present", [ROWS, 2]))]
     graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString())
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    content: bytes = made.SerializeToString()
+    return content
 
 
 @pytest.mark.parametrize(("rows", "use", "computed"), [("rows", 3, 3), ("rows", None, 7), ("rows", 7, 7), (7, 3, 7)])
@@ -42,7 +43,7 @@ def test_rows_that_are_in_use_are_computed_and_others_stay(rows, use, computed):
     arrays = {"x": rng.normal(size=(1, ROWS, WIDTH)), "positions": rng.normal(size=(AXES, ROWS))}
     arrays |= {"cache": rng.normal(size=(ROWS, 2)), "y": np.full((1, ROWS, WIDTH), np.nan), "present": np.zeros((7, 2))}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    made = session(rows=rows)
+    made = onnxruntime.InferenceSession(model(rows=rows))
     opened = ort.OrtSession(Path("g.onnx"), made, ort.bound(made, arrays), arrays)
 
     opened.run(use)
@@ -51,6 +52,38 @@ def test_rows_that_are_in_use_are_computed_and_others_stay(rows, use, computed):
     np.testing.assert_allclose(arrays["y"][:, :computed], wanted[:, :computed], rtol=1e-5)
     assert np.isnan(arrays["y"][:, computed:]).all()
     np.testing.assert_array_equal(arrays["present"], arrays["cache"])
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "wrong"),
+    [
+        ("x86_64", "processor : 0\nflags\t\t: fpu avx2 avx512_vnni\n", False),
+        ("AMD64", "flags : avx2 avx_vnni", False),
+        ("x86_64", "flags : fpu avx2 avx512f", True),
+        ("x86_64", "processor : 0", True),
+        ("AMD64", None, True),  # no such file: another system
+        ("aarch64", "Features : fp asimd", False),
+    ],
+)
+def test_sums_of_bytes_are_guarded_where_the_processor_would_cut_them_off(
+    machine, cpuinfo, wrong, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(ort.platform, "machine", lambda: machine)
+    monkeypatch.setattr(ort, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+
+    assert ort.saturates.__wrapped__() is wrong
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_guard_reaches_the_session(guard, monkeypatch, tmp_path):
+    monkeypatch.setattr(ort, "saturates", lambda: guard)
+    (tmp_path / "g.onnx").write_bytes(model(rows=7))
+
+    opened = ort.load(onnxruntime, tmp_path / "g.onnx")
+
+    assert opened.get_session_options().get_session_config_entry("session.x64quantprecision") == str(int(guard))
 
 
 @pytest.mark.export
