@@ -762,7 +762,7 @@ class Answers:
             method="fastv", method_config={"a": 1}, dtype="float32", formats=None, image_rows={}, cache=[],
             pictures=(), placeholders={}, fewer_pictures=True,
         )  # fmt: skip
-        self.bundle, self.forgotten = None, 0
+        self.bundle, self.forgotten, self.backend = None, 0, SimpleNamespace(name="trt")
 
     def generate_tokens(self, prompt: Any, pixels: Any, **options: Any) -> Any:
         self.asked.append(("generate", prompt, options))

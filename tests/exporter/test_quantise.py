@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_prompts_are_computed_with_8_bits_and_tokens_with_4(gqa, export_once):
     pipe = Pipeline.load(bundle)
     found = pipe.generate_tokens(prompt, pixels, max_new_tokens=1).logits
     only = Pipeline.load(export_once(gqa, **FORMATS["int4"])).generate_tokens(prompt, pixels, max_new_tokens=1).logits
-    model = checkpoints.stock(gqa)
+    model = copy.deepcopy(checkpoints.stock(gqa))
     for layer in model.model.language_model.layers:
         for module in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
             module.weight.data = to_8_bits(module.weight.data)

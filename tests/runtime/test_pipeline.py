@@ -468,7 +468,9 @@ def test_another_tile_is_seen(changed, tmp_path_factory, eager_once):
 def test_the_same_pictures_are_encoded_once_and_pixels_changed_in_place_again(dense, monkeypatch):
     ran, right, given = [], dense._decoder.memory.run, pixels()
     monkeypatch.setattr(
-        dense._decoder.memory, "run", lambda graph, *rest: ran.append(graph.name) or right(graph, *rest)
+        dense._decoder.memory,
+        "run",
+        lambda graph, *rest, **more: ran.append(graph.name) or right(graph, *rest, **more),
     )
     dense.forget_images()
 
