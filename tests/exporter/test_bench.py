@@ -212,7 +212,7 @@ def test_work_of_a_bundle_is_that_of_its_plan(bundles, checkpoint):
     options = {"prune_layer": 1, "max_text_tokens": 24, "max_new_tokens": 8}
     plan = plans.plan_of(Checkpoint.open(checkpoint), method="fastv", options=options)
     notes: list[str] = []
-    who = Contender(name="", kind="bundle", text_tokens=20, new_tokens=8)
+    who = Contender(name="", kind="bundle", text_tokens=24, new_tokens=8)
     found = bench.works(open_bundle(bundles[1]), who, notes)
 
     vision, projector, head, _, tail = cost.prompt_work(plan)
@@ -225,9 +225,9 @@ def test_work_of_a_bundle_is_that_of_its_plan(bundles, checkpoint):
         "decode": planning.decode_flops(plan),
     }
     assert notes == []
-    # 4 visual tokens of which 2 are kept from layer 1 on, 20 text tokens, and half of 8 new ones.
+    # 4 visual tokens of which 2 are kept from layer 1 on, 24 text tokens, and half of 8 new ones.
     d = plan.spec.decoder
-    caches = 2 * d.kv_heads * d.head_dim * 4 * ((4 + 20 + 4) + (2 + 20 + 4))
+    caches = 2 * d.kv_heads * d.head_dim * 4 * ((4 + 24 + 4) + (2 + 24 + 4))
     assert bench.cache_bytes(open_bundle(bundles[1]).manifest, who) == caches
     count = planning.decoder_weights(d)
     weights = 4 * (d.layers * (count.matrices + count.vectors) + count.norm + count.head)
@@ -320,7 +320,7 @@ def test_graphs_that_share_weights_have_no_floors(checkpoint, export_once):
 def report(bundles, checkpoint, tmp_path_factory) -> dict[str, Any]:
     """Of two bundles and PyTorch, by the command line; with the chart beside."""
     plot = tmp_path_factory.mktemp("plot") / "chart.png"
-    arguments = ["--against", checkpoint, "--threads", 1, "--new-tokens", 4, "--text-tokens", 9]
+    arguments = ["--against", checkpoint, "--threads", 1, "--new-tokens", 4, "--text-tokens", 24]
     turns = ["--rounds", 2, "--warm-up", 0]
     done = cli("bench", *bundles, *arguments, *turns, "--plot", plot, "--json")
     assert done.exit_code == 0, done.output
@@ -340,7 +340,7 @@ def test_every_stage_of_every_contender_is_there(report):
     ]
     assert (rows[1]["visual_tokens"], rows[1]["kept_tokens"], rows[1]["dtype"]) == (4, 2, "float32")
     assert (report["rounds"], report["warm_up"], report["threads"]) == (2, 0, 1)
-    assert (report["text_tokens"], report["new_tokens"]) == (9, 4)
+    assert (report["text_tokens"], report["new_tokens"]) == (24, 4)
 
 
 def test_the_figures_of_a_report_agree(report):
