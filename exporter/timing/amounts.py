@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from lvlm_edge.exporter.checkpoints.quantise import Format
 from lvlm_edge.exporter.planning import rates
+from lvlm_edge.runtime.bundle import Bundle, Graph
 
 RENAMING = {"Reshape", "Squeeze", "Unsqueeze", "Shape", "Cast", "Identity", "DequantizeLinear"}
 FUSED = {"Sigmoid", "Softmax", "Where", "Greater"}
@@ -34,6 +35,15 @@ def of(path: Path, *, integers: int | None = None) -> dict[str, float] | None:
     left_out = RENAMING | FUSED | (CACHED if any(n.op_type == "TensorScatter" for n in graph) else set())
     seen: set[tuple[ir.Value | None, str]] = set()
     return rates.total(part for node in graph if node.op_type not in left_out for part in _node(node, seen, integers))
+
+
+def is_open(bundle: Bundle, graph: Graph, backend: str) -> bool:
+    """Whether a backend computes the rows of a prompt that are in use, in what it runs as a prefill graph."""
+    run = [g for g in bundle.manifest.variants.get(backend, ()) if g.name == graph.name]
+    if graph.role != "prefill" or not run:
+        return False
+    inputs = ir.load(bundle.path(run[0].file)).graph.inputs
+    return any(value.shape is None or not value.shape.is_static() for value in inputs)
 
 
 def _float16(value: ir.Value) -> bool:

@@ -401,7 +401,7 @@ def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, d
         if files.count(graph.file) > 1:
             notes.append("graphs that share weights are for any number of rows: no floors for them")
             continue
-        if contender.text_tokens < manifest.counts.text_tokens and _takes_fewer_rows(bundle, graph, contender):
+        if contender.text_tokens < manifest.counts.text_tokens and amounts.is_open(bundle, graph, contender.backend):
             notes.append("prompts are shorter than planned: no floors for them; leave out --text-tokens")
             continue
         path = bundle.path(graph.file)
@@ -424,18 +424,6 @@ def works(bundle: Bundle, contender: Contender, notes: list[str]) -> dict[str, d
         heads = manifest.model["heads"] / manifest.model["kv_heads"]
         found["decode"]["work"][measured.ATTENTION_ROW] = 2 * heads * read / measured.FLOAT
     return found
-
-
-def _takes_fewer_rows(bundle: Bundle, graph: Graph, contender: Contender) -> bool:
-    """Whether what a contender runs as a prefill graph computes the rows of a prompt that are in use."""
-    import onnx_ir as ir
-
-    run = [g for g in bundle.manifest.variants.get(contender.backend, ()) if g.name == graph.name]
-    if graph.role != "prefill" or not run:
-        return False
-    return any(
-        value.shape is None or not value.shape.is_static() for value in ir.load(bundle.path(run[0].file)).graph.inputs
-    )
 
 
 def _runs(graph: Graph, manifest: Manifest) -> int:
