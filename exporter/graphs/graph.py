@@ -79,20 +79,15 @@ def _external(name: str, location: str, offset: int, dtype: ir.DataType, shape: 
 
 def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place, added: Shifts) -> None:
     """Put integers and scales where the weight was, and the node in front that makes the weight of them."""
-    how, dtype, shape, name = place.how, weight.dtype, weight.shape, weight.name
-    assert how is not None and dtype is not None and shape is not None and name is not None
-    integers = _initializer(graph, name, location, place.offset, _INTEGERS[how.bits], shape)
-    sizes = ir.Shape(how.scales(tuple(int(n) for n in shape.numpy())))
-    scales = _initializer(graph, f"{name}.scale", location, place.scales, dtype, sizes)
-    options = {"axis": 1} if how.block is None else {"axis": 0, "block_size": how.block}
-    node = ir.node("DequantizeLinear", [integers, scales], attributes=options)
-    (made,) = node.outputs
-    made.name, made.shape, made.type = f"{name}.dequantized", shape, weight.type
-    uses = list(weight.uses())
-    weight.replace_all_uses_with(made)
+    name, uses = weight.name, list(weight.uses())
+    assert name is not None and place.how is not None
+    node = _dequantising(graph, name, location, place, weight)
+    weight.replace_all_uses_with(node.outputs[0])
     graph.insert_before(graph[0], node)
     if place.shifts is not None:
-        rows = sizes if how.block is not None else ir.Shape([1, *sizes])
+        sizes, dtype = node.inputs[1].shape, node.inputs[1].dtype  # type: ignore[union-attr]
+        assert sizes is not None and dtype is not None
+        rows = sizes if place.how.block is not None else ir.Shape([1, *sizes])
         shifts = _initializer(graph, f"{name}.shift", location, place.shifts, dtype, rows)
         added.add([(use.node, use.idx) for use in uses], shifts)
 
@@ -100,19 +95,30 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, location: str, place: Place, 
 def for_prompts(model: ir.Model, location: str, places: Mapping[str, Place]) -> None:
     """Let a finished graph read the matrices that prompts have in a format of their own, where there are such."""
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
-        (made,), stored = node.outputs, node.inputs[0]
+        stored, made = node.inputs[0], node.outputs[0]
         name = f"{stored.name}{PROMPT}" if stored is not None else ""
-        if name not in places:
-            continue
-        place, shape = places[name], made.shape
-        assert place.how is not None and place.how.block is None and shape is not None and made.dtype is not None
-        integers = _initializer(model.graph, name, location, place.offset, _INTEGERS[place.how.bits], shape)
-        sizes = ir.Shape(place.how.scales(tuple(int(n) for n in shape.numpy())))
-        scales = _initializer(model.graph, f"{name}.scale", location, place.scales, made.dtype, sizes)
-        again = ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 1})
-        again.outputs[0].name, again.outputs[0].shape, again.outputs[0].type = f"{name}.dequantized", shape, made.type
-        made.replace_all_uses_with(again.outputs[0])
-        model.graph.insert_before(node, again)
+        if name in places:
+            again = _dequantising(model.graph, name, location, places[name], made)
+            made.replace_all_uses_with(again.outputs[0])
+            model.graph.insert_before(node, again)
+
+
+def _dequantising(graph: ir.Graph, name: str, location: str, place: Place, like: ir.Value) -> ir.Node:
+    """A node, not in the graph yet, that makes a weight of its integers and scales, which are initializers then.
+
+    Args:
+        like: a value of the weight's shape and dtype.
+    """
+    how, dtype, shape = place.how, like.dtype, like.shape
+    assert how is not None and dtype is not None and shape is not None
+    integers = _initializer(graph, name, location, place.offset, _INTEGERS[how.bits], shape)
+    sizes = ir.Shape(how.scales(tuple(int(n) for n in shape.numpy())))
+    scales = _initializer(graph, f"{name}.scale", location, place.scales, dtype, sizes)
+    options = {"axis": 1} if how.block is None else {"axis": 0, "block_size": how.block}
+    node = ir.node("DequantizeLinear", [integers, scales], attributes=options)
+    (made,) = node.outputs
+    made.name, made.shape, made.type = f"{name}.dequantized", shape, like.type
+    return node
 
 
 def _initializer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from lvlm_edge.exporter.checkpoints import quantise
 from lvlm_edge.exporter.checkpoints.spec import DecoderSpec
 from lvlm_edge.exporter.planning.plan import BYTES, Plan, decoder_weights
@@ -9,6 +11,21 @@ from lvlm_edge.exporter.planning.records import Stage
 from lvlm_edge.exporter.planning.work import Work
 
 INT8 = quantise.Format(8)
+
+
+class Layer(Protocol):
+    """The dimensions of a decoder layer."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 def vision_work(plan: Plan) -> tuple[tuple[int, Work, Work], ...]:
@@ -82,7 +99,7 @@ def weights_bytes(plan: Plan) -> int:
         for work in (*encoders, projector)
     )
     w = decoder_weights(d)
-    matrices = d.layers * sum(_matrix_bytes(plan, "decoder", shape) for shape in _matrices(d)) + prompt_bytes(plan)
+    matrices = d.layers * sum(_matrix_bytes(plan, "decoder", shape) for shape in layer_matrices(d)) + prompt_bytes(plan)
     head = _matrix_bytes(plan, "head", (d.hidden, d.vocab))
     table = w.head * (1 if not d.tied or plan.formats.head != "as-is" else 0)
     others = d.layers * w.vectors + w.norm + table + plan.method.own_weights(plan)
@@ -94,15 +111,15 @@ def prompt_bytes(plan: Plan) -> int:
     if plan.formats.prompt is None:
         return 0
     d, block = plan.spec.decoder, plan.formats.block
-    small = [shape for shape in _matrices(d) if quantise.fitting(plan.formats.decoder, shape[0], block) != INT8]
+    small = [shape for shape in layer_matrices(d) if quantise.fitting(plan.formats.decoder, shape[0], block) != INT8]
     return d.layers * sum(_matrix_bytes(plan, "prompt", shape) for shape in small)
 
 
-def _matrices(d: DecoderSpec) -> list[tuple[int, int]]:
-    """Shapes of the matrices [in, out] of a decoder layer."""
+def layer_matrices(d: Layer) -> tuple[tuple[int, int], ...]:
+    """Shapes of the matrices [in, out] of a decoder layer, in the order in which they are read."""
     dq, dkv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    found = [(d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden)]
-    return [*found, (d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)]
+    attention = ((d.hidden, dq), (d.hidden, dkv), (d.hidden, dkv), (dq, d.hidden))
+    return *attention, (d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)
 
 
 def _matrix_bytes(plan: Plan, part: str, shape: tuple[int, int]) -> int:

@@ -56,17 +56,12 @@ def decode(plan: Plan) -> Load:
     return rates.total([rates.attention(attended, 1), matrices, _between(plan, 1, d.layers), _head(plan)])
 
 
-def _shapes(plan: Plan) -> tuple[Shape, ...]:
-    """The matrices of a decoder layer, [in, out]."""
-    d = plan.spec.decoder
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    first = ((d.hidden, queries), (d.hidden, keys), (d.hidden, keys), (queries, d.hidden))
-    return *first, (d.hidden, d.ffn), (d.hidden, d.ffn), (d.ffn, d.hidden)
-
-
 def _matrices(plan: Plan, rows: int, layers: int, flops: float | None = None) -> Load:
     """Products of layers, whose FLOPs per layer may be fewer than those of every row."""
-    shapes, part = _shapes(plan), "prompt" if rows > 1 and plan.formats.prompt is not None else "decoder"
+    shapes, part = (
+        counts.layer_matrices(plan.spec.decoder),
+        "prompt" if rows > 1 and plan.formats.prompt is not None else "decoder",
+    )
     found = rates.total(_product(plan, part, shape, rows, layers) for shape in shapes)
     if rows > 1 and flops is not None:
         share = flops / (2 * rows * sum(a * b for a, b in shapes))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvlm_edge.exporter.checkpoints.quantise import Format
-from lvlm_edge.exporter.planning import rates
+from lvlm_edge.exporter.planning import counts, rates
 from lvlm_edge.runtime.bundle import Manifest
 
 if TYPE_CHECKING:
@@ -51,13 +51,6 @@ class Dimensions:
     def of(cls, manifest: Manifest) -> Dimensions:
         model = {name: int(manifest.model[name]) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim")}
         return cls(**model, rows=max(2, manifest.counts.prompt_tokens))
-
-    @property
-    def matrices(self) -> tuple[Shape, ...]:
-        """Of a layer, [in, out], in the order in which they are read."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        first = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
-        return *first, (self.hidden, self.ffn), (self.hidden, self.ffn), (self.ffn, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _small(d: Dimensions, name: str) -> list[Shape]:
     """The matrices of a decoder's layers up to `SMALL_BYTES`; those of integers are joined as in `ort.joined`."""
-    separate = d.matrices
+    separate = counts.layer_matrices(d)
     q, k, v, out, gate, up, down = separate
     joined = ((d.hidden, q[1] + k[1] + v[1]), out, (d.hidden, gate[1] + up[1]), down)
     layer, found, size = separate if name == "float32" else joined, list[Shape](), 0.0
@@ -190,6 +183,8 @@ def _attention(session: Sessions, d: Dimensions, rows: int) -> Timed:
 
     One row is attended for several times over, each to a cache of its own.
     """
+    from lvlm_edge.runtime.backends import ort
+
     size, keys, count = -(-d.head_dim // 16) * 16, d.rows + (rows == 1), 1 if rows > 1 else REPEATS
     rng = np.random.default_rng(0)
     read = {n: (1, rows, h * size) for n, h in (("q", d.heads), ("k", d.kv_heads), ("v", d.kv_heads))}
@@ -208,11 +203,8 @@ def _attention(session: Sessions, d: Dimensions, rows: int) -> Timed:
         for value, name in zip(made, (f"y{i}", *(f"{name} now" for name in caches[i : i + 2])), strict=True):
             graph.output(value, results[name].shape, name)
     ready = session(graph.made())
-    binding = ready.io_binding()
-    for bind, bound in ((binding.bind_input, arrays), (binding.bind_output, results)):
-        for name, array in bound.items():
-            bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-    held = arrays, results  # the binding has their addresses
+    held = arrays | results  # the binding has their addresses
+    binding = ort.bound(ready, held)
 
     def run() -> Any:
         return ready.run_with_iobinding(binding), held

@@ -64,9 +64,8 @@ class OrtSession:
     arrays: Mapping[str, Array]
 
     def run(self, rows: int | None = None) -> None:
-        binding, arrays = self.binding, self.arrays if rows is None else narrowed(self.session, self.arrays, rows)
-        if arrays is not self.arrays:
-            binding = bound(self.session, arrays)
+        arrays = self.arrays if rows is None else narrowed(self.session, self.arrays, rows)
+        binding = self.binding if arrays is self.arrays else bound(self.session, arrays)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # the bindings raise their own types; the first line says what is wrong

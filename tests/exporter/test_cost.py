@@ -89,15 +89,15 @@ def test_pictures_are_seen_one_by_one(made):
     assert (three.flops, three.bytes, three.layers) == (3 * one.flops, 3 * one.bytes, 3 * one.layers)
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "more"),
-    [
-        ("proxyv", {}, {"grid": (1, 2)}),
-        ("yopo", {"layers": 6}, {"semantics": "released"}),
-        ("yopo", {"layers": 6}, {"semantics": "dropped"}),
-        ("himix", {}, {"num_images": 2}),
-    ],
-)
+OTHERS = [  # methods, with options of their checkpoint and of the plan
+    ("proxyv", {}, {"grid": (1, 2)}),
+    ("yopo", {"layers": 6}, {"semantics": "released"}),
+    ("yopo", {"layers": 6}, {"semantics": "dropped"}),
+    ("himix", {}, {"num_images": 2}),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "more"), OTHERS)
 def test_flops_are_those_of_the_plan(method, options, more, original):
     checkpoint = original(method=method, side=8, **options)
     report = planned(checkpoint, method=method, device=AGX, dtype="float16", **more)
@@ -299,15 +299,7 @@ def test_only_formats_that_were_measured_are_predicted(tmp_path, made):
     assert "the plan is float32 with fp8 weights" in other["reason"]
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "more"),
-    [
-        ("proxyv", {}, {"grid": (1, 2)}),
-        ("yopo", {"layers": 6}, {"semantics": "released"}),
-        ("yopo", {"layers": 6}, {"semantics": "dropped"}),
-        ("himix", {}, {"num_images": 2}),
-    ],
-)
+@pytest.mark.parametrize(("method", "options", "more"), OTHERS)
 def test_loads_have_the_flops_of_the_plan(method, options, more, original):
     checkpoint = Checkpoint.open(original(method=method, side=8, **options))
     plan = plans.plan_of(checkpoint, method=method, options={"dtype": "float32"} | more)

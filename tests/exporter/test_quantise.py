@@ -143,15 +143,20 @@ def test_shared_legacy_and_float16_graphs_have_them_too(gqa, export_once, more):
     assert verdict.passed, verdict.first_failure
 
 
-def test_a_changed_scale_is_caught(gqa, export_once, tmp_path):
-    bundle = Path(shutil.copytree(export_once(gqa, **FORMATS["int8"]), tmp_path / "bundle"))
-    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
-    (tensor,) = (t for t in model.graph.initializer if t.name == "layers.1.q_proj.weight.scale")
+def overwrite(bundle: Path, graph: str, name: str, content: bytes) -> None:
+    """Change the first bytes of a tensor that a graph reads from the file of weights, and the hashes with it."""
+    model = onnx.load(bundle / graph, load_external_data=False)
+    (tensor,) = (t for t in model.graph.initializer if t.name == name)
     offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
     with (bundle / "weights.bin").open("r+b") as file:
         file.seek(offset)
-        file.write(np.float32(1).tobytes())
+        file.write(content)
     sign(bundle)
+
+
+def test_a_changed_scale_is_caught(gqa, export_once, tmp_path):
+    bundle = Path(shutil.copytree(export_once(gqa, **FORMATS["int8"]), tmp_path / "bundle"))
+    overwrite(bundle, "decode.onnx", "layers.1.q_proj.weight.scale", np.float32(1).tobytes())
 
     verdict = parity.check(bundle, gqa, steps=4, store=False)
 
@@ -198,13 +203,7 @@ def test_prompts_are_computed_with_8_bits_and_tokens_with_4(gqa, export_once):
 
 def test_a_changed_matrix_of_prompts_is_caught(gqa, export_once, tmp_path):
     bundle = Path(shutil.copytree(export_once(gqa, **FORMATS["int4, prompts int8"]), tmp_path / "bundle"))
-    model = onnx.load(bundle / "prefill.onnxruntime", load_external_data=False)
-    (tensor,) = (t for t in model.graph.initializer if t.name == "layers.1.q_proj.weight.prompt")
-    offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
-    with (bundle / "weights.bin").open("r+b") as file:
-        file.seek(offset)
-        file.write(bytes(range(60, 70)))
-    sign(bundle)
+    overwrite(bundle, "prefill.onnxruntime", "layers.1.q_proj.weight.prompt", bytes(range(60, 70)))
 
     verdict = parity.check(bundle, gqa, steps=2, store=False)
 
